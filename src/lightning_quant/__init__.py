@@ -1,0 +1,70 @@
+"""Low-bit training and calibration of vision models as Lightning callbacks and LightningModules.
+
+Public names are imported when they are first used, so that `import lightning_quant` stays light:
+
+>>> import lightning_quant
+>>> lightning_quant.GradientQuantization.__name__
+'GradientQuantization'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_quant.data import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
+    from lightning_quant.errors import QuantizationError
+    from lightning_quant.gradient import (
+        FixedInterval,
+        GradientQuantization,
+        LargeGradientInterval,
+        MinimumErrorInterval,
+        MinMaxInterval,
+        load_from_checkpoint,
+        strip,
+    )
+    from lightning_quant.tasks import ImageClassifier
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CIFARDataModule",
+    "DigitsDataModule",
+    "FixedInterval",
+    "GradientQuantization",
+    "ImageClassifier",
+    "ImageFolderDataModule",
+    "LargeGradientInterval",
+    "MinMaxInterval",
+    "MinimumErrorInterval",
+    "QuantizationError",
+    "__version__",
+    "load_from_checkpoint",
+    "strip",
+]
+
+_HOME = {
+    "CIFARDataModule": "data",
+    "DigitsDataModule": "data",
+    "FixedInterval": "gradient",
+    "GradientQuantization": "gradient",
+    "ImageClassifier": "tasks",
+    "ImageFolderDataModule": "data",
+    "LargeGradientInterval": "gradient",
+    "MinMaxInterval": "gradient",
+    "MinimumErrorInterval": "gradient",
+    "QuantizationError": "errors",
+    "load_from_checkpoint": "gradient",
+    "strip": "gradient",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

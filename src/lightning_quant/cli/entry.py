@@ -1,0 +1,100 @@
+"""What the words of a command line lead to."""
+
+from __future__ import annotations
+
+import os
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_quant import __version__
+from lightning_quant.cli import packaged
+from lightning_quant.cli.advice import VERBS, UsageError, check_verb
+from lightning_quant.errors import QuantizationError
+
+_HELP = """\
+usage: lightning-quant VERB [options]
+
+Low-bit training and calibration of vision models.
+
+verbs:
+{verbs}
+
+  lightning-quant VERB --help             options of a verb
+  lightning-quant fit --config NAME       NAME: a file of yours, or one of `lightning-quant configs`
+
+options: --help, --version, --debug (after the verb: tracebacks; also LIGHTNING_QUANT_DEBUG=1)
+"""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run one command line.
+
+    Args:
+        args: The words after `lightning-quant`; those of the process if not given.
+
+    Raises:
+        SystemExit: With code 2 if the command line is wrong, 1 if the package refuses to go on; both
+            with one message on stderr. `--debug` lets the error through instead.
+
+    >>> main(["configs", "quickstart"])  # doctest: +ELLIPSIS
+    # Digits...
+    """
+    argv = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in argv or os.environ.get("LIGHTNING_QUANT_DEBUG", "0") not in ("", "0")
+    try:
+        _dispatch([arg for arg in argv if arg != "--debug"])
+    except (UsageError, QuantizationError) as error:
+        if debug:
+            raise
+        sys.stderr.write(f"lightning-quant: {error}\n")
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def _dispatch(argv: list[str]) -> None:
+    match argv:
+        case ["-h" | "--help", *_]:
+            print(
+                _HELP.format(verbs="\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())), end=""
+            )
+            return
+        case ["--version", *_]:
+            print(f"lightning-quant {__version__}")
+            return
+    check_verb(argv)
+    match argv:
+        case ["configs", *rest]:
+            _configs(rest)
+        case ["demo", *rest]:
+            _demo(rest)
+        case _:
+            resolved = packaged.resolve(argv)
+            from lightning_quant.cli.lightning_cli import build  # takes seconds: torch and Lightning
+
+            build(resolved)
+
+
+def _configs(argv: Sequence[str]) -> None:
+    parser = ArgumentParser("lightning-quant configs", description=VERBS["configs"])
+    parser.add_argument("name", nargs="?", help="print this one instead of the list")
+    name = parser.parse_args(argv).name
+    if name is not None:
+        print(packaged.find(name).read_text(encoding="utf-8"), end="")
+        return
+    names = packaged.names()
+    width = max(map(len, names)) + 2
+    for each in names:
+        print(f"{each:<{width}}{packaged.describe(each)}")
+
+
+def _demo(argv: Sequence[str]) -> None:
+    parser = ArgumentParser("lightning-quant demo", description=VERBS["demo"])
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), help="folder for the results (default: demo)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
+    options = parser.parse_args(argv)
+    from lightning_quant.demo import main as demo  # takes seconds: torch and Lightning
+
+    demo(output=options.output, seed=options.seed)

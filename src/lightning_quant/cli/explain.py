@@ -1,0 +1,108 @@
+"""The parser's nested messages, cut down to the option, the reason and what to write instead."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from importlib import import_module
+from inspect import signature
+
+from lightning_quant.cli.advice import did_you_mean
+
+# Lines by which jsonargparse walks through a union; the reason is in the others.
+_NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class '(NoneType|list)'>"
+    r"|Expected a path but|Not a valid subclass of|Subclass types expect|a (class path|dict with)"
+    r"|Parser key|Problem with given class_path|$"
+)
+_KEY = re.compile(r'Parser key "(.+?)"')
+_CLASS = re.compile(r"Problem with given class_path '(.+?)'")
+_GIVEN = re.compile(r"Given value: ([\w.]+)$", re.MULTILINE)
+
+
+def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = ()) -> str:
+    r"""One sentence for what jsonargparse says.
+
+    Args:
+        message: The text of the parser's error, with its walk through unions.
+        classes: Names that could have been meant where a class is unknown.
+        options: Names that could have been meant where an option is unknown.
+
+    >>> explain("Parser key \"model\":\n  - Expected a dot import path string: Clasifier", ["Classifier"])
+    '--model: there is no class Clasifier (did you mean Classifier?).'
+    """
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    key = ".".join(match[1] for line in lines if (match := _KEY.match(line)))
+    owner = next((match[1] for line in reversed(lines) if (match := _CLASS.search(line))), "")
+    given = match[1] if (match := _GIVEN.search(message)) else ""
+    reasons = list(dict.fromkeys(line for line in lines if not _NOISE.match(line))) or [message.strip()]
+    for pattern, answer in _ANSWERS:
+        for reason in reasons:
+            if found := re.search(pattern, reason):
+                text = answer(found[1], owner or given, key, _Known(classes, options))
+                return f"--{key}: {text}" if key else text
+    return (f"--{key}: " if key else "") + "; ".join(reasons)
+
+
+class _Known:
+    """What could have been meant."""
+
+    def __init__(self, classes: Iterable[str], options: Iterable[str]) -> None:
+        self.classes = list(classes)
+        self.options = list(options)
+
+
+def _no_class(name: str, owner: str, key: str, known: _Known) -> str:
+    return f"there is no class {name}{did_you_mean(name, known.classes)}."
+
+
+def _no_path(name: str, owner: str, key: str, known: _Known) -> str:
+    return f"there is no class {owner}{did_you_mean(owner.rpartition('.')[2], known.classes)}."
+
+
+def _wrong_kind(kind: str, owner: str, key: str, known: _Known) -> str:
+    return f"{owner} is not a {kind}."
+
+
+def _needs(names: str, owner: str, key: str, known: _Known) -> str:
+    if not owner:
+        plain = re.sub(r"\b(fit|validate|test|predict)\.", "", names)
+        first = plain.split(", ")[0]
+        return f"Nothing given for {plain}; write --config quickstart.yaml, or --{first} VALUE."
+    short = owner.rpartition(".")[2]
+    written = " ".join(f"--{key}.{name} VALUE" for name in names.split(", "))
+    return f"{short} needs {names}; write --{key} {short} {written}"
+
+
+def _class_lacks(name: str, owner: str, key: str, known: _Known) -> str:
+    if not owner:
+        return _no_option(name, owner, key, known)
+    short = owner.rpartition(".")[2]
+    return f"{short} has no option {name}{did_you_mean(name, _parameters(owner))}."
+
+
+def _no_option(name: str, owner: str, key: str, known: _Known) -> str:
+    name = re.sub(r"^(--|(fit|validate|test|predict)\.)", "", name)
+    return f"There is no option --{name}{did_you_mean(name, known.options)}."
+
+
+_ANSWERS: tuple[tuple[str, Callable[[str, str, str, _Known], str]], ...] = (
+    (r"the following arguments are required: (.+)", _needs),
+    (r"Key ['\"](.+?)['\"] is required", _needs),  # as jsonargparse 4.39 puts it
+    (r"Option '(.+)' is not accepted", _class_lacks),
+    (r"Key '(.+?)' is not expected", _class_lacks),  # as jsonargparse 4.39 puts it
+    (r"Expected a dot import path string: (.+)", _no_class),
+    (r"No module named '(.+)'", _no_path),
+    (r"has no attribute '(.+)'", _no_path),
+    (r"does not correspond to a subclass of (\w+)", _wrong_kind),
+    (r"does not accept (?:option|nested key) '(.+)'", _no_option),
+    (r"[Uu]nrecognized arguments: (--[\w.+-]+)", _no_option),
+)
+
+
+def _parameters(class_path: str) -> list[str]:
+    module, _, name = class_path.rpartition(".")
+    try:
+        return list(signature(getattr(import_module(module), name)).parameters)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return []

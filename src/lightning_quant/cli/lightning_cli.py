@@ -1,0 +1,114 @@
+"""The LightningCLI behind fit, validate, test and predict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from importlib import import_module
+from typing import Any, NoReturn
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+import lightning_quant
+from lightning_quant.cli.advice import UsageError
+from lightning_quant.cli.explain import explain
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.gradient import GradientQuantization, IntervalStrategy
+
+
+class Parser(LightningArgumentParser):
+    """LightningCLI's parser, with errors of one sentence."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and what to write, and exit with code 2."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        options = [action.dest for each in (parser, *_subparsers(parser)) for action in each._actions]
+        bases = (LightningModule, LightningDataModule, Callback, IntervalStrategy, Optimizer, LRScheduler)
+        classes = [cls.__name__ for base in bases for cls in _subclasses(base)]
+        sys.stderr.write(f"lightning-quant: {explain(message, classes, options)}\n")
+        self.exit(2)
+
+
+class QuantizationCLI(LightningCLI):
+    """A LightningCLI with the option group `--quantization`: bits, interval, ..., or `null` for float."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add `--quantization`."""
+        parser.add_argument(
+            "--quantization",
+            type=GradientQuantization | None,
+            default=None,
+            help="Quantized training, e.g. `--quantization.weight_bits 6`; null trains in float.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Parse without Lightning's warning about arguments beside `sys.argv`: here they stem from it."""
+        match args:
+            case None | list():
+                self.config = parser.parse_args(args)
+            case _:
+                self.config = parser.parse_object(args)
+
+    def instantiate_classes(self) -> None:
+        """Build model, data and trainer; what a constructor refuses is a ConfigurationError."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            # jsonargparse wraps what the constructor of an optional class says, and may drop the original.
+            if "Union subtypes" not in str(error):
+                raise
+            raise ConfigurationError(explain(str(error))) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Build the trainer, with the quantization ahead of all other callbacks."""
+        chosen = self._get(self.config_init, "quantization")
+        if chosen is None:
+            return super().instantiate_trainer(**kwargs)
+        others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
+        others = others if isinstance(others, list) else [others]
+        if any(isinstance(callback, GradientQuantization) for callback in others):
+            raise UsageError(
+                "GradientQuantization is given twice, as `quantization` and in `trainer.callbacks`; "
+                "keep one of them."
+            )
+        # First, because a callback that copies the weights in `setup` (EMA) must see the quantized layers.
+        return super().instantiate_trainer(**{**kwargs, "callbacks": [chosen, *others]})
+
+
+def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
+    """Parse, instantiate and, unless told otherwise, run.
+
+    Args:
+        args: A command line without the name of the program; with `run=False` also without the verb.
+        run: Whether the verb is carried out.
+    """
+    if not {"-h", "--help"} & set(args):
+        # Short names such as `ImageClassifier` are found among imported classes; help does without.
+        for name in lightning_quant.__all__:
+            getattr(lightning_quant, name)
+        import_module("lightning_quant.models")
+    return QuantizationCLI(
+        args=list(args),
+        run=run,
+        parser_class=Parser,
+        parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
+        save_config_kwargs={"overwrite": True},
+    )
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
+        yield cls
+        yield from _subclasses(cls)
+
+
+def _subparsers(parser: LightningArgumentParser) -> Iterator[LightningArgumentParser]:
+    for action in parser._actions:
+        if isinstance(action.choices, dict):
+            yield from action.choices.values()

@@ -1,0 +1,141 @@
+"""CIFAR-10 and CIFAR-100, decoded once and kept in memory."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+
+from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplits
+from lightning_quant.data.folders import image_folder, listing
+from lightning_quant.data.tensor_images import RandomCropFlip, TensorImages
+from lightning_quant.errors import ConfigurationError
+
+_STATISTICS = {
+    10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+_SIZE = 32
+
+
+class CIFARDataModule(ImageDataModule):
+    """CIFAR-10 or CIFAR-100 from torchvision's own files or from folders of PNGs.
+
+    Either ``root/cifar-10-batches-py`` (``root/cifar-100-python``), or ``root/train/CLASS/*.png`` and
+    ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, normalised with the statistics of the training
+    set; in training they are padded by 4, cropped at random and flipped at random.
+
+    Args:
+        root: The folder that holds either layout.
+        classes: 10 or 100.
+        batch_size: Images a batch.
+        validation_images: Held out of the 50 000 training images; 0 trains on all and validates nothing.
+        augment: Whether training images are cropped and flipped.
+        download: Fetch torchvision's files into ``root`` where they are missing.
+        num_workers: As :class:`ImageDataModule`, like the rest; 0 serves an epoch in a few seconds.
+
+    Raises:
+        ConfigurationError: At ``prepare_data`` or ``setup``, if ``root`` holds neither layout, or another
+            number of classes, or images of another size.
+
+    Example:
+        >>> data = CIFARDataModule(root="data", classes=100)
+        >>> data.num_classes
+        100
+        >>> data.setup("fit")
+        Traceback (most recent call last):
+        ...
+        lightning_quant.errors.ConfigurationError: No CIFAR-100 in 'data': ...
+    """
+
+    def __init__(
+        self,
+        root: str = "data",
+        classes: Literal[10, 100] = 10,
+        batch_size: int = 128,
+        validation_images: int = 5000,
+        augment: bool = True,
+        download: bool = False,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, pin_memory, seed)
+        if classes not in _STATISTICS:
+            raise ConfigurationError(f"CIFAR has 10 or 100 classes, found classes={classes}.")
+        if validation_images < 0:
+            raise ConfigurationError(f"Expected validation_images >= 0, found {validation_images}.")
+        self.root = root
+        self.num_classes = classes
+        self.validation_images = validation_images
+        self.augment = augment
+        self.download = download
+
+    def prepare_data(self) -> None:
+        if self.download and not self._has_folders():
+            for train in (True, False):
+                self._torchvision_class()(self.root, train=train, download=True)
+        self.check_files()
+
+    def check_files(self) -> None:
+        if self._has_folders():
+            for split in ("train", "test"):
+                _check_class_folders(Path(self.root, split), self.num_classes)
+        elif not self._pickles().is_dir():
+            raise ConfigurationError(
+                f"No CIFAR-{self.num_classes} in '{self.root}': found {listing(Path(self.root))}, expected "
+                f"either '{self._pickles().name}' or class folders of PNGs in 'train' and 'test'. "
+                "Write root=FOLDER for the folder that holds them, or download=True."
+            )
+
+    def load_training(self) -> TrainingSplits:
+        images, labels = self._decode("train")
+        mean, std = _STATISTICS[self.num_classes]
+        plain = TensorImages(images, labels, mean, std)
+        train = TensorImages(images, labels, mean, std, RandomCropFlip(padding=4)) if self.augment else plain
+        return TrainingSplits.held_out(train, plain, labels.tolist(), self.validation_images, self.seed)
+
+    def load_test(self) -> AnyDataset:
+        return TensorImages(*self._decode("test"), *_STATISTICS[self.num_classes])
+
+    def _decode(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+        if self._has_folders():
+            return _decode_folder(Path(self.root, split))
+        stored = self._torchvision_class()(self.root, train=split == "train")
+        return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)
+
+    def _has_folders(self) -> bool:
+        return Path(self.root, "train").is_dir() and Path(self.root, "test").is_dir()
+
+    def _torchvision_class(self) -> type[CIFAR10]:
+        dataset: type[CIFAR10] = CIFAR10 if self.num_classes == 10 else CIFAR100
+        return dataset
+
+    def _pickles(self) -> Path:
+        return Path(self.root, self._torchvision_class().base_folder)
+
+
+def _check_class_folders(split: Path, expected: int) -> None:
+    found = sum(entry.is_dir() for entry in split.iterdir())
+    if found != expected:
+        raise ConfigurationError(
+            f"Found {found} class folders in '{split}', expected {expected}. "
+            "Write classes=10 or classes=100 as the data has them."
+        )
+
+
+def _decode_folder(folder: Path) -> tuple[Tensor, Tensor]:
+    """uint8 ``(N, 3, 32, 32)`` and int64 ``(N,)``, in the order in which ImageFolder lists the files."""
+    listed = image_folder(folder)
+    pixels = np.empty((len(listed), _SIZE, _SIZE, 3), dtype=np.uint8)
+    for index, (path, _) in enumerate(listed.samples):
+        image = np.asarray(listed.loader(path))
+        if image.shape != (_SIZE, _SIZE, 3):
+            raise ConfigurationError(
+                f"Expected images of 32x32 pixels, found {image.shape[1]}x{image.shape[0]} in '{path}'. "
+                "For other sizes write ImageFolderDataModule(root=...)."
+            )
+        pixels[index] = image
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(listed.targets)

@@ -1,0 +1,68 @@
+"""The handwritten digits that ship with scikit-learn: a real data set that needs no file."""
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplits
+from lightning_quant.data.tensor_images import TensorImages
+from lightning_quant.errors import ConfigurationError
+
+_TEST_IMAGES = 360
+_MEAN, _STD = (0.3053,), (0.3760,)
+
+
+class DigitsDataModule(ImageDataModule):
+    """1 797 grey images of 8x8 pixels in 10 classes: 360 to test, the rest to train and validate.
+
+    Images are ``(N, 1, 8, 8)``. The test images are the same for every ``seed``.
+
+    Args:
+        batch_size: Images a batch.
+        validation_fraction: Share of the 1 437 images not used to test that is held out, in [0, 1).
+        num_workers: As :class:`ImageDataModule`, like the rest.
+
+    Example:
+        >>> data = DigitsDataModule(batch_size=32)
+        >>> images, labels = next(iter(data.train_dataloader()))
+        >>> images.shape, labels.shape, data.num_classes
+        (torch.Size([32, 1, 8, 8]), torch.Size([32]), 10)
+    """
+
+    num_classes = 10
+
+    def __init__(
+        self,
+        batch_size: int = 64,
+        validation_fraction: float = 0.1,
+        num_workers: int = 0,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, num_workers, pin_memory, seed)
+        if not 0 <= validation_fraction < 1:
+            raise ConfigurationError(
+                f"Expected validation_fraction in [0, 1), found {validation_fraction}. Write for example 0.1."
+            )
+        self.validation_fraction = validation_fraction
+
+    def check_files(self) -> None:
+        """Nothing to check: the images are part of scikit-learn."""
+
+    def load_training(self) -> TrainingSplits:
+        images = _digits(test=False)
+        held_out = round(self.validation_fraction * len(images))
+        return TrainingSplits.held_out(images, images, images.labels.tolist(), held_out, self.seed)
+
+    def load_test(self) -> AnyDataset:
+        return _digits(test=True)
+
+
+def _digits(test: bool) -> TensorImages:
+    pixels, labels = load_digits(return_X_y=True)
+    train_pixels, test_pixels, train_labels, test_labels = train_test_split(
+        pixels, labels, test_size=_TEST_IMAGES, random_state=0, stratify=labels
+    )
+    images = torch.from_numpy(test_pixels if test else train_pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+    targets = torch.from_numpy(test_labels if test else train_labels).long()
+    return TensorImages(images, targets, _MEAN, _STD, full_scale=16.0)

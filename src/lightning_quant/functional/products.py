@@ -1,0 +1,84 @@
+"""The products of a layer, forward and backward, on tensors that may hold integer codes.
+
+A product is bilinear in its input and its weight, so that codes can be multiplied first and the two scales
+applied to the result: below 2^24 the sums are exact in FP32, whatever the order of summation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LinearProduct:
+    """``y = x w^T`` for x (..., in), w (out, in), y (..., out).
+
+    ``channel_axis`` is where the output has its channels.
+
+    >>> LinearProduct()(torch.ones(2, 3), torch.ones(4, 3)).shape
+    torch.Size([2, 4])
+    """
+
+    channel_axis: ClassVar[int] = -1
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output, without bias."""
+        return F.linear(x, weight)
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
+        """Gradient of the input, of shape ``x_shape``."""
+        return (grad.reshape(-1, grad.shape[-1]) @ weight).view(x_shape)
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+        """Gradient of the weight."""
+        return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+
+
+@dataclass(frozen=True)
+class ConvolutionProduct:
+    """A convolution or transposed convolution in 1, 2 or 3 dimensions, arguments as in ``torch.convolution``.
+
+    >>> product = ConvolutionProduct((2, 2), (1, 1), (1, 1))
+    >>> product(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3)).shape
+    torch.Size([1, 4, 4, 4])
+    """
+
+    channel_axis: ClassVar[int] = 1
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool = False
+    output_padding: tuple[int, ...] = (0, 0)
+    groups: int = 1
+
+    def _arguments(self) -> tuple[object, ...]:
+        return (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The output, without bias."""
+        return torch.ops.aten.convolution(x, weight, None, *self._arguments())  # type: ignore[no-any-return]
+
+    def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
+        """Gradient of the input, of shape ``x_shape``."""
+        x = grad.new_empty(()).expand(x_shape)
+        return self._backward(grad, x, weight, [True, False, False])[0]
+
+    def weight_gradient(self, grad: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
+        """Gradient of the weight, of shape ``weight_shape``."""
+        weight = grad.new_empty(()).expand(weight_shape)
+        return self._backward(grad, x, weight, [False, True, False])[1]
+
+    def _backward(self, grad: Tensor, x: Tensor, weight: Tensor, mask: list[bool]) -> tuple[Tensor, ...]:
+        return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+            grad, x, weight, None, *self._arguments(), mask
+        )
+
+
+Product = LinearProduct | ConvolutionProduct

@@ -1,0 +1,230 @@
+"""INT4 training as a Lightning callback."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch.utils.hooks import RemovableHandle
+
+from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.functional.grid import check_bits
+from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
+from lightning_quant.gradient.logs import layer_metrics
+from lightning_quant.gradient.noise import NoiseSource
+from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.gradient.structure import describe, layer_bits, mark, quantize_layers
+from lightning_quant.nn import Bits, Plan, plan_layers
+from lightning_quant.nn.layers import Execution, QuantizedLayer
+from lightning_quant.nn.selection import FirstAndLast, Patterns
+from lightning_quant.nn.strip import quantized_layers
+
+
+class GradientQuantization(pl.Callback):
+    """Train with weights, activations and gradients on low-bit grids: INT4 training for any LightningModule.
+
+    Source: Kim et al., "Toward INT4 Fixed-Point Training via Exploring Quantization Error for Gradients", ECCV 2024.
+    Conv, ConvTranspose and Linear layers are exchanged in ``setup``; optimizers, schedulers, hooks and loops stay
+    untouched. Weights keep a float master copy; products are simulated in float unless ``execution="integer"``.
+
+    Args:
+        weight_bits: 2..16, or 32 to leave weights in float; so for the next two.
+        activation_bits: of the inputs of layers.
+        gradient_bits: of the gradients of the outputs of layers.
+        interval: strategy of the gradient quantizer, by default ``LargeGradientInterval()``.
+        first_and_last: "float" leaves the first and the last layer in float, "8bit" gives them 8 bits, "same"
+            treats them as the others.
+        include: fnmatch patterns of the names of layers to quantize; None takes all.
+        exclude: fnmatch patterns of the names of layers to leave in float.
+        quantizer_lr: learning rate of the ranges of weights and activations, scaled by the user's schedule.
+        execution: "integer" multiplies int8 codes with int32 accumulation where all three tensors have codes
+            that fit: the same numbers, by integer units.
+        log_every_n_steps: how often intervals and errors go to the logger; None is the Trainer's interval, 0 never.
+
+    Raises:
+        ConfigurationError: an argument out of its range; for patterns and layers when the Trainer starts.
+
+    >>> import lightning.pytorch as pl
+    >>> callback = GradientQuantization(4, 4, 4)
+    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    def __init__(
+        self,
+        weight_bits: int = 4,
+        activation_bits: int = 4,
+        gradient_bits: int = 4,
+        interval: IntervalStrategy | None = None,
+        first_and_last: FirstAndLast = "float",
+        include: Patterns = None,
+        exclude: Patterns = None,
+        quantizer_lr: float = 1e-5,
+        execution: Execution = "simulated",
+        log_every_n_steps: int | None = None,
+    ) -> None:
+        self.bits = Bits(weight_bits, activation_bits, gradient_bits)
+        for name, value in self.bits._asdict().items():
+            check_bits(value, f"{name}_bits", allow_float=True)
+        if execution not in ("simulated", "integer"):
+            raise ConfigurationError(f'execution={execution!r}: expected "simulated" or "integer".')
+        if not quantizer_lr >= 0:
+            raise ConfigurationError(f"quantizer_lr={quantizer_lr}: a learning rate is at least 0, for example 1e-5.")
+        self.interval = LargeGradientInterval() if interval is None else interval
+        self.first_and_last: FirstAndLast = first_and_last
+        self.include, self.exclude = include, exclude
+        self.quantizer_lr = quantizer_lr
+        self.execution: Execution = execution
+        self.log_every_n_steps = log_every_n_steps
+        self.noise: NoiseSource | None = None
+        self.batches = 0
+        self._layers: dict[str, QuantizedLayer] = {}
+        self._optimizers: list[QuantizerOptimizer] = []
+        self._handles: list[RemovableHandle] = []
+        self._restored: dict[str, Any] = {}
+
+    def plan(self, module: torch.nn.Module) -> Plan:
+        """What the callback would quantize in a module, without changing it; prints as a table."""
+        return plan_layers(module, self.bits, self.first_and_last, self.include, self.exclude)
+
+    # -- structure ---------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Exchange the layers, before anything is wrapped and before optimizers exist."""
+        if is_overridden("configure_model", pl_module):
+            pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
+        plan = self.plan(pl_module)
+        present = dict(quantized_layers(pl_module))
+        if not present:
+            rank_zero_info(f"{plan}\nGradients by {type(self.interval).__name__}; products are {self._execution_note()}.")
+            present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution)
+        elif {name: layer_bits(layer) for name, layer in present.items()} != plan.chosen:
+            raise QuantizationError(
+                "The module is already quantized, with other layers or bit-widths than this callback plans: call"
+                " lightning_quant.strip(module) first, or give the callback the arguments it was quantized with."
+            )
+        self._layers = present
+        for quantizer in self._gradient_quantizers().values():
+            quantizer.interval = self.interval
+        for layer in present.values():
+            layer.execution = self.execution
+
+    def _execution_note(self) -> str:
+        if self.execution == "simulated":
+            return "simulated in floating point (same numbers as integer units, no faster)"
+        return "run on int8 codes with int32 sums (Linear, and Conv without groups by unfold), others are simulated"
+
+    def _gradient_quantizers(self) -> dict[str, GradientQuantizer]:
+        found = {name: layer.gradient_quantizer for name, layer in self._layers.items()}
+        return {name: q for name, q in found.items() if isinstance(q, GradientQuantizer)}
+
+    # -- training ----------------------------------------------------------------------------------------------
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take part in the steps of the user's optimizers, which exist now."""
+        seed = self._restored.get("seed", torch.initial_seed())
+        self.batches = self._restored.get("batches", 0)
+        self.noise = NoiseSource(seed, trainer.global_rank)
+        for quantizer in self._gradient_quantizers().values():
+            quantizer.noise = self.noise
+        self._optimizers = []
+        for optimizer, layers in _owners(trainer.optimizers, self._layers):
+            ours = QuantizerOptimizer(layers, optimizer, self.quantizer_lr)
+            self._optimizers.append(ours)
+            self._handles.append(optimizer.register_step_post_hook(_stepper(ours, trainer)))
+        for ours, state in zip(self._optimizers, self._restored.get("optimizers", []), strict=False):
+            ours.load_state_dict(state)
+        self._restored = {}
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Begin the rounding noise of this batch, and ask for errors where they will be logged."""
+        assert self.noise is not None
+        self.noise.restart(self.batches)
+        self.batches += 1
+        every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
+        observes = bool(every and trainer.loggers and (trainer.global_step + 1) % every == 0)
+        for quantizer in self._gradient_quantizers().values():
+            quantizer.observes = observes
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what was observed."""
+        metrics = layer_metrics(self._gradient_quantizers())
+        for logger in trainer.loggers if metrics else []:
+            logger.log_metrics(metrics, step=trainer.global_step)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    # -- evaluation --------------------------------------------------------------------------------------------
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate what was never trained; Lightning's sanity check before training runs in float."""
+        if not trainer.sanity_checking and not trainer.training:
+            self._check_ready()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate what was never trained."""
+        self._check_ready()
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse to evaluate what was never trained."""
+        self._check_ready()
+
+    def _check_ready(self) -> None:
+        quantizers = [q for layer in self._layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
+        if quantizers and not any(q is not None and q.ready for q in quantizers):
+            raise QuantizationError(
+                "No quantizer of the module has a range, since it was never trained quantized: call trainer.fit first, or"
+                " pass ckpt_path= with a checkpoint of a quantized training. Without the callback the module runs in float."
+            )
+
+    # -- checkpoints -------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to continue exactly, beside the state of the module."""
+        if self.noise is None:
+            return {}
+        optimizers = [ours.state_dict() for ours in self._optimizers]
+        return {"seed": self.noise.seed, "batches": self.batches, "optimizers": optimizers}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state until optimizers exist."""
+        self._restored = state_dict
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Let the structure travel with the weights."""
+        checkpoint["lightning_quant"] = describe(pl_module)
+        mark(checkpoint["state_dict"])
+
+
+def _stepper(ours: QuantizerOptimizer, trainer: pl.Trainer) -> Any:
+    def step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        ours.step(1.0 if scaler is None else scaler.get_scale())
+
+    return step
+
+
+def _owners(
+    optimizers: list[torch.optim.Optimizer], layers: dict[str, QuantizedLayer]
+) -> list[tuple[torch.optim.Optimizer, dict[str, QuantizedLayer]]]:
+    """Each optimizer with the layers whose weights it holds; layers that none holds (frozen) go to the first."""
+    owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
+    shares: list[dict[str, QuantizedLayer]] = [{} for _ in optimizers]
+    for name, layer in layers.items():
+        indices = [owner[id(p)] for p in layer.parameters(recurse=False) if id(p) in owner]
+        if shares:
+            shares[indices[0] if indices else 0][name] = layer
+    return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]

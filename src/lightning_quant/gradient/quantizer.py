@@ -1,0 +1,158 @@
+"""The quantizer of a layer's output gradient."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.functional.grid import Grid, encode, symmetric_grid
+from lightning_quant.gradient.interval import IntervalStrategy
+from lightning_quant.gradient.noise import NoiseSource
+from lightning_quant.nn.product import Codes
+from lightning_quant.quantizers import Quantizer
+
+LARGE_SHARE = 1e-3
+
+
+class GradientErrors(NamedTuple):
+    """What quantization did to one gradient; errors are means of abs(G - G^) / max(abs(G)).
+
+    Attributes:
+        all: over all gradients.
+        large: over the top share alpha of abs(G).
+        clipped: share of abs(G) > gamma * g_max.
+        zero: share of codes that are 0.
+    """
+
+    all: Tensor
+    large: Tensor
+    clipped: Tensor
+    zero: Tensor
+
+
+def gradient_errors(gradient: Tensor, codes: Tensor, step: Tensor, gamma: Tensor, alpha: float) -> GradientErrors:
+    """Errors of a quantized gradient, each 0-dim.
+
+    Args:
+        gradient: G, FP32, any shape.
+        codes: of its shape.
+        step: step size of the codes, 0-dim.
+        gamma: share of the largest gradient that the interval spans, 0-dim.
+        alpha: share of gradients that count as large.
+
+    >>> g = torch.tensor([0.0, 0.5, 2.0])
+    >>> errors = gradient_errors(g, torch.tensor([0.0, 1.0, 1.0]), torch.tensor(1.0), torch.tensor(0.5), 0.3)
+    >>> [round(float(e), 2) for e in errors]
+    [0.25, 0.5, 0.33, 0.33]
+    """
+    magnitude = gradient.abs().flatten()
+    large = magnitude.topk(max(1, int(alpha * magnitude.numel())))
+    error = (gradient - codes * step).abs().flatten() / large.values[0]
+    return GradientErrors(
+        all=error.mean(),
+        large=error[large.indices].mean(),
+        clipped=(magnitude > gamma * large.values[0]).float().mean(),
+        zero=(codes == 0).float().mean(),
+    )
+
+
+class GradientQuantizer(Quantizer):
+    """Stochastic rounding of a gradient to b bits within [-gamma * g_max, gamma * g_max].
+
+    ``c = gamma * max(abs(G)); d = 2c / (2^b - 2); codes = clamp(round(G / d + U(-1/2, 1/2)))``, per tensor
+    (arXiv 2407.12637, eq. 3). A gradient that is not finite, or all zero, passes through as it is and counts for nothing.
+
+    Args:
+        bits: 2..16.
+        interval: how gamma starts and moves.
+
+    Attributes:
+        noise: where the rounding noise comes from; set by who runs the training.
+        clipped: gradients beyond the interval since the last optimizer step.
+        total: gradients seen since then.
+        restarts: whether gamma starts anew with the next gradient.
+        observes: whether the errors of the next gradient are measured, into ``errors``.
+
+    >>> from lightning_quant.gradient import MinMaxInterval
+    >>> quantizer = GradientQuantizer(4, MinMaxInterval())
+    >>> quantizer.noise = NoiseSource(seed=0)
+    >>> quantizer.quantize(torch.tensor([1.0, -7.0, 7.0])).values.tolist()
+    [1.0, -7.0, 7.0]
+    """
+
+    gamma: Tensor
+
+    def __init__(self, bits: int, interval: IntervalStrategy) -> None:
+        super().__init__(bits)
+        self.interval = interval
+        self.noise: NoiseSource | None = None
+        self.clipped: Tensor | None = None
+        self.total: Tensor | None = None
+        self.restarts = False
+        self.observes = False
+        self.errors: GradientErrors | None = None
+        self.register_buffer("gamma", torch.tensor(float("nan")))
+
+    @property
+    def grid(self) -> Grid:
+        """-(2^(b-1)-1) .. 2^(b-1)-1."""
+        return symmetric_grid(self.bits)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Start gamma from abs(G) in ``x``; waits for a gradient that is finite and not all zero."""
+        largest = float(x.max())
+        if 0 < largest < float("inf"):
+            self.gamma.copy_(self.interval.start(x, self.bits))
+            self.ready, self.restarts = True, False
+
+    @torch.no_grad()
+    def quantize(self, gradient: Tensor) -> Codes:
+        """Codes of a gradient of any shape and their step size; the gradient is not written to.
+
+        Raises:
+            QuantizationError: in a network that is trained without the callback.
+        """
+        if self.noise is None:
+            raise QuantizationError(
+                "A network with quantized gradients is trained without anybody moving its intervals: add"
+                " lightning_quant.GradientQuantization(...) to the Trainer's callbacks, or call"
+                " lightning_quant.strip(module) to train it in float."
+            )
+        values = _dense(gradient.float())
+        if not self.ready or self.restarts:
+            self.initialise(values.abs())
+        low, high = values.aminmax()
+        threshold = self.gamma * torch.maximum(-low, high)
+        usable = threshold.isfinite() & (threshold > 0)
+        if self.interval.counts:
+            self._count(values.abs().gt_(threshold).sum(), usable, values.numel())
+        step = torch.where(usable, threshold / self.grid.high, 1.0)
+        noise = self.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())
+        codes = encode(values, step, self.grid, noise=noise, out=noise)
+        if self.observes:
+            alpha = getattr(self.interval, "alpha", LARGE_SHARE)
+            self.errors = gradient_errors(values, codes, step, self.gamma, alpha)
+            self.observes = False
+        return Codes(torch.where(usable, codes, values, out=codes), step, self.grid)
+
+    def _count(self, clipped: Tensor, usable: Tensor, numel: int) -> None:
+        clipped, total = torch.where(usable, clipped, 0.0), usable * numel
+        self.clipped = clipped if self.clipped is None else self.clipped + clipped
+        self.total = total if self.total is None else self.total + total
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The quantized gradient ``codes * step``, of the shape and dtype of ``x``."""
+        codes = self.quantize(x)
+        assert codes.scale is not None
+        return (codes.values * codes.scale).to(x.dtype)
+
+
+def _dense(values: Tensor) -> Tensor:
+    """The tensor itself where its elements lie side by side in memory, in whatever order; else a copy that does."""
+    formats = [torch.contiguous_format]
+    formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(values.dim(), [])
+    return values if any(values.is_contiguous(memory_format=f) for f in formats) else values.contiguous()

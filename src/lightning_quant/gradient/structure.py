@@ -1,0 +1,118 @@
+"""Swapping a module's layers for quantized ones, and describing that in a checkpoint so that it can be rebuilt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError
+from lightning_quant.functional.grid import FLOAT_BITS
+from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
+from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.nn import Bits, swap
+from lightning_quant.nn.layers import QUANTIZERS, Execution, QuantizedLayer
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+
+METHOD = "gradient_quantization"
+VERSION = 1
+# Strict loading into a float module names the keys that it did not expect: this one says what to do.
+HINT = (
+    "lightning_quant: this checkpoint is quantized; add GradientQuantization to the Trainer's callbacks, or load it with"
+    " lightning_quant.load_from_checkpoint(YourModule, path)"
+)
+
+
+def quantize_layers(
+    module: nn.Module, chosen: dict[str, Bits], interval: IntervalStrategy, execution: Execution = "simulated"
+) -> dict[str, QuantizedLayer]:
+    """Swap the chosen layers in place.
+
+    Args:
+        module: any module.
+        chosen: bit-widths by the layer's name in ``module``.
+        interval: strategy of the gradient quantizers.
+        execution: "integer" runs products on int8 codes where they fit.
+
+    Returns:
+        the quantized layers by name.
+    """
+    layers = {}
+    for name, bits in chosen.items():
+        layers[name] = swap(
+            module.get_submodule(name),
+            None if bits.activation == FLOAT_BITS else LearnedQuantizer(bits.activation),
+            None if bits.weight == FLOAT_BITS else LearnedQuantizer(bits.weight, signed=True),
+            None if bits.gradient == FLOAT_BITS else GradientQuantizer(bits.gradient, interval),
+            execution,
+        )
+    guard_loading(module)
+    return layers
+
+
+def layer_bits(layer: QuantizedLayer) -> Bits:
+    """Bit-widths of a quantized layer."""
+    by_kind: dict[str, Quantizer | None] = {name: getattr(layer, name) for name in QUANTIZERS}
+    widths = {name: FLOAT_BITS if q is None else q.bits for name, q in by_kind.items()}
+    return Bits(widths["weight_quantizer"], widths["input_quantizer"], widths["gradient_quantizer"])
+
+
+def describe(module: nn.Module) -> dict[str, Any]:
+    """The quantized structure of a module, in numbers and strings only."""
+    layers = {name: list(layer_bits(layer)) for name, layer in quantized_layers(module)}
+    return {"version": VERSION, "method": METHOD, "layers": layers}
+
+
+def rebuild(module: nn.Module, description: dict[str, Any]) -> None:
+    """Give a float module the structure that :func:`describe` wrote; leaves a quantized one as it is.
+
+    Raises:
+        CheckpointError: an unknown version, or layers that the module does not have.
+    """
+    if description.get("version") != VERSION:
+        raise CheckpointError(
+            f"The checkpoint has version {description.get('version')} of the quantized structure, this lightning_quant"
+            f" reads version {VERSION}: load it with the lightning_quant that wrote it."
+        )
+    if any(True for _ in quantized_layers(module)):
+        return
+    known = dict(module.named_modules())
+    missing = [name for name in description["layers"] if name not in known]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
+            " does not have: build the module with the arguments it was trained with."
+        )
+    chosen = {name: Bits(*bits) for name, bits in description["layers"].items()}
+    quantize_layers(module, chosen, LargeGradientInterval())
+
+
+def guard_loading(module: nn.Module) -> None:
+    """Let a quantized module load quantized and float state dicts, each strictly."""
+    if not getattr(module, "_quantized_loading", False):
+        module._quantized_loading = True  # type: ignore[assignment]
+        module.register_load_state_dict_pre_hook(_prepare_state)
+
+
+def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    state_dict.pop(prefix + HINT, None)
+    own = {
+        f"{prefix}{name}.{kind}.": getattr(layer, kind)
+        for name, layer in quantized_layers(module)
+        for kind in QUANTIZERS
+        if getattr(layer, kind) is not None
+    }
+    if not own or any(key.startswith(tuple(own)) for key in state_dict):
+        return
+    if not any(f".{kind}." in key for key in state_dict for kind in QUANTIZERS):
+        rank_zero_info("A float checkpoint is loaded into a quantized module: its ranges start from the first batch.")
+        for name, quantizer in own.items():
+            state_dict.update({name + key: value for key, value in quantizer.state_dict().items()})
+
+
+def mark(state_dict: dict[str, Tensor]) -> None:
+    """Add the key that tells a float module what to do with this state dict."""
+    state_dict[HINT] = torch.tensor(VERSION)

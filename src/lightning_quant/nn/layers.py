@@ -1,0 +1,231 @@
+"""Quantized Linear, Conv and ConvTranspose layers, by a change of class.
+
+A layer keeps its identity, its parameters, its hooks and its place in the state dict: only its class is
+exchanged for one that quantizes, and exchanged back by :func:`restore`. Nothing that holds the layer notices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_quant.functional.grid import Grid
+from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
+from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
+from lightning_quant.nn.product import GradientQuantizerLike, Recipe, quantized_product
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+
+Execution = Literal["simulated", "integer"]
+QUANTIZERS = ("input_quantizer", "weight_quantizer", "gradient_quantizer")
+LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {}
+
+
+def register(layer: type[nn.Module]) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
+    """Class decorator that makes a :class:`QuantizedLayer` the quantized form of ``layer`` (that class exactly)."""
+
+    def add(quantized: type[QuantizedLayer]) -> type[QuantizedLayer]:
+        quantized.float_class = layer
+        LAYERS[layer] = quantized
+        return quantized
+
+    return add
+
+
+class QuantizedLayer(nn.Module):
+    """Mixin of a layer class: quantizes its input, its weight, and the gradient of its output.
+
+    Made by :func:`swap`, never called. Each of the three quantizers may be None, which leaves that tensor in float.
+    A quantizer that is not ready initialises itself from the first tensor in training, and is the identity before.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    input_quantizer: Quantizer | None
+    weight_quantizer: Quantizer | None
+    gradient_quantizer: nn.Module | None
+    execution: Execution
+    weight: Tensor
+    bias: Tensor | None
+
+    def product(self, output_padding: Sequence[int] = ()) -> Product:
+        """The product of this layer with its arguments."""
+        raise NotImplementedError
+
+    def grids(self) -> list[Grid] | None:
+        """Grids of input, weight and gradient, None where one of them is in float or not yet decided."""
+        quantizers = [getattr(self, name) for name in QUANTIZERS]
+        if any(q is None or getattr(q, "signed", True) is None for q in quantizers):
+            return None
+        return [q.grid for q in quantizers]
+
+    def runs_integer(self) -> bool:
+        """Whether products run on int8 codes: asked for, and all three tensors have codes that fit int8."""
+        grids = self.grids() if self.execution == "integer" else None
+        return grids is not None and all(map(fits_int8, grids))
+
+    def quantized_forward(self, x: Tensor, product: Product) -> Tensor:
+        """Output of the layer for a batched input."""
+        # A frozen layer in evaluation mode must start too; a validation before training must not.
+        starting = self.training or torch.is_grad_enabled()
+        for quantizer, tensor in ((self.input_quantizer, x), (self.weight_quantizer, self.weight)):
+            if starting and quantizer is not None and not quantizer.ready:
+                quantizer.initialise(tensor)
+        active = [q if q is not None and q.ready else None for q in (self.input_quantizer, self.weight_quantizer)]
+        if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
+            learned = cast("list[LearnedQuantizer | None]", active)
+            gradient = cast("GradientQuantizerLike | None", self.gradient_quantizer)
+            return quantized_product(x, self.weight, self.bias, Recipe(product, *learned, gradient))
+        inputs, weight = (
+            tensor if q is None else q(tensor) for q, tensor in zip(active, (x, self.weight), strict=True)
+        )
+        output = product(inputs, weight)
+        return output if self.bias is None else output + self.bias.view(-1, *[1] * (weight.dim() - 2))
+
+
+@register(nn.Linear)
+class QuantizedLinear(QuantizedLayer, nn.Linear):
+    """``nn.Linear`` whose product runs on quantized tensors."""
+
+    def product(self, output_padding: Sequence[int] = ()) -> Product:
+        """The linear product, on int8 codes where that was asked for."""
+        return IntegerLinear() if self.runs_integer() else LinearProduct()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) to (..., out)."""
+        return self.quantized_forward(input, self.product())
+
+
+class _QuantizedConvolution(QuantizedLayer):
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...] | str
+    padding_mode: str
+    transposed: bool
+    groups: int
+    _reversed_padding_repeated_twice: list[int]
+
+    def _outer_padding(self) -> list[int] | None:
+        """What has to be padded before the product, as ``F.pad`` takes it: all that is not zeros on both sides."""
+        both_sides = self._reversed_padding_repeated_twice
+        if self.transposed:
+            return None
+        if self.padding_mode == "zeros" and both_sides[::2] == both_sides[1::2]:
+            return None
+        return both_sides
+
+    def product(self, output_padding: Sequence[int] = ()) -> Product:
+        """The convolution with this layer's arguments, by unfold on int8 codes where that was asked for."""
+        spatial = len(self.kernel_size)
+        padding = (0,) * spatial
+        if self._outer_padding() is None:
+            padding = self.padding if not isinstance(self.padding, str) else self._same_padding()
+        extra = tuple(output_padding) or (0,) * spatial
+        simple = self.groups == 1 and not self.transposed and self.runs_integer()
+        kind = IntegerConvolution if simple else ConvolutionProduct
+        return kind(self.stride, padding, self.dilation, self.transposed, extra, self.groups)
+
+    def _same_padding(self) -> tuple[int, ...]:
+        return tuple(reversed(self._reversed_padding_repeated_twice[::2]))
+
+    def _run(self, x: Tensor, output_padding: Sequence[int] = ()) -> Tensor:
+        batched = x.dim() == self.weight.dim()
+        x = x if batched else x.unsqueeze(0)
+        outer = self._outer_padding()
+        if outer is not None:
+            x = F.pad(x, outer, "constant" if self.padding_mode == "zeros" else self.padding_mode)
+        output = self.quantized_forward(x, self.product(output_padding))
+        return output if batched else output.squeeze(0)
+
+
+class _QuantizedConv(_QuantizedConvolution):
+    def forward(self, input: Tensor) -> Tensor:
+        """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
+        return self._run(input)
+
+
+class _QuantizedConvTranspose(_QuantizedConvolution):
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
+        layer = cast(Any, self)
+        spatial = len(self.kernel_size)
+        extra = layer._output_padding(
+            input, output_size, self.stride, self.padding, self.kernel_size, spatial, self.dilation
+        )
+        return self._run(input, extra)
+
+
+@register(nn.Conv1d)
+class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
+    """``nn.Conv1d`` whose product runs on quantized tensors."""
+
+
+@register(nn.Conv2d)
+class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
+    """``nn.Conv2d`` whose product runs on quantized tensors."""
+
+
+@register(nn.Conv3d)
+class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
+    """``nn.Conv3d`` whose product runs on quantized tensors."""
+
+
+@register(nn.ConvTranspose1d)
+class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
+    """``nn.ConvTranspose1d`` whose product runs on quantized tensors."""
+
+
+@register(nn.ConvTranspose2d)
+class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
+    """``nn.ConvTranspose2d`` whose product runs on quantized tensors."""
+
+
+@register(nn.ConvTranspose3d)
+class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
+    """``nn.ConvTranspose3d`` whose product runs on quantized tensors."""
+
+
+def swap(
+    layer: nn.Module,
+    input_quantizer: Quantizer | None = None,
+    weight_quantizer: Quantizer | None = None,
+    gradient_quantizer: nn.Module | None = None,
+    execution: Execution = "simulated",
+) -> QuantizedLayer:
+    """Turn a layer into its quantized form, in place.
+
+    Args:
+        layer: of one of the classes in ``LAYERS`` exactly.
+        input_quantizer: None leaves the input in float, and so for the other two.
+        weight_quantizer: see above.
+        gradient_quantizer: see above.
+        execution: "integer" multiplies int8 codes where all three tensors have them.
+
+    >>> layer = nn.Linear(4, 2)
+    >>> swap(layer, LearnedQuantizer(4), LearnedQuantizer(4, signed=True)) is layer
+    True
+    >>> type(layer).__name__, type(restore(layer)).__name__
+    ('QuantizedLinear', 'Linear')
+    """
+    layer.__class__ = LAYERS[type(layer)]
+    quantized = cast(QuantizedLayer, layer)
+    quantized.execution = execution
+    for name, quantizer in zip(QUANTIZERS, (input_quantizer, weight_quantizer, gradient_quantizer), strict=True):
+        quantized.register_module(name, quantizer)
+        if quantizer is not None:
+            quantizer.to(quantized.weight.device).train(layer.training)
+    return quantized
+
+
+def restore(layer: QuantizedLayer) -> nn.Module:
+    """Turn a quantized layer back into the float layer it was, with the weight it has now."""
+    for name in QUANTIZERS:
+        delattr(layer, name)
+    del layer.execution
+    layer.__class__ = layer.float_class  # type: ignore[assignment]
+    return layer
+
+

@@ -1,0 +1,215 @@
+"""Which layers are quantized, with how many bits, and why the others are not: a plan, before anything changes."""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, NamedTuple
+
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.functional.grid import FLOAT_BITS, check_bits
+from lightning_quant.nn.layers import LAYERS, QuantizedLayer
+
+FirstAndLast = Literal["float", "8bit", "same"]
+Patterns = str | Sequence[str] | None
+
+
+class Bits(NamedTuple):
+    """Bit-widths of weight, activation and gradient; 32 leaves a tensor in float.
+
+    >>> str(Bits(4, 4, 32))
+    '4/4/32'
+    """
+
+    weight: int
+    activation: int
+    gradient: int = FLOAT_BITS
+
+    def __str__(self) -> str:
+        return "/".join(map(str, self))
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """One row of a plan: ``bits`` is None where the layer stays in float, for the reason in ``note``."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    bits: Bits | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be quantized. Prints as a table.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+    >>> print(plan_layers(network, Bits(4, 4, 4)).summary())
+    1 of 3 layers quantized to 4/4/4 bits (weight/activation/gradient), 2 left in float.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+
+    @property
+    def chosen(self) -> dict[str, Bits]:
+        """Name and bit-widths of each layer that will be quantized."""
+        return {layer.name: layer.bits for layer in self.layers if layer.bits is not None}
+
+    def summary(self) -> str:
+        """One sentence."""
+        bits = sorted({str(bits) for bits in self.chosen.values()})
+        return (
+            f"{len(self.chosen)} of {len(self.layers)} layers quantized to {' and '.join(bits)} bits"
+            f" (weight/activation/gradient), {len(self.layers) - len(self.chosen)} left in float."
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("layer", "kind", "weight shape", "bits w/a/g", "note", box=None)
+        for layer in self.layers:
+            bits = "float" if layer.bits is None else str(layer.bits)
+            table.add_row(layer.name, layer.kind, "x".join(map(str, layer.shape)), bits, layer.note)
+        console = Console(file=io.StringIO(), width=140, color_system=None)
+        console.print(table)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()
+
+
+def plan_layers(
+    module: nn.Module,
+    bits: Bits,
+    first_and_last: FirstAndLast = "float",
+    include: Patterns = None,
+    exclude: Patterns = None,
+) -> Plan:
+    """Choose the Conv, ConvTranspose and Linear layers of a module.
+
+    Args:
+        module: any module; names are those of ``module.named_modules()``.
+        bits: for all layers but the first and the last.
+        first_and_last: "float" leaves the first and the last chosen layer (in the order of registration) in float,
+            "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them as the others.
+        include: name patterns as in ``fnmatch``, for example ``"network.layer*"``; None takes all.
+        exclude: name patterns of layers to leave in float.
+
+    Raises:
+        ConfigurationError: a bit-width out of range, a pattern that matches no layer.
+        UnsupportedModelError: no layer to quantize; a TorchScript, uninitialised, integer or complex one.
+    """
+    for name, value in bits._asdict().items():
+        check_bits(value, f"{name}_bits", allow_float=True)
+    if first_and_last not in ("float", "8bit", "same"):
+        raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
+    _check_not_script(module)
+    candidates = list(_candidates(module))
+    names = [name for name, _, _ in candidates]
+    include, exclude = _patterns(include, "include", names), _patterns(exclude, "exclude", names)
+    reasons = {name: _reason(name, reason, include, exclude) for name, _, reason in candidates}
+    chosen = [name for name in names if not reasons[name]]
+    if not chosen:
+        raise UnsupportedModelError(_nothing_chosen(module, candidates))
+    ends = {chosen[0], chosen[-1]} if first_and_last != "same" else set()
+    rows = []
+    for name, layer, _ in candidates:
+        layer_bits, note = (None, reasons[name]) if reasons[name] else (bits, "")
+        if name in ends:
+            note = "first layer" if name == chosen[0] else "last layer"
+            layer_bits = None if first_and_last == "float" else Bits(*(b if b == 32 else 8 for b in bits))
+        if layer_bits is not None:
+            _check_weight(name, layer)
+        rows.append(PlannedLayer(name, _kind(layer), tuple(layer.weight.shape), layer_bits, note))
+    plan = Plan(tuple(rows))
+    if not plan.chosen:
+        raise UnsupportedModelError(
+            f'All {len(chosen)} layers that could be quantized are the first or the last one: write first_and_last="8bit"'
+            ' or first_and_last="same" to quantize them.'
+        )
+    return plan
+
+
+def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Name, layer, and why it cannot be quantized ("" if it can), each layer once."""
+    bases = tuple(LAYERS)
+    closed: dict[str, str] = {}
+    for name, child in module.named_modules():
+        reason = next((r for prefix, r in closed.items() if name.startswith(prefix)), "")
+        if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):
+            closed[name + "."] = "inside a metric"
+        elif isinstance(child, nn.MultiheadAttention):
+            closed[name + "."] = "MultiheadAttention uses its weight and never calls it"
+        elif isinstance(child, bases):
+            known = type(child) in LAYERS or isinstance(child, QuantizedLayer)
+            yield name, child, reason or ("" if known else f"{type(child).__name__} has a forward of its own")
+
+
+def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None) -> str:
+    if reason:
+        return reason
+    if include is not None and not _matches(name, include):
+        return "not in include"
+    return "in exclude" if exclude is not None and _matches(name, exclude) else ""
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:
+    """The patterns as a list, each of which matches at least one layer."""
+    if patterns is None:
+        return None
+    found = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in found:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=4, cutoff=0.3) or names[:4]
+            raise ConfigurationError(
+                f"{argument}={pattern!r} matches none of the {len(names)} layers. Near it: {', '.join(near)}."
+                f' Patterns are those of fnmatch on the whole name, for example {argument}="*{near[0].split(".")[-1]}".'
+                if near
+                else f"{argument}={pattern!r} matches nothing: the module has no Conv and no Linear."
+            )
+    return found
+
+
+def _nothing_chosen(module: nn.Module, candidates: list[tuple[str, nn.Module, str]]) -> str:
+    if not candidates:
+        return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize."
+    reasons = "; ".join(f"{name}: {reason or 'left out by include or exclude'}" for name, _, reason in candidates[:4])
+    return f"None of the {len(candidates)} Conv and Linear layers of {type(module).__name__} is left to quantize: {reasons}."
+
+
+def _kind(layer: nn.Module) -> str:
+    return layer.float_class.__name__ if isinstance(layer, QuantizedLayer) else type(layer).__name__
+
+
+def _check_not_script(module: nn.Module) -> None:
+    import torch
+
+    for name, child in module.named_modules():
+        if isinstance(child, torch.jit.ScriptModule):
+            raise UnsupportedModelError(
+                f"{name or type(module).__name__} is a TorchScript module, whose layers cannot be exchanged: quantize the"
+                " Python module and script it afterwards."
+            )
+
+
+def _check_weight(name: str, layer: nn.Module) -> None:
+    if isinstance(layer, LazyModuleMixin) or nn.parameter.is_lazy(layer.weight):
+        raise UnsupportedModelError(
+            f"{name} is uninitialised ({type(layer).__name__}): run one forward pass through the network before it is"
+            " quantized."
+        )
+    if not layer.weight.is_floating_point():
+        raise UnsupportedModelError(
+            f"{name} has a {layer.weight.dtype} weight, and only floating point can be quantized: leave the layer out"
+            f' with exclude=["{name}"].'
+        )

@@ -1,0 +1,36 @@
+"""Back to the float network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+from torch import nn
+
+from lightning_quant.nn.layers import QuantizedLayer, restore
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Name and layer of each quantized layer, each layer once."""
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedLayer):
+            yield name, child
+
+
+def strip(module: Module) -> Module:
+    """Turn all quantized layers of a module back into plain float layers, in place, and return the module.
+
+    The weights are the float master weights that were trained; the state dict is that of the float network.
+
+    >>> from lightning_quant.nn import Bits, plan_layers, swap
+    >>> from lightning_quant.quantizers import LearnedQuantizer
+    >>> network = nn.Sequential(nn.Linear(2, 2))
+    >>> _ = swap(network[0], LearnedQuantizer(4))
+    >>> list(strip(network).state_dict())
+    ['0.weight', '0.bias']
+    """
+    for _, layer in list(quantized_layers(module)):
+        restore(layer)
+    return module

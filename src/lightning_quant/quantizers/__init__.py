@@ -1,0 +1,7 @@
+"""Quantizers as modules: the functions of ``functional`` with the state that they need."""
+
+from lightning_quant.quantizers.base import Quantizer
+from lightning_quant.quantizers.fixed import FixedQuantizer
+from lightning_quant.quantizers.learned import LearnedQuantizer
+
+__all__ = ["FixedQuantizer", "LearnedQuantizer", "Quantizer"]

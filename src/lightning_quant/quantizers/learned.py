@@ -1,0 +1,76 @@
+"""A quantizer whose range is learned."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from lightning_quant.functional.grid import Grid, fake_quantize, symmetric_grid, unsigned_grid
+from lightning_quant.quantizers.base import UNDECIDED, Quantizer
+from lightning_quant.quantizers.statistics import moments
+
+
+class LearnedQuantizer(Quantizer):
+    """Uniform, per tensor, with a learned range: [-range, range], or [0, range] for a tensor without negatives.
+
+    The range starts at three standard deviations, for one-signed tensors at those of the normal distribution
+    whose half they would be: ``3 std(x) / sqrt(1 - 2/pi)`` (arXiv 2407.12637, section 3). It is a buffer of one
+    FP32 element that requires a gradient: give ``quantizer.range`` to an optimizer to learn it.
+
+    Args:
+        bits: 2..16.
+        signed: None decides on the first tensor: "has it a negative value?"
+
+    Shape:
+        any input; the output has its shape and dtype.
+
+    >>> quantizer = LearnedQuantizer(4)
+    >>> quantizer.initialise(torch.arange(16.0))
+    >>> quantizer.signed, quantizer(torch.tensor([-1.0, 100.0])).tolist()[0]
+    (False, 0.0)
+    """
+
+    range: Tensor
+
+    def __init__(self, bits: int, signed: bool | None = None) -> None:
+        super().__init__(bits)
+        self.signed = signed
+        self.decides_sign = signed is None
+        self.last_backward = -1
+        self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
+
+    @property
+    def grid(self) -> Grid:
+        """Symmetric codes for signed tensors, 0 .. 2^b-1 for others."""
+        return unsigned_grid(self.bits) if self.signed is False else symmetric_grid(self.bits)
+
+    @property
+    def scale(self) -> Tensor:
+        """Step size ``abs(range) / largest code``, differentiable, never 0."""
+        return (self.range.abs() / self.grid.high).clamp_min(torch.finfo(torch.float32).tiny)
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Range and sign from the first tensor, over the tensors of all ranks; waits for one that is not 0."""
+        seen = moments(x.detach())
+        if not math.isfinite(seen.std) or seen.largest == 0:
+            return
+        if self.decides_sign:
+            self.signed = seen.has_negative
+        spread = 3 * seen.std / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
+        # A constant tensor has no spread, and still must be representable.
+        self.range.fill_(spread if spread > 0 else seen.largest)
+        self.ready = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
+        return fake_quantize(x, self.scale, self.grid) if self.ready else x
+
+    def _signature(self) -> list[int]:
+        return [self.bits, UNDECIDED if self.signed is None else int(self.signed)]
+
+    def _restore(self, signature: list[int]) -> None:
+        if self.decides_sign:
+            self.signed = None if signature[1] == UNDECIDED else bool(signature[1])

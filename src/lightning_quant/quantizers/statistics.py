@@ -1,0 +1,38 @@
+"""Statistics of a tensor over all ranks."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Moments(NamedTuple):
+    """Population standard deviation, largest magnitude (a bound on it over ranks), and whether any is < 0."""
+
+    std: float
+    largest: float
+    has_negative: bool
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks, in place; the tensor itself where there is one process."""
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def moments(x: Tensor) -> Moments:
+    """Of the union of all ranks' tensors, in one collective, accumulated in FP64.
+
+    >>> moments(torch.tensor([-1.0, 1.0]))
+    Moments(std=1.0, largest=1.0, has_negative=True)
+    """
+    values = x.double()
+    sums = [values.new_tensor(x.numel()), values.sum(), values.square().sum(), values.abs().max(), (values < 0).sum()]
+    count, total, squares, largest, negatives = all_reduce_sum(torch.stack(sums)).tolist()
+    mean = total / count
+    return Moments(math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)

@@ -1,0 +1,218 @@
+"""Image classification with any timm network."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.data.mixup import Mixup
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy
+
+import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with timm)
+from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
+
+Batch = tuple[Tensor, Tensor]
+
+
+class ImageClassifier(LightningModule):
+    """Trains, tests and predicts with a timm network on batches ``(images, labels)``.
+
+    Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, and with more than five
+    classes ``val/acc5`` and ``test/acc5``: shares of images in [0, 1].
+
+    A checkpoint holds what is needed to build the network, not where its first weights came from nor the
+    optimizer's settings: ``ImageClassifier.load_from_checkpoint(path)`` downloads and reads nothing else.
+
+    Args:
+        model: Any name that ``timm.list_models()`` knows; ``cifar_resnet20`` and its like are among them.
+        num_classes: Width of the classifier.
+        pretrained: Start from timm's published weights (a download).
+        checkpoint_path: Start from a local ``.safetensors``, ``.pth`` or ``.ckpt`` of the same network.
+        model_kwargs: Further arguments of ``timm.create_model``, such as ``{"in_chans": 1}``.
+        label_smoothing: Share of the target that is spread over all classes, in [0, 1).
+        mixup_alpha: Of timm's mixup in training; 0 switches it off.
+        cutmix_alpha: Of timm's cutmix in training, likewise; both on: either, drawn for each batch.
+        channels_last: Keep network and images in channels-last memory format.
+        optimizer: From parameters to an optimizer; by default SGD as for the CIFAR results of INT4 training.
+        lr_scheduler: From an optimizer to a scheduler, or ``"one_cycle"`` or ``"cosine"``: stepped every
+            batch, as long as the run, with the optimizer's learning rate as the largest.
+        scheduler_interval: When a scheduler that is given as a callable steps.
+
+    Shape:
+        images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+
+    Raises:
+        ConfigurationError: For a name that timm does not know, a number out of range, a missing
+            ``checkpoint_path``, or data with another number of classes.
+        CheckpointError: If the file's tensors are not those of the network.
+
+    Example:
+        >>> classifier = ImageClassifier("cifar_resnet20", num_classes=10, model_kwargs={"in_chans": 1})
+        >>> classifier(torch.zeros(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+        >>> ImageClassifier("resnet_18", num_classes=10)
+        Traceback (most recent call last):
+        ...
+        lightning_quant.errors.ConfigurationError: timm knows no network 'resnet_18'. Near: resnet18...
+    """
+
+    def __init__(
+        self,
+        model: str = "cifar_resnet20",
+        num_classes: int = 10,
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mixup_alpha: float = 0.0,
+        cutmix_alpha: float = 0.0,
+        channels_last: bool = False,
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
+            params, lr=0.1, momentum=0.9, weight_decay=1e-4
+        ),
+        lr_scheduler: RunSchedule | LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "epoch",
+    ) -> None:
+        super().__init__()
+        # Callables cannot be unpickled safely; the origin of the weights must not be asked for again.
+        self.save_hyperparameters(
+            ignore=["pretrained", "checkpoint_path", "optimizer", "lr_scheduler", "scheduler_interval"]
+        )
+        if num_classes < 2 or not 0 <= label_smoothing < 1 or min(mixup_alpha, cutmix_alpha) < 0:
+            raise ConfigurationError(
+                "Expected num_classes >= 2, label_smoothing in [0, 1), mixup_alpha >= 0, cutmix_alpha >= 0, "
+                f"found {num_classes}, {label_smoothing}, {mixup_alpha} and {cutmix_alpha}."
+            )
+        self.num_classes = num_classes
+        self.label_smoothing = label_smoothing
+        self.channels_last = channels_last
+        self.network = _create_network(model, num_classes, pretrained, checkpoint_path, model_kwargs or {})
+        if channels_last:
+            self.network.to(memory_format=torch.channels_last)
+        self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
+        self.metrics = nn.ModuleDict({split: _accuracies(split, num_classes) for split in ("val", "test")})
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._scheduler_interval = scheduler_interval
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        logits: Tensor = self.network(images)
+        return logits
+
+    def setup(self, stage: str) -> None:
+        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        if found != self.num_classes:
+            raise ConfigurationError(
+                f"The data has {found} classes, the network {self.num_classes}. Write num_classes={found}."
+            )
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = batch
+        if self.mixup is None:
+            loss = F.cross_entropy(self(images), labels, label_smoothing=self.label_smoothing)
+        else:
+            images, targets = _mix(self.mixup, images, labels)
+            loss = F.cross_entropy(self(images), targets)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
+        """Probabilities of the classes in FP32, ``(N, num_classes)``; labels in the batch are ignored."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self(images).float().softmax(dim=-1)  # type: ignore[no-any-return]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._optimizer(self.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        schedule = configure_schedule(
+            self._lr_scheduler, optimizer, self.trainer.estimated_stepping_batches, self._scheduler_interval
+        )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _evaluate(self, batch: Batch, split: Literal["val", "test"]) -> None:
+        images, labels = batch
+        logits = self(images).float()
+        self.log(f"{split}/loss", F.cross_entropy(logits, labels), sync_dist=True, batch_size=len(labels))
+        accuracies = self.metrics[split]
+        assert isinstance(accuracies, MetricCollection)
+        accuracies.update(logits, labels)
+        self.log_dict(accuracies, prog_bar=True, batch_size=len(labels))
+
+
+def _create_network(
+    name: str, num_classes: int, pretrained: bool, checkpoint_path: str | None, kwargs: dict[str, Any]
+) -> nn.Module:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=5)
+        raise ConfigurationError(
+            f"timm knows no network '{name}'. Near: {', '.join(near) or 'nothing'}. "
+            "timm.list_models('*resnet*') lists what there is."
+        )
+    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+        raise ConfigurationError(
+            f"No file '{checkpoint_path}'. Write checkpoint_path=FILE, a .safetensors, .pth or .ckpt file, "
+            "or leave it out to start from random weights."
+        )
+    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
+    if checkpoint_path is not None:
+        _load_weights(network, name, checkpoint_path)
+    return network
+
+
+def _load_weights(network: nn.Module, name: str, path: str) -> None:
+    def without_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        """In a checkpoint of this LightningModule all keys of the network start with 'network.'."""
+        if not state.keys().isdisjoint(network.state_dict()):
+            return state
+        return {key.removeprefix("network."): value for key, value in state.items()}
+
+    try:
+        load_checkpoint(network, path, filter_fn=without_prefix)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"'{path}' does not hold the weights of {name} with this num_classes and model_kwargs: {error}"
+        ) from error
+
+
+def _mixup(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> Mixup | None:
+    if mixup == cutmix == 0:
+        return None
+    return Mixup(  # type: ignore[no-untyped-call]
+        mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes
+    )
+
+
+def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> Batch:
+    if len(images) % 2:
+        raise ConfigurationError(
+            f"mixup and cutmix mix images in pairs, found a training batch of {len(images)}. "
+            "Write an even batch_size and drop the last, smaller batch (drop_last=True)."
+        )
+    # timm mixes in place, and the batch may be the data set itself.
+    mixed, targets = mixup(images.clone(), labels)
+    return mixed, targets
+
+
+def _accuracies(split: str, num_classes: int) -> MetricCollection:
+    accuracies = {"acc": MulticlassAccuracy(num_classes, average="micro")}
+    if num_classes > 5:
+        accuracies["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
+    return MetricCollection(dict(accuracies), prefix=f"{split}/")

@@ -1,0 +1,82 @@
+"""Learning-rate schedules that are as long as the run, and how Lightning wants any schedule described."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
+
+from lightning_quant.errors import ConfigurationError
+
+RunSchedule = Literal["one_cycle", "cosine"]
+
+
+def run_schedule(name: RunSchedule, optimizer: Optimizer, total_steps: float) -> LRScheduler:
+    """A schedule to be stepped after each of ``total_steps`` optimizer steps.
+
+    The learning rates of the optimizer's groups are the largest ones. ``one_cycle`` leaves the momentum
+    as it is.
+
+    Args:
+        name: ``one_cycle`` (up for 30 % of the steps, then down) or ``cosine`` (down to zero).
+        optimizer: Whose learning rates change.
+        total_steps: Length of the run in optimizer steps.
+
+    Raises:
+        ConfigurationError: For another name, or a run without an end.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
+        >>> schedule = run_schedule("cosine", optimizer, total_steps=2)
+        >>> optimizer.step(); schedule.step()
+        >>> round(optimizer.param_groups[0]["lr"], 6)
+        0.1
+    """
+    if not math.isfinite(total_steps) or total_steps < 1:
+        raise ConfigurationError(
+            f"lr_scheduler='{name}' is as long as the run, found a run of {total_steps} steps. "
+            "Write max_epochs or max_steps for the Trainer, or give a scheduler that needs no length."
+        )
+    steps = int(total_steps)
+    match name:
+        case "one_cycle":
+            largest = [group["lr"] for group in optimizer.param_groups]
+            return OneCycleLR(optimizer, largest, total_steps=steps, cycle_momentum=False)
+        case "cosine":
+            return CosineAnnealingLR(optimizer, T_max=steps)
+    raise ConfigurationError(
+        f"Expected 'one_cycle', 'cosine' or a scheduler class, found lr_scheduler={name!r}."
+    )
+
+
+def configure_schedule(
+    schedule: Callable[[Optimizer], Any] | RunSchedule,
+    optimizer: Optimizer,
+    total_steps: float,
+    interval: Literal["epoch", "step"],
+) -> LRSchedulerConfigType:
+    """The entry ``lr_scheduler`` of what ``configure_optimizers`` returns.
+
+    Args:
+        schedule: A name for :func:`run_schedule`, or a callable from optimizer to scheduler.
+        optimizer: Whose learning rates change.
+        total_steps: Length of the run in optimizer steps; used by name only.
+        interval: When a callable's scheduler steps; a name steps every batch. ``ReduceLROnPlateau`` watches
+            ``val/loss`` unless it was made with a ``monitor`` of its own.
+
+    Example:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.2)
+        >>> configure_schedule("one_cycle", optimizer, 10, "epoch")["interval"]
+        'step'
+    """
+    if isinstance(schedule, str):
+        return {"scheduler": run_schedule(schedule, optimizer, total_steps), "interval": "step"}
+    scheduler = schedule(optimizer)
+    if isinstance(scheduler, ReduceLROnPlateau):
+        monitor = getattr(scheduler, "monitor", "val/loss")
+        return {"scheduler": scheduler, "interval": interval, "monitor": monitor}
+    return {"scheduler": scheduler, "interval": interval}

@@ -1,0 +1,247 @@
+"""The command line: what it runs, and what it says when it cannot."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lightning_quant.cli import main
+from lightning_quant.cli.advice import VERBS
+from lightning_quant.cli.packaged import FOLDER, find, names, resolve
+
+QUICKSTART = ["--config", "quickstart.yaml"]
+QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder: packaged configs are found from anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lightning-quant"])
+    return tmp_path
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """What stderr says, which must be one line without traceback, with exit code 2."""
+    with pytest.raises(SystemExit) as stopped:
+        main(args)
+    said = capsys.readouterr().err.strip()
+    assert stopped.value.code == 2
+    last = said.splitlines()[-1]
+    assert last.startswith("lightning-quant: ")
+    assert "Traceback" not in said
+    return last
+
+
+MISTAKES = {
+    "no verb": (
+        [],
+        "A verb is missing (fit, validate, test, predict, configs, demo); try: lightning-quant fit",
+    ),
+    "config before the verb": (
+        ["--config", "x.yaml", "fit", "--trainer.max_epochs", "1"],
+        "The verb comes first: lightning-quant fit --config x.yaml --trainer.max_epochs 1",
+    ),
+    "config without a verb": (QUICKSTART, "try: lightning-quant fit --config quickstart.yaml"),
+    "unknown verb": (["fti", *QUICKSTART], "Unknown verb 'fti' (did you mean fit?)"),
+    "missing config": (
+        ["fit", "--config", "int4_training/resnet20_cifar"],
+        "did you mean int4_training/resnet20_cifar",
+    ),
+    "missing config after =": (["fit", "--config=quikstart.yaml"], "(did you mean quickstart.yaml?)"),
+    "config is a folder": (["fit", "--config", "."], "--config . is a folder"),
+    "no model": (["fit"], "Nothing given for model; write --config quickstart.yaml, or --model VALUE"),
+    "unknown class": (
+        ["fit", *QUICKSTART, "--model", "ImageClasifier"],
+        "--model: there is no class ImageClasifier (did you mean ImageClassifier?)",
+    ),
+    "unknown class with a path": (
+        ["fit", *QUICKSTART, "--data", "lightning_quant.DigitDataModule"],
+        "--data: there is no class lightning_quant.DigitDataModule (did you mean DigitsDataModule",
+    ),
+    "unknown interval": (
+        ["fit", *QUICKSTART, "--quantization.interval", "MinMax"],
+        "--quantization.interval: there is no class MinMax (did you mean MinMaxInterval?)",
+    ),
+    "class of another kind": (
+        ["fit", *QUICKSTART, "--model", "torch.nn.Linear"],
+        "--model: torch.nn.Linear is not a LightningModule",
+    ),
+    "callback without its argument": (
+        ["fit", *QUICKSTART, "--trainer.callbacks", "EarlyStopping"],
+        "needs monitor; write --trainer.callbacks EarlyStopping --trainer.callbacks.monitor VALUE",
+    ),
+    "callback without a name": (["fit", *QUICKSTART, "--trainer.callbacks"], "expected one argument"),
+    "interval without its argument": (
+        ["fit", *QUICKSTART, "--quantization.interval", "FixedInterval"],
+        "needs ratio; write --quantization.interval FixedInterval --quantization.interval.ratio VALUE",
+    ),
+    "unknown option of a class": (
+        ["fit", *QUICKSTART, "--quantization.weight_bts", "6"],
+        "GradientQuantization has no option weight_bts (did you mean weight_bits?)",
+    ),
+    "unknown option": (
+        ["fit", *QUICKSTART, "--trainr.max_epochs", "1"],
+        "There is no option --trainr.max_epochs (did you mean trainer.max_epochs",
+    ),
+    "wrong type": (
+        ["fit", *QUICKSTART, "--trainer.max_epochs", "many"],
+        "--trainer.max_epochs: Expected a <class 'int'>",
+    ),
+    "unknown packaged config": (["configs", "resnet20_cifar10"], "int4_training/resnet20_cifar10.yaml"),
+}
+
+
+@pytest.mark.parametrize(("args", "expected"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_answered_with_what_to_write(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert expected in mistake(capsys, *args)
+
+
+def test_an_unknown_key_of_a_file_is_named(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    (elsewhere / "mine.yaml").write_text("trainer:\n  max_epoch: 3\n", encoding="utf-8")
+    said = mistake(capsys, "fit", *QUICKSTART, "--config", "mine.yaml")
+    assert "trainer.max_epoch (did you mean trainer.max_epochs" in said
+
+
+def test_quantization_in_the_group_and_in_the_callbacks_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    said = mistake(capsys, "fit", *QUICKSTART, "--trainer.callbacks", "GradientQuantization")
+    assert "given twice" in said
+
+
+def test_an_error_of_the_package_is_one_message_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", "--config", "int4_training/resnet20_cifar10.yaml", "--data.root", "nowhere", *QUIET])
+    assert stopped.value.code == 1
+    assert (
+        capsys.readouterr()
+        .err.strip()
+        .splitlines()[-1]
+        .startswith("lightning-quant: No CIFAR-10 in 'nowhere'")
+    )
+
+
+def test_an_error_in_a_constructor_is_one_message_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fit", *QUICKSTART, "--quantization.weight_bits", "1"])
+    assert stopped.value.code == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("lightning-quant: ")
+    assert "weight_bits=1: expected" in last
+
+
+@pytest.mark.parametrize("way", ["option", "environment"])
+def test_debug_shows_the_traceback(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_quant.cli.advice import UsageError
+
+    if way == "environment":
+        monkeypatch.setenv("LIGHTNING_QUANT_DEBUG", "1")
+    with pytest.raises(UsageError):
+        main(["fit", "--config", "nowhere.yaml", *(["--debug"] if way == "option" else [])])
+
+
+@pytest.mark.parametrize(
+    "given", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "./quickstart.yaml"]
+)
+def test_a_packaged_config_is_found_from_any_folder(given: str) -> None:
+    assert find(given) == FOLDER / "quickstart.yaml"
+
+
+def test_a_local_file_goes_before_the_packaged_one(elsewhere: Path) -> None:
+    (elsewhere / "quickstart.yaml").touch()
+    assert find("quickstart.yaml") == Path("quickstart.yaml")
+
+
+def test_only_the_values_of_config_are_resolved() -> None:
+    path = str(FOLDER / "quickstart.yaml")
+    assert resolve(["fit", "-c", "quickstart", "--config=quickstart", "--x", "quickstart"]) == [
+        "fit", "-c", path, f"--config={path}", "--x", "quickstart",
+    ]  # fmt: skip
+    untouched = ["fit", "--config", "trainer: {max_epochs: 1}", "--config", "s3://bucket/x.yaml", "--config"]
+    assert resolve(untouched) == untouched
+
+
+def test_configs_lists_every_config_with_its_description(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs"])
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == names()
+    assert all(len(line.split(maxsplit=1)[1]) > 10 for line in listed)
+
+
+def test_configs_prints_one(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["configs", "quickstart.yaml"])
+    assert capsys.readouterr().out == (FOLDER / "quickstart.yaml").read_text(encoding="utf-8")
+
+
+def test_help_and_version_need_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--help"])
+    text = capsys.readouterr().out
+    assert all(verb in text for verb in VERBS)
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("lightning-quant 0.")
+
+
+def test_the_verbs_are_those_of_the_lightning_cli_and_our_two() -> None:
+    from lightning_quant.cli.lightning_cli import QuantizationCLI
+
+    assert {*QuantizationCLI.subcommands(), "configs", "demo"} == set(VERBS)
+
+
+def test_fit_saves_a_config_and_a_checkpoint_that_test_takes(elsewhere: Path) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    bits = ["--quantization.weight_bits=6", "--quantization.gradient_bits=5"]
+    main(["fit", *QUICKSTART, *QUIET, *short, *bits])
+    saved = elsewhere / "lightning_logs" / "version_0" / "config.yaml"
+    quantization = yaml.safe_load(saved.read_text(encoding="utf-8"))["quantization"]["init_args"]
+    found = [quantization[f"{tensor}_bits"] for tensor in ("weight", "activation", "gradient")]
+    assert found == [6, 4, 5]
+    checkpoint = next(elsewhere.rglob("last.ckpt"))
+    main(
+        [
+            "test",
+            "--config",
+            str(saved),
+            *QUIET,
+            "--ckpt_path",
+            str(checkpoint),
+            "--trainer.limit_test_batches=1",
+        ]
+    )
+
+
+def test_fit_runs_without_quantization() -> None:
+    main(["fit", *QUICKSTART, *QUIET, "--trainer.fast_dev_run=1", "--quantization", "null"])
+
+
+# What is imported, counted in a fresh process.
+
+
+def imported_by(*args: str, main: str = "lightning_quant.cli import main") -> set[str]:
+    """Modules that a command line has imported when it ends."""
+    code = (
+        f"import sys\nfrom {main}\ntry: main(args={list(args)!r})\nexcept SystemExit: pass\n"
+        "print('\\n#', *sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.rpartition("\n#")[2].split())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [["--help"], ["configs"], ["demo", "--help"], ["fti"], ["fit", "--config", "nowhere.yaml"]],
+    ids=" ".join,
+)
+def test_answers_that_need_no_torch_import_none(args: list[str]) -> None:
+    assert not {"torch", "lightning", "numpy", "jsonargparse"} & imported_by(*args)
+
+
+def test_help_of_a_verb_imports_no_more_libraries_than_a_bare_lightning_cli() -> None:
+    bare = imported_by("fit", "--help", main="lightning.pytorch.cli import LightningCLI as main")
+    ours = imported_by("fit", "--help")
+    libraries = {name.partition(".")[0] for name in ours} - {name.partition(".")[0] for name in bare}
+    assert libraries - set(sys.stdlib_module_names) == {"lightning_quant"}

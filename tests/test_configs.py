@@ -1,0 +1,112 @@
+"""Every packaged config is parsed and instantiated."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_quant import GradientQuantization, ImageClassifier, LargeGradientInterval
+from lightning_quant.cli.lightning_cli import QuantizationCLI, build
+from lightning_quant.cli.packaged import FOLDER, describe, names
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty image folder, in an empty working folder."""
+    for split in ("train", "val"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def instantiate(name: str, root: Path, *options: str) -> QuantizationCLI:
+    """The model, data and trainer of a packaged config; nothing runs."""
+    place = [] if name == "quickstart.yaml" else [f"--data.root={root}"]
+    return build(
+        [
+            "--config",
+            str(FOLDER / name),
+            *place,
+            "--trainer.accelerator=cpu",
+            "--trainer.devices=1",
+            *options,
+        ],
+        run=False,
+    )
+
+
+def quantization(cli: QuantizationCLI) -> list[GradientQuantization]:
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, GradientQuantization)]
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_config_is_instantiated(name: str, root: Path) -> None:
+    cli = instantiate(name, root)
+    assert isinstance(cli.model, ImageClassifier)
+    assert len(quantization(cli)) == 1
+    assert isinstance(cli.config_init["quantization"].interval, LargeGradientInterval)
+    assert cli.trainer.max_epochs
+    if name != "quickstart.yaml":
+        assert cli.datamodule.root == str(root)
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_config_says_what_it_is_and_how_to_run_it(name: str) -> None:
+    text = (FOLDER / name).read_text(encoding="utf-8")
+    assert describe(name)
+    assert f"lightning-quant fit --config {name}" in text
+    assert "--quantization.weight_bits" in text
+    assert "--quantization null" in text
+
+
+@pytest.mark.parametrize("classes", [10, 100])
+def test_the_cifar_recipe_is_the_papers(classes: int) -> None:
+    config = yaml.safe_load(
+        (FOLDER / f"int4_training/resnet20_cifar{classes}.yaml").read_text(encoding="utf-8")
+    )
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert config["trainer"]["max_epochs"] == 160
+    assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}
+    assert model["lr_scheduler"]["init_args"] == {"milestones": [80, 120], "gamma": 0.1}
+    assert (data["batch_size"], data["validation_images"], data["classes"]) == (128, 0, classes)
+    assert model["num_classes"] == classes
+
+
+def test_bits_and_interval_are_overrides(root: Path) -> None:
+    options = [
+        "weight_bits=8",
+        "activation_bits=6",
+        "gradient_bits=5",
+        "interval=FixedInterval",
+        "interval.ratio=0.6",
+    ]
+    cli = instantiate("quickstart.yaml", root, *(f"--quantization.{option}" for option in options))
+    given = cli.config["quantization"]["init_args"]
+    assert (given["weight_bits"], given["activation_bits"], given["gradient_bits"]) == (8, 6, 5)
+    assert given["interval"]["init_args"]["ratio"] == 0.6
+    (callback,) = quantization(cli)
+    assert callback.bits.weight == 8
+
+
+def test_null_trains_in_float(root: Path) -> None:
+    assert quantization(instantiate("quickstart.yaml", root, "--quantization=null")) == []
+
+
+@pytest.mark.parametrize("class_path", ["GradientQuantization", "lightning_quant.GradientQuantization"])
+def test_without_a_config_the_group_takes_a_class_or_only_its_options(class_path: str) -> None:
+    model = [
+        "--model=ImageClassifier",
+        "--data=lightning_quant.DigitsDataModule",
+        "--trainer.accelerator=cpu",
+    ]
+    assert quantization(build(model, run=False)) == []
+    assert len(quantization(build([*model, f"--quantization={class_path}"], run=False))) == 1
+    (callback,) = quantization(build([*model, "--quantization.gradient_bits=6"], run=False))
+    assert callback.bits.gradient == 6
+
+
+def test_quantization_is_set_up_before_the_other_callbacks(root: Path) -> None:
+    cli = instantiate("quickstart.yaml", root)
+    assert cli.trainer.callbacks[0] is cli.config_init["quantization"]  # type: ignore[attr-defined]
