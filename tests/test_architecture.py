@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "report": _METHOD | _METHODS | {"metrics"},
     "models": {"errors"},
     "data": {"errors"},
-    "tasks": {"errors", "models", "data", "metrics"},
+    "tasks": {"errors", "models", "data", "metrics", "export"},
     # On top: they put the rooms together, and the lazy public names may be used there.
     "demo": _EVERYTHING | {""},
     "cli": _EVERYTHING | {"", "demo"},

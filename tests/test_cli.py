@@ -118,12 +118,7 @@ def test_an_error_of_the_package_is_one_message_and_exit_code_1(capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "int4_training/resnet20_cifar10.yaml", "--data.root", "nowhere", *QUIET])
     assert stopped.value.code == 1
-    assert (
-        capsys.readouterr()
-        .err.strip()
-        .splitlines()[-1]
-        .startswith("lightning-quant: No CIFAR-10 in 'nowhere'")
-    )
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("lightning-quant: No CIFAR-10 in 'nowhere'")
 
 
 def test_an_error_in_a_constructor_is_one_message_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,9 +140,7 @@ def test_debug_shows_the_traceback(way: str, monkeypatch: pytest.MonkeyPatch) ->
         main(["fit", "--config", "nowhere.yaml", *(["--debug"] if way == "option" else [])])
 
 
-@pytest.mark.parametrize(
-    "given", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "./quickstart.yaml"]
-)
+@pytest.mark.parametrize("given", ["quickstart", "quickstart.yaml", "configs/quickstart.yaml", "./quickstart.yaml"])
 def test_a_packaged_config_is_found_from_any_folder(given: str) -> None:
     assert find(given) == FOLDER / "quickstart.yaml"
 
@@ -224,8 +217,7 @@ def test_fit_runs_without_quantization() -> None:
 def imported_by(*args: str, main: str = "lightning_quant.cli import main") -> set[str]:
     """Modules that a command line has imported when it ends."""
     code = (
-        f"import sys\nfrom {main}\ntry: main(args={list(args)!r})\nexcept SystemExit: pass\n"
-        "print('\\n#', *sys.modules)"
+        f"import sys\nfrom {main}\ntry: main(args={list(args)!r})\nexcept SystemExit: pass\nprint('\\n#', *sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.rpartition("\n#")[2].split())

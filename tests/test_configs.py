@@ -63,9 +63,7 @@ def test_every_config_says_what_it_is_and_how_to_run_it(name: str) -> None:
 
 @pytest.mark.parametrize("classes", [10, 100])
 def test_the_cifar_recipe_is_the_papers(classes: int) -> None:
-    config = yaml.safe_load(
-        (FOLDER / f"int4_training/resnet20_cifar{classes}.yaml").read_text(encoding="utf-8")
-    )
+    config = yaml.safe_load((FOLDER / f"int4_training/resnet20_cifar{classes}.yaml").read_text(encoding="utf-8"))
     model, data = config["model"]["init_args"], config["data"]["init_args"]
     assert config["trainer"]["max_epochs"] == 160
     assert model["optimizer"]["init_args"] == {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-4}

@@ -20,9 +20,7 @@ def test_the_readme_opens_with_title_sentence_and_the_two_commands() -> None:
 
 
 def test_ci_runs_the_second_command_as_the_readme_has_it() -> None:
-    shown = subprocess.run(
-        [ROOT / ".ci" / "run", "--print-command"], capture_output=True, text=True, check=True
-    )
+    shown = subprocess.run([ROOT / ".ci" / "run", "--print-command"], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == fenced_blocks()[1]
 
 
@@ -30,9 +28,7 @@ def test_ci_follows_the_readme(tmp_path: Path) -> None:
     (tmp_path / ".ci").mkdir()
     script = tmp_path / ".ci" / "run"
     script.write_bytes((ROOT / ".ci" / "run").read_bytes())
-    (tmp_path / "README.md").write_text(
-        "# x\n```\none\n```\n\n```bash\ntwo && three\n```\n", encoding="utf-8"
-    )
+    (tmp_path / "README.md").write_text("# x\n```\none\n```\n\n```bash\ntwo && three\n```\n", encoding="utf-8")
     shown = subprocess.run(["bash", script, "--print-command"], capture_output=True, text=True, check=True)
     assert shown.stdout == "two && three\n"
 

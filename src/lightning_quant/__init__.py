@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_quant.data import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
     from lightning_quant.errors import QuantizationError
+    from lightning_quant.export import load_from_checkpoint
     from lightning_quant.gradient import (
         FixedInterval,
         GradientQuantization,
         LargeGradientInterval,
         MinimumErrorInterval,
         MinMaxInterval,
-        load_from_checkpoint,
-        strip,
     )
+    from lightning_quant.nn import strip
     from lightning_quant.tasks import ImageClassifier
 
 __version__ = "0.1.0"
@@ -53,8 +53,8 @@ _HOME = {
     "MinMaxInterval": "gradient",
     "MinimumErrorInterval": "gradient",
     "QuantizationError": "errors",
-    "load_from_checkpoint": "gradient",
-    "strip": "gradient",
+    "load_from_checkpoint": "export",
+    "strip": "nn",
 }
 
 

@@ -30,9 +30,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def _module(root: Path, **arguments: Any) -> ImageFolderDataModule:
-    return ImageFolderDataModule(
-        str(root), **{"image_size": 32, "num_workers": 0, "batch_size": 8, **arguments}
-    )
+    return ImageFolderDataModule(str(root), **{"image_size": 32, "num_workers": 0, "batch_size": 8, **arguments})
 
 
 def _dataset(loader: Any) -> Any:
@@ -101,8 +99,7 @@ def test_a_held_out_share_validates_instead_and_val_tests(root: Path) -> None:
 
 def test_loading_in_workers_gives_the_same_images(root: Path) -> None:
     here, there = (
-        torch.cat([images for images, _ in _module(root, num_workers=workers).test_dataloader()])
-        for workers in (0, 1)
+        torch.cat([images for images, _ in _module(root, num_workers=workers).test_dataloader()]) for workers in (0, 1)
     )
     assert torch.equal(here, there)
 

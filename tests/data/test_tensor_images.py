@@ -71,9 +71,7 @@ def test_a_subset_fetches_its_own_indices() -> None:
 def test_fetching_leaves_the_stored_images_as_they_were() -> None:
     images = _images(4)
     before = images.clone()
-    TensorImages(images, torch.arange(4), (0.5,) * 3, (0.5,) * 3, RandomCropFlip(2)).__getitems__(
-        [0, 1, 2, 3]
-    )
+    TensorImages(images, torch.arange(4), (0.5,) * 3, (0.5,) * 3, RandomCropFlip(2)).__getitems__([0, 1, 2, 3])
     assert torch.equal(images, before)
 
 

@@ -11,9 +11,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.models import CIFARResNet
 
 
-@pytest.mark.parametrize(
-    ("depth", "published_millions"), [(20, 0.27), (32, 0.46), (56, 0.85)], ids=["20", "32", "56"]
-)
+@pytest.mark.parametrize(("depth", "published_millions"), [(20, 0.27), (32, 0.46), (56, 0.85)], ids=["20", "32", "56"])
 def test_has_the_published_number_of_parameters_and_layers(depth: int, published_millions: float) -> None:
     network = timm.create_model(f"cifar_resnet{depth}", num_classes=10)
     parameters = sum(parameter.numel() for parameter in network.parameters())

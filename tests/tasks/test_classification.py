@@ -93,18 +93,13 @@ def test_default_optimizer_is_the_recipes() -> None:
 
 def test_accuracies_are_shares_of_all_images_however_batches_fall(tmp_path: Path) -> None:
     classifier = _classifier()
-    results = [
-        _trainer(tmp_path).test(classifier, _loader(50, batch_size=size), verbose=False)[0]
-        for size in (7, 50)
-    ]
+    results = [_trainer(tmp_path).test(classifier, _loader(50, batch_size=size), verbose=False)[0] for size in (7, 50)]
     images, labels = next(iter(_loader(50, batch_size=50)))
     ranks = (classifier.eval()(images).argsort(descending=True) == labels[:, None]).float()
     for result in results:
         assert result["test/acc"] == pytest.approx(ranks[:, 0].mean().item())
         assert result["test/acc5"] == pytest.approx(ranks[:, :5].sum(1).mean().item())
-        assert result["test/loss"] == pytest.approx(
-            F.cross_entropy(classifier(images), labels).item(), abs=1e-5
-        )
+        assert result["test/loss"] == pytest.approx(F.cross_entropy(classifier(images), labels).item(), abs=1e-5)
 
 
 def test_few_classes_have_no_top_five(tmp_path: Path) -> None:
@@ -188,9 +183,7 @@ def test_starts_from_a_local_file(suffix: str, tmp_path: Path) -> None:
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(_classifier().network.state_dict(), path)
-    with pytest.raises(
-        CheckpointError, match=r"does not hold the weights of cifar_resnet32(.|\n)*Missing key"
-    ):
+    with pytest.raises(CheckpointError, match=r"does not hold the weights of cifar_resnet32(.|\n)*Missing key"):
         _classifier(model="cifar_resnet32", checkpoint_path=str(path))
     with pytest.raises(CheckpointError, match=r"linear\.weight"):
         _classifier(num_classes=7, checkpoint_path=str(path))
@@ -212,9 +205,7 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], found: str) -> Non
 
 
 def test_data_with_another_number_of_classes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(
-        ConfigurationError, match=r"data has 10 classes, the network 7\. Write num_classes=10"
-    ):
+    with pytest.raises(ConfigurationError, match=r"data has 10 classes, the network 7\. Write num_classes=10"):
         _trainer(tmp_path).fit(_classifier(num_classes=7), DigitsDataModule())
 
 

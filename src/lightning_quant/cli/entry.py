@@ -55,9 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
 def _dispatch(argv: list[str]) -> None:
     match argv:
         case ["-h" | "--help", *_]:
-            print(
-                _HELP.format(verbs="\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())), end=""
-            )
+            print(_HELP.format(verbs="\n".join(f"  {verb:<12}{text}" for verb, text in VERBS.items())), end="")
             return
         case ["--version", *_]:
             print(f"lightning-quant {__version__}")
@@ -90,9 +88,7 @@ def _configs(argv: Sequence[str]) -> None:
 
 def _demo(argv: Sequence[str]) -> None:
     parser = ArgumentParser("lightning-quant demo", description=VERBS["demo"])
-    parser.add_argument(
-        "--output", type=Path, default=Path("demo"), help="folder for the results (default: demo)"
-    )
+    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
     options = parser.parse_args(argv)
     from lightning_quant.demo import main as demo  # takes seconds: torch and Lightning

@@ -73,8 +73,7 @@ class QuantizationCLI(LightningCLI):
         others = others if isinstance(others, list) else [others]
         if any(isinstance(callback, GradientQuantization) for callback in others):
             raise UsageError(
-                "GradientQuantization is given twice, as `quantization` and in `trainer.callbacks`; "
-                "keep one of them."
+                "GradientQuantization is given twice, as `quantization` and in `trainer.callbacks`; keep one of them."
             )
         # First, because a callback that copies the weights in `setup` (EMA) must see the quantized layers.
         return super().instantiate_trainer(**{**kwargs, "callbacks": [chosen, *others]})

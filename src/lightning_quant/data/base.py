@@ -94,9 +94,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     num_classes: int
 
-    def __init__(
-        self, batch_size: int, num_workers: int = 0, pin_memory: bool | None = None, seed: int = 0
-    ) -> None:
+    def __init__(self, batch_size: int, num_workers: int = 0, pin_memory: bool | None = None, seed: int = 0) -> None:
         super().__init__()
         if batch_size < 1 or num_workers < 0:
             raise ConfigurationError(

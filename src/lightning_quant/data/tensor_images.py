@@ -36,9 +36,7 @@ class RandomCropFlip:
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ConfigurationError(
-                f"Expected padding >= 0, found {self.padding}. Write for example padding=4."
-            )
+            raise ConfigurationError(f"Expected padding >= 0, found {self.padding}. Write for example padding=4.")
 
     def __call__(self, images: Tensor) -> Tensor:
         number, _, height, width = images.shape

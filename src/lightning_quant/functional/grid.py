@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.functional.blocks import blocks, is_dense
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 16, 32
 _NEXT_TO_ONE = torch.finfo(torch.float32).eps
@@ -68,20 +69,28 @@ def encode(
         x: any shape.
         scale: step size, broadcastable to ``x``, positive.
         grid: smallest and largest code.
-        zero_point: code of the real number 0, broadcastable to ``x``; 0 where left out.
+        zero_point: code of the real number 0, of the shape of ``scale``; 0 where left out.
         noise: broadcastable to ``x``, in units of the step.
-        out: where to write, of the shape of ``x``; may be ``noise`` itself.
+        out: where to write, of the shape and strides of ``x``; may be ``noise`` itself.
 
     >>> encode(torch.tensor([-2.0, 0.25, 0.5, 1.5, 9.0]), torch.tensor(1.0), Grid(0, 7)).tolist()
     [0.0, 0.0, 0.0, 2.0, 7.0]
     """
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        values = x if x.dtype == torch.float64 else x.float()
-        if noise is None:
-            codes = torch.div(values, scale, out=out)
-        else:
-            codes = torch.addcdiv(noise, values, scale, out=out)
-        return round_to_grid(codes, grid, zero_point)
+        if scale.dim() or (noise is not None and noise.stride() != x.stride()) or not is_dense(x):
+            return _encode(x.to(dtype), scale, grid, zero_point, noise, out)
+        codes = torch.empty_like(x, dtype=dtype) if out is None else out
+        for values, block, *rest in blocks(x, codes, *([] if noise is None else [noise])):
+            _encode(values.to(dtype), scale, grid, zero_point, rest[0] if rest else None, block)
+        return codes
+
+
+def _encode(
+    x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None, noise: Tensor | None, out: Tensor | None
+) -> Tensor:
+    codes = torch.div(x, scale, out=out) if noise is None else torch.addcdiv(noise, x, scale, out=out)
+    return round_to_grid(codes, grid, zero_point)
 
 
 def round_to_grid(positions: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
@@ -92,21 +101,10 @@ def round_to_grid(positions: Tensor, grid: Grid, zero_point: Tensor | None = Non
     return positions.clamp_(grid.low, grid.high)
 
 
-def mask_gradient(grad: Tensor, positions: Tensor, grid: Grid) -> Tensor:
-    """``grad`` where ``low <= positions <= high``, else 0: the gradient of the clamp, in one pass.
-
-    Args:
-        grad: floating point, any shape.
-        positions: ``x / scale``, FP32, of the shape of ``grad``.
-
-    >>> mask_gradient(torch.ones(4), torch.tensor([-0.1, 0.0, 15.0, 15.1]), unsigned_grid(4)).tolist()
-    [0.0, 1.0, 1.0, 0.0]
-    """
-    # hardtanh_backward excludes its bounds; the next FP32 numbers beyond make it include the grid's.
+def clamp_bounds(grid: Grid) -> tuple[float, float]:
+    """The next FP32 numbers beyond the grid: the open interval of positions that no clamp moves."""
     low = -_NEXT_TO_ZERO if grid.low == 0 else grid.low * (1 + _NEXT_TO_ONE)
-    return torch.ops.aten.hardtanh_backward(  # type: ignore[no-any-return]
-        grad.to(positions.dtype), positions, low, grid.high * (1 + _NEXT_TO_ONE)
-    )
+    return low, grid.high * (1 + _NEXT_TO_ONE)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:

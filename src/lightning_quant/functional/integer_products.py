@@ -155,9 +155,7 @@ class IntegerConvolution(ConvolutionProduct):
         sizes = [length + 2 * pad for length, pad in zip(x_shape[2:], self.padding, strict=True)]
         padded = columns.new_zeros(batch, channels, *sizes)
         parts = columns.view(batch, *output_size, channels, -1).movedim(-2, 1)
-        for view, part in zip(
-            self._windows(padded, kernel, output_size), parts.unbind(-1), strict=True
-        ):
+        for view, part in zip(self._windows(padded, kernel, output_size), parts.unbind(-1), strict=True):
             view += part
         inner = tuple(slice(p, p + n) for p, n in zip(self.padding, x_shape[2:], strict=True))
         return padded[(slice(None), slice(None), *inner)]

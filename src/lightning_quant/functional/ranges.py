@@ -50,9 +50,7 @@ def percentile(x: Tensor, keep: float, axis: int | None = None) -> tuple[Tensor,
     return _squeeze(low, flat.kthvalue(flat.shape[1] - cut, dim=1).values, axis)
 
 
-def scale_and_zero_point(
-    low: Tensor, high: Tensor, bits: int, symmetric: bool
-) -> tuple[Tensor, Tensor | None, Grid]:
+def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None, Grid]:
     """Step size, zero point (None for a symmetric grid) and grid that cover [low, high] and hold 0 exactly.
 
     A range of width 0 gets the smallest normal step, so that it can be divided by.

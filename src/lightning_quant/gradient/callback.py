@@ -17,7 +17,7 @@ from lightning_quant.gradient.logs import layer_metrics
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.structure import describe, layer_bits, mark, quantize_layers
+from lightning_quant.gradient.structure import layer_bits, mark, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.layers import Execution, QuantizedLayer
 from lightning_quant.nn.selection import FirstAndLast, Patterns
@@ -99,7 +99,9 @@ class GradientQuantization(pl.Callback):
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
         if not present:
-            rank_zero_info(f"{plan}\nGradients by {type(self.interval).__name__}; products are {self._execution_note()}.")
+            rank_zero_info(
+                f"{plan}\nGradients by {type(self.interval).__name__}; products are {self._execution_note()}."
+            )
             present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution)
         elif {name: layer_bits(layer) for name, layer in present.items()} != plan.chosen:
             raise QuantizationError(
@@ -156,8 +158,18 @@ class GradientQuantization(pl.Callback):
     ) -> None:
         """Log what was observed."""
         metrics = layer_metrics(self._gradient_quantizers())
+        if metrics:
+            self._check_agreement()
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop where ranks have come to train different networks."""
+        self._check_agreement()
+
+    def _check_agreement(self) -> None:
+        for optimizer in self._optimizers:
+            optimizer.check_agreement()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
@@ -204,8 +216,7 @@ class GradientQuantization(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Let the structure travel with the weights."""
-        checkpoint["lightning_quant"] = describe(pl_module)
+        """Say in the checkpoint what to do where it does not fit; the structure is in the names of its tensors."""
         mark(checkpoint["state_dict"])
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import QuantizationError
+from lightning_quant.functional.blocks import blocks, dense, in_memory
 from lightning_quant.functional.grid import Grid, encode, symmetric_grid
 from lightning_quant.gradient.interval import IntervalStrategy
 from lightning_quant.gradient.noise import NoiseSource
@@ -74,6 +75,7 @@ class GradientQuantizer(Quantizer):
         clipped: gradients beyond the interval since the last optimizer step.
         total: gradients seen since then.
         restarts: whether gamma starts anew with the next gradient.
+        agreed: whether gamma has been made equal over the ranks once.
         observes: whether the errors of the next gradient are measured, into ``errors``.
 
     >>> from lightning_quant.gradient import MinMaxInterval
@@ -93,6 +95,7 @@ class GradientQuantizer(Quantizer):
         self.total: Tensor | None = None
         self.restarts = False
         self.observes = False
+        self.agreed = False
         self.errors: GradientErrors | None = None
         self.register_buffer("gamma", torch.tensor(float("nan")))
 
@@ -107,7 +110,7 @@ class GradientQuantizer(Quantizer):
         largest = float(x.max())
         if 0 < largest < float("inf"):
             self.gamma.copy_(self.interval.start(x, self.bits))
-            self.ready, self.restarts = True, False
+            self.ready, self.restarts, self.agreed = True, False, False
 
     @torch.no_grad()
     def quantize(self, gradient: Tensor) -> Codes:
@@ -122,25 +125,36 @@ class GradientQuantizer(Quantizer):
                 " lightning_quant.GradientQuantization(...) to the Trainer's callbacks, or call"
                 " lightning_quant.strip(module) to train it in float."
             )
-        values = _dense(gradient.float())
+        values = dense(gradient)
+        if not values.numel():
+            return Codes(values.float(), None, None)
         if not self.ready or self.restarts:
-            self.initialise(values.abs())
-        low, high = values.aminmax()
-        threshold = self.gamma * torch.maximum(-low, high)
+            self.initialise(values.float().abs())
+        low, high = in_memory(values).aminmax()
+        threshold = self.gamma * torch.maximum(-low, high).float()
         usable = threshold.isfinite() & (threshold > 0)
-        if self.interval.counts:
-            self._count(values.abs().gt_(threshold).sum(), usable, values.numel())
         step = torch.where(usable, threshold / self.grid.high, 1.0)
+        codes = torch.empty_like(values, dtype=torch.float32)
         noise = self.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())
-        codes = encode(values, step, self.grid, noise=noise, out=noise)
+        clipped = torch.zeros_like(threshold)
+        keep = -usable.to(torch.int32)
+        for v, c, u in blocks(values, codes, noise):
+            v = v.float()
+            if self.interval.counts:
+                clipped += v.abs().gt_(threshold).sum()
+            encode(v, step, self.grid, noise=u, out=c)
+            # c where usable, else v: by bits, since torch.where takes twice as long.
+            bits, original = c.view(torch.int32), v.view(torch.int32)
+            bits.bitwise_xor_(original).bitwise_and_(keep).bitwise_xor_(original)
+        self._count(clipped, usable, values.numel())
         if self.observes:
             alpha = getattr(self.interval, "alpha", LARGE_SHARE)
-            self.errors = gradient_errors(values, codes, step, self.gamma, alpha)
+            self.errors = gradient_errors(values.float(), codes, step, self.gamma, alpha)
             self.observes = False
-        return Codes(torch.where(usable, codes, values, out=codes), step, self.grid)
+        return Codes(codes, step, self.grid)
 
     def _count(self, clipped: Tensor, usable: Tensor, numel: int) -> None:
-        clipped, total = torch.where(usable, clipped, 0.0), usable * numel
+        clipped, total = torch.where(usable, clipped, 0.0), usable * float(numel)
         self.clipped = clipped if self.clipped is None else self.clipped + clipped
         self.total = total if self.total is None else self.total + total
 
@@ -149,10 +163,3 @@ class GradientQuantizer(Quantizer):
         codes = self.quantize(x)
         assert codes.scale is not None
         return (codes.values * codes.scale).to(x.dtype)
-
-
-def _dense(values: Tensor) -> Tensor:
-    """The tensor itself where its elements lie side by side in memory, in whatever order; else a copy that does."""
-    formats = [torch.contiguous_format]
-    formats += {4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(values.dim(), [])
-    return values if any(values.is_contiguous(memory_format=f) for f in formats) else values.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,12 +14,11 @@ from lightning_quant.functional.grid import FLOAT_BITS
 from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.nn import Bits, swap
-from lightning_quant.nn.layers import QUANTIZERS, Execution, QuantizedLayer
+from lightning_quant.nn.layers import LAYERS, QUANTIZERS, Execution, QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
+from lightning_quant.quantizers.base import bits_of_state
 
-METHOD = "gradient_quantization"
-VERSION = 1
 # Strict loading into a float module names the keys that it did not expect: this one says what to do.
 HINT = (
     "lightning_quant: this checkpoint is quantized; add GradientQuantization to the Trainer's callbacks, or load it with"
@@ -55,39 +55,35 @@ def quantize_layers(
 
 def layer_bits(layer: QuantizedLayer) -> Bits:
     """Bit-widths of a quantized layer."""
-    by_kind: dict[str, Quantizer | None] = {name: getattr(layer, name) for name in QUANTIZERS}
-    widths = {name: FLOAT_BITS if q is None else q.bits for name, q in by_kind.items()}
-    return Bits(widths["weight_quantizer"], widths["input_quantizer"], widths["gradient_quantizer"])
+    quantizers: dict[str, Quantizer | None] = {name: getattr(layer, name) for name in QUANTIZERS}
+    return _bits({name: quantizer.bits for name, quantizer in quantizers.items() if quantizer is not None})
 
 
-def describe(module: nn.Module) -> dict[str, Any]:
-    """The quantized structure of a module, in numbers and strings only."""
-    layers = {name: list(layer_bits(layer)) for name, layer in quantized_layers(module)}
-    return {"version": VERSION, "method": METHOD, "layers": layers}
-
-
-def rebuild(module: nn.Module, description: dict[str, Any]) -> None:
-    """Give a float module the structure that :func:`describe` wrote; leaves a quantized one as it is.
+def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
+    """Give a float module the quantized structure of a state dict; leaves a quantized module as it is.
 
     Raises:
-        CheckpointError: an unknown version, or layers that the module does not have.
+        CheckpointError: quantized layers that the module does not have.
     """
-    if description.get("version") != VERSION:
-        raise CheckpointError(
-            f"The checkpoint has version {description.get('version')} of the quantized structure, this lightning_quant"
-            f" reads version {VERSION}: load it with the lightning_quant that wrote it."
-        )
-    if any(True for _ in quantized_layers(module)):
+    found: dict[str, dict[str, int]] = {}
+    for key, value in state_dict.items():
+        layer, _, rest = key.rpartition("._extra_state")[0].rpartition(".")
+        if rest in QUANTIZERS:
+            found.setdefault(layer, {})[rest] = bits_of_state(value)
+    if not found or any(True for _ in quantized_layers(module)):
         return
     known = dict(module.named_modules())
-    missing = [name for name in description["layers"] if name not in known]
+    missing = [name for name in found if type(known.get(name)) not in LAYERS]
     if missing:
         raise CheckpointError(
             f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
             " does not have: build the module with the arguments it was trained with."
         )
-    chosen = {name: Bits(*bits) for name, bits in description["layers"].items()}
-    quantize_layers(module, chosen, LargeGradientInterval())
+    quantize_layers(module, {name: _bits(widths) for name, widths in found.items()}, LargeGradientInterval())
+
+
+def _bits(widths: Mapping[str, int]) -> Bits:
+    return Bits(*(widths.get(f"{kind}_quantizer", FLOAT_BITS) for kind in ("weight", "input", "gradient")))
 
 
 def guard_loading(module: nn.Module) -> None:
@@ -115,4 +111,4 @@ def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
 
 def mark(state_dict: dict[str, Tensor]) -> None:
     """Add the key that tells a float module what to do with this state dict."""
-    state_dict[HINT] = torch.tensor(VERSION)
+    state_dict[HINT] = torch.tensor(True)

@@ -50,9 +50,7 @@ class _Block(nn.Module):
         if self.stride == 1 and self.new_channels == 0:
             return x
         before = self.new_channels // 2
-        return F.pad(
-            x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before)
-        )
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, before, self.new_channels - before))
 
 
 class CIFARResNet(nn.Module):
@@ -153,9 +151,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def _build(depth: int, pretrained: bool, kwargs: dict[str, Any]) -> CIFARResNet:
-    network: CIFARResNet = build_model_with_cfg(
-        CIFARResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs
-    )
+    network: CIFARResNet = build_model_with_cfg(CIFARResNet, f"cifar_resnet{depth}", pretrained, depth=depth, **kwargs)
     return network
 
 

@@ -5,4 +5,14 @@ from lightning_quant.nn.product import quantized_product
 from lightning_quant.nn.selection import Bits, Plan, plan_layers
 from lightning_quant.nn.strip import strip
 
-__all__ = ["Bits", "Plan", "QuantizedLayer", "plan_layers", "quantized_product", "register", "restore", "strip", "swap"]
+__all__ = [
+    "Bits",
+    "Plan",
+    "QuantizedLayer",
+    "plan_layers",
+    "quantized_product",
+    "register",
+    "restore",
+    "strip",
+    "swap",
+]

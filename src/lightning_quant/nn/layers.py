@@ -227,5 +227,3 @@ def restore(layer: QuantizedLayer) -> nn.Module:
     del layer.execution
     layer.__class__ = layer.float_class  # type: ignore[assignment]
     return layer
-
-

@@ -17,6 +17,8 @@ where dX is masked: inside the clamp each term is grad * (quantized - real), out
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -24,16 +26,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_quant.functional.compression import codes_of, container, pack, unpack
-from lightning_quant.functional.grid import (
-    Grid,
-    encode,
-    exact_in,
-    is_inside,
-    mask_gradient,
-    per_channel,
-    round_to_grid,
-)
+from lightning_quant.functional.clamp_gradient import quantized_backward
+from lightning_quant.functional.compression import codes_of, container, pack
+from lightning_quant.functional.grid import Grid, encode, exact_in, per_channel
+from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear
 from lightning_quant.functional.products import Product
 from lightning_quant.quantizers import LearnedQuantizer
 
@@ -112,12 +108,16 @@ def _encode(x: Tensor, quantizer: LearnedQuantizer | None) -> Codes:
     return Codes(encode(x, scale, quantizer.grid), scale, quantizer.grid)
 
 
+def _joint(scales: Sequence[Tensor | None]) -> Tensor | None:
+    """Product of the scales that there are."""
+    known = [scale for scale in scales if scale is not None]
+    return math.prod(known[1:], start=known[0]) if known else None
+
+
 def _scaled(result: Tensor, *scales: Tensor | None) -> Tensor:
     """``result``, which nobody else holds, times the scales."""
-    known = [scale for scale in scales if scale is not None]
-    if known:
-        result.mul_(known[0] if len(known) == 1 else known[0] * known[1])
-    return result
+    factor = _joint(scales)
+    return result if factor is None else result.mul_(factor)
 
 
 def _headroom(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> float:
@@ -138,6 +138,17 @@ def _operands(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> tuple[Tenso
         return a.values.to(dtype), b.values.to(dtype), [a.scale, b.scale]
     assert a.scale is not None
     return (a.values * room).to(dtype), b.values.to(dtype), [a.scale / room, b.scale]
+
+
+def _with_weight(
+    weight: Codes, other: Codes, fan: int, dtype: torch.dtype, product: Product
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """As :func:`_operands`, with the scales in the weight where that does not round it: it is the smaller one."""
+    if dtype.itemsize < 4 or isinstance(product, IntegerLinear | IntegerConvolution):
+        return _operands(weight, other, fan, dtype)
+    factor = _joint([weight.scale, other.scale])
+    values = weight.values if factor is None else weight.values * factor
+    return values.to(dtype), other.values.to(dtype), []
 
 
 def _real(codes: Codes) -> Tensor:
@@ -170,7 +181,7 @@ class _QuantizedProduct(torch.autograd.Function):
     ) -> Tensor:
         inputs, weights = _encode(x, recipe.input), _encode(weight, recipe.weight)
         with torch.autocast(x.device.type, enabled=False):
-            w, v, scales = _operands(weights, inputs, _fan(weight), dtype)
+            w, v, scales = _with_weight(weights, inputs, _fan(weight), dtype, recipe.product)
             output = _scaled(recipe.product(v, w), *scales)
             if bias is not None:
                 output.add_(bias if weight.dim() == 2 else per_channel(bias, 1, weight.dim()))
@@ -192,27 +203,34 @@ class _QuantizedProduct(torch.autograd.Function):
 
         output = Codes(grad, None, None) if recipe.gradient is None else recipe.gradient.quantize(grad)
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None
-        kept_input = _KeptInput(kept, ctx.packed, input_scale, recipe.input)
+        inputs: Codes | None = None
         own_input = own_weight = energy = None
         if needs_x or learns_input:
             weights = Codes(weight, None, None)
             if recipe.weight is not None:
                 weights = Codes(weight_codes, weight_scale, recipe.weight.grid)
-            w, g, scales = _operands(weights, output, _fan(weight), ctx.dtype)
-            grad_x = kept_input.mask(_scaled(recipe.product.input_gradient(g, w, ctx.x_shape), *scales))
-            if learns_input:
-                own_input = kept_input.inner(grad_x)
+            w, g, scales = _with_weight(weights, output, _fan(weight), ctx.dtype, recipe.product)
+            grad_x = recipe.product.input_gradient(g, w, ctx.x_shape)
+            if recipe.input is None:
+                grad_x = _scaled(grad_x, *scales)
+            else:
+                grad_x, own_input, codes = quantized_backward(
+                    grad_x, kept, input_scale, recipe.input.grid, ctx.packed, _joint(scales)
+                )
+                inputs = Codes(codes, input_scale, recipe.input.grid)
             grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
         if needs_weight:
             terms = grad.numel() // grad.shape[recipe.product.channel_axis]
-            v, g, scales = _operands(kept_input.codes(), output, terms, ctx.dtype)
+            inputs = inputs or _codes_of_input(ctx, kept, input_scale)
+            v, g, scales = _operands(inputs, output, terms, ctx.dtype)
             grad_weight = _scaled(recipe.product.weight_gradient(g, v, weight.shape), *scales).to(weight.dtype)
             if learns_input or learns_weight:
-                real = weight if recipe.weight is None else weight_codes * weight_scale
-                energy = _inner(grad_weight, real)
+                energy = _inner(grad_weight, weight if recipe.weight is None else weight_codes * weight_scale)
         if needs_weight and recipe.weight is not None:
-            grad_weight = mask_gradient(grad_weight, weight / weight_scale, recipe.weight.grid).to(weight.dtype)
-            own_weight = _inner(grad_weight, weight)
+            grad_weight, own_weight, _ = quantized_backward(
+                grad_weight, weight, weight_scale, recipe.weight.grid, packed=False
+            )
+            grad_weight = grad_weight.to(weight.dtype)
         if learns_input:
             grad_input_range = (energy - own_input) / recipe.input.range
         if learns_weight:
@@ -221,45 +239,6 @@ class _QuantizedProduct(torch.autograd.Function):
             axes = [axis for axis in range(grad.dim()) if axis != recipe.product.channel_axis % grad.dim()]
             grad_bias = _scaled(output.values.sum(axes, dtype=torch.float32), output.scale).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, grad_input_range, grad_weight_range, None, None, None
-
-
-class _KeptInput:
-    """The input as it was kept for backward. Ask for the mask and the inner product first, for the codes last."""
-
-    def __init__(
-        self, kept: Tensor, packed: bool, scale: Tensor | None, quantizer: LearnedQuantizer | None
-    ) -> None:
-        self.kept, self.packed, self.scale = kept, packed, scale
-        self.grid = None if quantizer is None else quantizer.grid
-        self.positions: Tensor | None = None
-
-    def mask(self, grad: Tensor) -> Tensor:
-        """The gradient where the clamp does not act."""
-        if self.grid is None or self.scale is None:
-            return grad
-        self.positions = unpack(self.kept, self.grid) if self.packed else _wide(self.kept) / self.scale
-        return mask_gradient(grad, self.positions, self.grid)
-
-    def inner(self, masked: Tensor) -> Tensor:
-        """Sum of a masked gradient times the input."""
-        assert self.positions is not None
-        return _inner(masked, self.positions) * self.scale
-
-    def codes(self) -> Codes:
-        """Codes of the input; consumes the positions."""
-        if self.grid is None or self.scale is None:
-            return Codes(self.kept, None, None)
-        if self.packed:
-            values = codes_of(self.kept, self.grid)
-        elif self.positions is not None:
-            values = round_to_grid(self.positions, self.grid)
-        else:
-            values = encode(self.kept, self.scale, self.grid)
-        return Codes(values, self.scale, self.grid)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _shortest(codes: Tensor, grid: Grid) -> Tensor:
@@ -277,6 +256,15 @@ def _keep_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bo
     if holder is None or codes.grid is None or codes.scale is None or holder[0].itemsize >= x.element_size():
         return x, False
     return pack(x, codes.values, codes.scale, codes.grid), True
+
+
+def _codes_of_input(ctx: Any, kept: Tensor, scale: Tensor | None) -> Codes:
+    """Codes of the input where its gradient is not asked for."""
+    quantizer: LearnedQuantizer | None = ctx.recipe.input
+    if quantizer is None or scale is None:
+        return Codes(kept, None, None)
+    codes = codes_of(kept, quantizer.grid) if ctx.packed else encode(kept, scale, quantizer.grid)
+    return Codes(codes, scale, quantizer.grid)
 
 
 def _forget_stale(weight: Tensor, recipe: Recipe) -> None:

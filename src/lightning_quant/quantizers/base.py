@@ -12,6 +12,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.functional.grid import Grid, check_bits
 
 UNDECIDED = -1
+FORMAT_VERSION = 1
 
 
 class Quantizer(nn.Module):
@@ -58,28 +59,40 @@ class Quantizer(nn.Module):
         """Takes over what a loaded signature says beyond the bit-width."""
 
     def get_extra_state(self) -> Tensor:
-        """Bit-width and sign as a tensor: users move and clone the values of a state dict as tensors."""
-        return torch.tensor(self._signature())
+        """Format version, bit-width and sign as a tensor: users move and clone what a state dict holds as tensors."""
+        return torch.tensor([FORMAT_VERSION, *self._signature()])
 
     def set_extra_state(self, state: Any) -> None:
-        """Check the bit-width of a loaded state against this quantizer's."""
-        signature = [int(value) for value in state]
-        if signature[0] != self.bits:
+        """Check version and bit-width of a loaded state against this quantizer's."""
+        bits = bits_of_state(state)
+        if bits != self.bits:
             raise CheckpointError(
-                f"The checkpoint was made with {signature[0]} bits for a tensor that this module quantizes with"
-                f" {self.bits}: write bits={signature[0]} for it, or start from a float checkpoint."
+                f"The checkpoint was made with {bits} bits for a tensor that this module quantizes with {self.bits}: write"
+                f" {bits} bits for it (weight_bits, activation_bits or gradient_bits), or start from a float checkpoint."
             )
-        self._restore(signature)
+        self._restore([int(value) for value in state[1:]])
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.ready = all(
-            not bool(buffer.isnan().any()) for buffer in self._buffers.values() if buffer is not None
-        )
+        self.ready = all(not bool(buffer.isnan().any()) for buffer in self._buffers.values() if buffer is not None)
 
     def extra_repr(self) -> str:
         """Bits and whether the range is known."""
         return f"bits={self.bits}, ready={self.ready}"
+
+
+def bits_of_state(state: Tensor) -> int:
+    """Bit-width in the extra state of a quantizer.
+
+    Raises:
+        CheckpointError: a version of the format that is not known here.
+    """
+    if int(state[0]) != FORMAT_VERSION:
+        raise CheckpointError(
+            f"The checkpoint has version {int(state[0])} of the quantizers' state, this lightning_quant reads version"
+            f" {FORMAT_VERSION}: load it with the lightning_quant that wrote it."
+        )
+    return int(state[1])
 
 
 def check_axis(axis: int | None, ndim: int) -> None:

@@ -32,7 +32,13 @@ def moments(x: Tensor) -> Moments:
     Moments(std=1.0, largest=1.0, has_negative=True)
     """
     values = x.double()
-    sums = [values.new_tensor(x.numel()), values.sum(), values.square().sum(), values.abs().max(), (values < 0).sum()]
+    sums = [
+        values.new_tensor(x.numel()),
+        values.sum(),
+        values.square().sum(),
+        values.abs().max(),
+        (values < 0).sum(),
+    ]
     count, total, squares, largest, negatives = all_reduce_sum(torch.stack(sums)).tolist()
     mean = total / count
     return Moments(math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)

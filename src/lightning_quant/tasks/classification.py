@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with timm)
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.export import rebuild
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 
 Batch = tuple[Tensor, Tensor]
@@ -76,9 +77,7 @@ class ImageClassifier(LightningModule):
         mixup_alpha: float = 0.0,
         cutmix_alpha: float = 0.0,
         channels_last: bool = False,
-        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(
-            params, lr=0.1, momentum=0.9, weight_decay=1e-4
-        ),
+        optimizer: OptimizerCallable = lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=1e-4),
         lr_scheduler: RunSchedule | LRSchedulerCallable | None = None,
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
@@ -116,6 +115,9 @@ class ImageClassifier(LightningModule):
             raise ConfigurationError(
                 f"The data has {found} classes, the network {self.num_classes}. Write num_classes={found}."
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rebuild(self, checkpoint["state_dict"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         images, labels = batch

@@ -47,9 +47,7 @@ def run_schedule(name: RunSchedule, optimizer: Optimizer, total_steps: float) ->
             return OneCycleLR(optimizer, largest, total_steps=steps, cycle_momentum=False)
         case "cosine":
             return CosineAnnealingLR(optimizer, T_max=steps)
-    raise ConfigurationError(
-        f"Expected 'one_cycle', 'cosine' or a scheduler class, found lr_scheduler={name!r}."
-    )
+    raise ConfigurationError(f"Expected 'one_cycle', 'cosine' or a scheduler class, found lr_scheduler={name!r}.")
 
 
 def configure_schedule(

@@ -1,0 +1,62 @@
+"""Lightning checkpoints that hold a quantized module: structure first, then weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from unittest import mock
+
+import lightning.pytorch as pl
+from torch import Tensor, nn
+
+from lightning_quant.gradient.structure import rebuild
+
+LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
+
+
+def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Path, **kwargs: Any) -> LightningModuleT:
+    """``cls.load_from_checkpoint`` for a class that knows nothing of quantization and a quantized checkpoint.
+
+    Args:
+        cls: the LightningModule class that was trained.
+        checkpoint_path: a ``.ckpt`` file.
+        kwargs: as for ``LightningModule.load_from_checkpoint``.
+
+    Returns:
+        the quantized module, ready to evaluate.
+
+    Raises:
+        CheckpointError: an unknown version of the format, or layers that the module does not have.
+
+    >>> import tempfile
+    >>> from lightning.pytorch.demos.boring_classes import BoringModel
+    >>> from lightning_quant import GradientQuantization
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     trainer = pl.Trainer(
+    ...         accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, logger=False,
+    ...         callbacks=[GradientQuantization(first_and_last="same")], default_root_dir=folder,
+    ...         enable_progress_bar=False, enable_model_summary=False,
+    ...     )
+    ...     trainer.fit(BoringModel())
+    ...     trainer.save_checkpoint(folder + "/last.ckpt")
+    ...     loaded = load_from_checkpoint(BoringModel, folder + "/last.ckpt")
+    >>> type(loaded.layer).__name__
+    'QuantizedLinear'
+    """
+    with _rebuilding(cls):
+        return cls.load_from_checkpoint(checkpoint_path, **kwargs)
+
+
+@contextmanager
+def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
+    """Modules of a class take the structure of the state dict that they load, within this context."""
+    load = cls.load_state_dict
+
+    def load_state_dict(self: nn.Module, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        rebuild(self, state_dict)
+        return load(self, state_dict, *args, **kwargs)  # type: ignore[arg-type]
+
+    with mock.patch.object(cls, "load_state_dict", load_state_dict):
+        yield

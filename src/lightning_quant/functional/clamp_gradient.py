@@ -1,0 +1,63 @@
+"""The backward pass of a quantized tensor: mask of the clamp, share of the range, and the codes again."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_quant.functional.blocks import blocks, dense, like
+from lightning_quant.functional.compression import codes_of, unpack
+from lightning_quant.functional.grid import Grid, clamp_bounds, round_to_grid
+
+
+class QuantizedBackward(NamedTuple):
+    """What :func:`quantized_backward` computes.
+
+    Attributes:
+        grad: the gradient where the clamp does not act, else 0.
+        inner: sum of ``grad * x``, 0-dim FP32.
+        codes: integer codes of x, FP32.
+    """
+
+    grad: Tensor
+    inner: Tensor
+    codes: Tensor
+
+
+def quantized_backward(
+    grad: Tensor, kept: Tensor, scale: Tensor, grid: Grid, packed: bool, factor: Tensor | None = None
+) -> QuantizedBackward:
+    """Gradient through a clamp and what else the backward pass of a quantized tensor needs, in one pass.
+
+    Args:
+        grad: gradient of the quantized tensor, any shape, overwritten where that saves a copy.
+        kept: the tensor x itself, or what ``compression.pack`` made of it.
+        scale: step size of x, 0-dim.
+        grid: its smallest and largest code.
+        packed: which of the two ``kept`` is.
+        factor: multiplies ``grad`` first, 0-dim.
+
+    >>> x, grad = torch.tensor([-1.0, 0.4, 1.0, 9.0]), torch.ones(4)
+    >>> result = quantized_backward(grad, x, torch.tensor(0.5), Grid(0, 3), packed=False)
+    >>> result.grad.tolist(), float(result.inner), result.codes.tolist()
+    ([0.0, 1.0, 1.0, 0.0], 1.399999976158142, [0.0, 1.0, 2.0, 3.0])
+    """
+    kept = dense(kept)
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    grad = like(grad.to(wide), kept)
+    codes = torch.empty_like(kept, dtype=wide)
+    low, high = clamp_bounds(grid)
+    inner = grad.new_zeros(())
+    for g, k, c in blocks(grad, kept, codes):
+        positions = unpack(k, grid) if packed else torch.div(k.to(wide), scale, out=c)
+        if factor is not None:
+            g.mul_(factor)
+        torch.ops.aten.hardtanh_backward.grad_input(g, positions, low, high, grad_input=g)
+        inner += torch.dot(g, positions)
+        if packed:
+            c.copy_(codes_of(k, grid))
+        else:
+            round_to_grid(c, grid)
+    return QuantizedBackward(grad, inner * scale, codes)
