@@ -1,0 +1,178 @@
+"""Two and three gloo processes on the CPU."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from lightning_quant import load_from_checkpoint
+from lightning_quant.errors import QuantizationError
+from lightning_quant.gradient import LargeGradientInterval
+from lightning_quant.gradient.noise import NoiseSource
+from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.gradient.structure import quantize_layers
+from lightning_quant.nn import Bits
+from networks import SmallNet, quantization, trainer
+
+Job = Callable[[int, int], Any]
+
+
+def _run(rank: int, ranks: int, port: int, job: Job, results: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+        results.put((rank, job(rank, ranks), None))
+        dist.destroy_process_group()
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def on_ranks(ranks: int, job: Job) -> list[Any]:
+    """What ``job(rank, ranks)`` returns on each of several forked processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_run, args=(rank, ranks, port, job, results)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get() for _ in processes), key=lambda item: item[0])
+    for process in processes:
+        process.join()
+    errors = [error for _, _, error in found if error]
+    assert not errors, errors[0]
+    return [result for _, result, _ in found]
+
+
+def network(quantizer_lr: float = 1e-2) -> tuple[nn.Module, QuantizerOptimizer, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 6))
+    layers = quantize_layers(module, {"0": Bits(4, 4, 4), "2": Bits(4, 4, 4)}, LargeGradientInterval(0.5, 0.01))
+    for layer in layers.values():
+        assert isinstance(layer.gradient_quantizer, GradientQuantizer)
+        layer.gradient_quantizer.noise = NoiseSource(0)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    return module, QuantizerOptimizer(layers, optimizer, quantizer_lr), optimizer
+
+
+def batch(count: int) -> torch.Tensor:
+    return torch.randn(count, 6, generator=torch.Generator().manual_seed(1))
+
+
+def step_once(rank: int, ranks: int) -> dict[str, list[float]]:
+    module, ours, _ = network()
+    x = batch(60).chunk(ranks)[rank]
+    (module(x) ** 3).mean().backward()
+    assert (ours.ranges["0.input_quantizer"].grad is not None) == (x.numel() > 0)
+    ours.step()
+    ours.check_agreement()
+    return {
+        "gamma": [float(q.gamma) for q in ours.gradient_quantizers.values()],
+        "range": [float(r) for r in ours.ranges.values()],
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_end_with_the_same_state(ranks: int) -> None:
+    first, *others = on_ranks(ranks, step_once)
+    assert all(other == first for other in others)
+
+
+def start_ranges(rank: int, ranks: int) -> list[float]:
+    module, ours, _ = network()
+    module(batch(60).chunk(ranks)[rank])
+    return [float(ours.ranges[f"{layer}.weight_quantizer"]) for layer in (0, 2)] + [
+        float(ours.ranges["0.input_quantizer"])
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranges_start_from_the_union_of_the_ranks_batches(ranks: int) -> None:
+    expected = start_ranges(0, 1)
+    for found in on_ranks(ranks, start_ranges):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def count_share(rank: int, ranks: int) -> list[float]:
+    """Gammas after five steps on a static gradient; each rank sees its part, and the same largest value."""
+    quantizer = GradientQuantizer(4, LargeGradientInterval(0.3, 0.01))
+    quantizer.noise = NoiseSource(0)
+    _, ours, _ = network()
+    ours.gradient_quantizers, ours.ranges, ours.adam = {"x": quantizer}, {}, None
+    rest = torch.linspace(0, 0.999, 600)[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
+    gammas = []
+    for i in range(5):
+        quantizer.quantize(torch.cat([rest.chunk(ranks)[rank], torch.ones(1)]))
+        if i == 0:
+            quantizer.gamma.fill_(0.9)
+        ours.step()
+        gammas.append(float(quantizer.gamma))
+    return gammas
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_gamma_of_several_ranks_is_that_of_one_on_the_union(ranks: int) -> None:
+    expected = count_share(0, 1)
+    assert expected[0] != expected[4]
+    for found in on_ranks(ranks, count_share):
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def disagree(rank: int, ranks: int) -> str:
+    module, ours, _ = network()
+    for _ in range(2):
+        (module(batch(20)) ** 3).mean().backward()
+        ours.step()
+    ours.check_agreement()
+    if rank == 1:
+        list(ours.gradient_quantizers.values())[1].gamma.mul_(0.5)
+    (module(batch(20)) ** 3).mean().backward()
+    ours.step()
+    with pytest.raises(QuantizationError) as error:
+        ours.check_agreement()
+    return str(error.value)
+
+
+def test_a_rank_with_another_state_stops_the_run_with_the_layers_name() -> None:
+    for rank, message in enumerate(on_ranks(2, disagree)):
+        assert f"Rank {rank}: the state of 2.gradient_quantizer is" in message
+
+
+def collectives(rank: int, ranks: int) -> int:
+    module, ours, _ = network()
+    (module(batch(20)) ** 3).mean().backward()
+    ours.step()
+    calls = []
+    original = dist.all_reduce
+    dist.all_reduce = lambda *args, **kwargs: (calls.append(1), original(*args, **kwargs))[1]  # type: ignore[func-returns-value]
+    (module(batch(20)) ** 3).mean().backward()
+    ours.step()
+    return len(calls)
+
+
+def test_a_step_costs_one_collective() -> None:
+    assert on_ranks(2, collectives) == [1, 1]
+
+
+def test_lightnings_ddp_trains_and_leaves_a_checkpoint(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    keep = ModelCheckpoint(tmp_path, filename="last")
+    options = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 2, "enable_checkpointing": True}
+    trainer(quantization(), keep, default_root_dir=tmp_path, **options).fit(SmallNet())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]["GradientQuantization"]
+    # 32 images, 8 a batch, two ranks, two epochs.
+    assert (state["batches"], state["optimizers"][0]["steps"]) == (4, 4)
+    loaded = load_from_checkpoint(SmallNet, tmp_path / "last.ckpt")
+    assert loaded.net[3].weight_quantizer.ready  # type: ignore[union-attr]
