@@ -295,7 +295,7 @@ def test_another_callback_on_a_quantized_module_is_refused() -> None:
 
 
 def test_testing_what_was_never_trained_is_refused() -> None:
-    with pytest.raises(QuantizationError, match="never trained quantized: call trainer.fit"):
+    with pytest.raises(QuantizationError, match=r"never trained quantized: call trainer\.fit"):
         trainer(quantization()).test(SmallNet(), verbose=False)
 
 
@@ -318,10 +318,10 @@ def test_a_frozen_layer_keeps_its_ranges() -> None:
     module = SmallNet()
     module.net[3].weight.requires_grad_(False)
     trainer(quantization(quantizer_lr=0.1), max_steps=1).fit(module)
-    before = module.net[3].weight_quantizer.range.clone()  # type: ignore[union-attr, operator]
+    before = quantized(module)["net.3"].weight_quantizer.range.clone()  # type: ignore[union-attr, operator]
     trainer(quantization(quantizer_lr=0.1), max_steps=3).fit(module)
-    assert torch.equal(module.net[3].weight_quantizer.range, before)  # type: ignore[union-attr]
-    assert not torch.equal(module.net[0].weight_quantizer.range, before)  # type: ignore[union-attr]
+    assert torch.equal(module.net[3].weight_quantizer.range, before)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(module.net[0].weight_quantizer.range, before)  # type: ignore[union-attr, arg-type]
 
 
 def test_several_and_keyword_inputs_pass() -> None:

@@ -37,7 +37,8 @@ def test_the_target_is_where_the_bound_on_the_large_error_is_flat() -> None:
     share = LargeGradientInterval(alpha).target(bits)
 
     def bound(gamma: float) -> float:
-        return ((alpha - share) * gamma / (2**bits - 2) + share * (1 - gamma)) / alpha
+        levels: int = 2**bits - 2
+        return ((alpha - share) * gamma / levels + share * (1 - gamma)) / alpha
 
     assert bound(0.3) == pytest.approx(bound(0.9), rel=1e-12)
 

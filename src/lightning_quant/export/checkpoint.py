@@ -56,7 +56,7 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
 
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         rebuild(self, state_dict)
-        return load(self, state_dict, *args, **kwargs)  # type: ignore[arg-type]
+        return load(self, state_dict, *args, **kwargs)
 
     with mock.patch.object(cls, "load_state_dict", load_state_dict):
         yield

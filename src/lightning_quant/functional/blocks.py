@@ -47,10 +47,13 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     >>> bool((a == b).all())
     True
     """
-    flat = [in_memory(t) for t in tensors]
-    size = BLOCK if flat[0].device.type == "cpu" else max(1, flat[0].numel())
-    for start in range(0, flat[0].numel(), size):
-        yield tuple(t[start : start + size] for t in flat)
+    flat = tuple(in_memory(t) for t in tensors)
+    numel = tensors[0].numel()
+    if numel <= BLOCK or tensors[0].device.type != "cpu":
+        yield flat
+        return
+    for start in range(0, numel, BLOCK):
+        yield tuple(t[start : start + BLOCK] for t in flat)
 
 
 def like(x: Tensor, layout: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Codes kept for the backward pass: integer code, rounding residual and clip mask in one byte.
 
 The gradient of a learned range needs more than the code: ``code - x / scale`` for each value inside the
-clamp. A 4-bit code leaves half a byte, which holds the residual in 16 levels, known to 1/32 of a step. It holds the mask too: a
-position beyond the highest or the lowest code is one that was clipped. Codes of 5 to 8 bits take two bytes.
+clamp. A 4-bit code leaves half a byte, which holds the residual in 16 levels, known to 1/32 of a step. It holds
+the mask too: a position beyond the highest or the lowest code is one that was clipped. Codes of 5 to 8 bits take
+two bytes.
 """
 
 from __future__ import annotations
@@ -49,8 +50,9 @@ def pack(x: Tensor, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     packed = torch.empty_like(x, dtype=dtype)
     for v, c, p in blocks(x, like(codes, x), packed):
         # Taken from the code, the residual of a mid-point has the side to which encode rounded it.
-        residual = torch.div(v.float(), scale).sub_(c).clamp_(-0.5, 0.5 - 0.5 / levels)
-        p.copy_(residual.add_(c).mul_(levels).add_(levels * (0.5 - grid.low)))
+        residual = torch.div(v.float(), scale).sub_(c).clamp_(0.5 / levels - 0.5, 0.5 - 0.5 / levels)
+        # A hair towards 0: the highest code itself belongs to the level below it, which is not beyond the grid.
+        p.copy_(residual.add_(c).mul_(levels * (1 - 2.0**-20)).add_(levels * (0.5 - grid.low)))
     return packed
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.functional.blocks import blocks, is_dense
+from lightning_quant.functional.blocks import BLOCK, blocks, is_dense
 
 MIN_BITS, MAX_BITS, FLOAT_BITS = 2, 16, 32
 _NEXT_TO_ONE = torch.finfo(torch.float32).eps
@@ -32,7 +32,8 @@ def check_bits(bits: int, name: str = "bits", *, allow_float: bool = False) -> i
     Raises:
         ConfigurationError: otherwise.
     """
-    whole = isinstance(bits, int) and not isinstance(bits, bool)
+    value: object = bits
+    whole = isinstance(value, int) and not isinstance(value, bool)
     if whole and (MIN_BITS <= bits <= MAX_BITS or (allow_float and bits == FLOAT_BITS)):
         return bits
     choice = f"a whole number from {MIN_BITS} to {MAX_BITS}"
@@ -78,7 +79,7 @@ def encode(
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
-        if scale.dim() or (noise is not None and noise.stride() != x.stride()) or not is_dense(x):
+        if scale.dim() or x.numel() <= BLOCK or (noise is not None and noise.stride() != x.stride()) or not is_dense(x):
             return _encode(x.to(dtype), scale, grid, zero_point, noise, out)
         codes = torch.empty_like(x, dtype=dtype) if out is None else out
         for values, block, *rest in blocks(x, codes, *([] if noise is None else [noise])):
@@ -119,7 +120,7 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Te
 
 class _FakeQuantize(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: torch.autograd.function.FunctionCtx,
         x: Tensor,
         scale: Tensor,
@@ -131,20 +132,25 @@ class _FakeQuantize(torch.autograd.Function):
         return decode(encode(x, scale, grid, zero_point), scale, zero_point).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[no-untyped-def, override]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[no-untyped-def]
         x, scale, *rest = ctx.saved_tensors
         zero_point = rest[0] if rest else torch.zeros_like(scale)
         inside = is_inside(x, scale, ctx.grid, zero_point)
         grad_scale = None
         if ctx.needs_input_grad[1]:
-            residual = encode(x, scale, ctx.grid, zero_point) - zero_point - x / scale * inside
+            residual = encode(x, scale, ctx.grid, zero_point) - zero_point - _wide(x) / scale * inside
             grad_scale = (grad * residual).to(scale.dtype).sum_to_size(scale.shape)
         return grad * inside, grad_scale, None, None
 
 
+def _wide(x: Tensor) -> Tensor:
+    """In the dtype that codes are computed in: beside a 0-dim scale BF16 would stay BF16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def is_inside(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
     """Boolean mask of the values that no clamp moves: ``low <= x / scale + zero_point <= high``."""
-    position = x / scale if zero_point is None else x / scale + zero_point
+    position = _wide(x) / scale if zero_point is None else _wide(x) / scale + zero_point
     return (position >= grid.low) & (position <= grid.high)
 
 
@@ -190,7 +196,7 @@ def split_groups(x: Tensor, group_size: int) -> Tensor:
     channels = x.shape[-1]
     if group_size < 1 or channels % group_size:
         raise ConfigurationError(f"group_size={group_size}: expected a divisor of the {channels} channels.")
-    return x.unflatten(-1, (channels // group_size, group_size))
+    return torch.unflatten(x, -1, (channels // group_size, group_size))
 
 
 def exact_in(dtype: torch.dtype, grid: Grid) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ def integer_matmul(a: Tensor, b: Tensor, largest: int = LARGEST_CODE**2) -> Tens
     depth = max(1, _INT32_MAX // largest)
     if a.shape[1] <= depth:
         return _int_mm(a, b)
-    parts = zip(a.split(depth, dim=1), b.split(depth, dim=0), strict=True)
+    parts = zip(torch.split(a, depth, 1), torch.split(b, depth, 0), strict=True)
     return torch.stack([_int_mm(x, y).long() for x, y in parts]).sum(0)
 
 
@@ -74,6 +75,12 @@ def _real(integers: Tensor, *operands: Tensor) -> Tensor:
     for operand in operands:
         result += operand.sum() * 0
     return result
+
+
+def _inner(x: Tensor, spans: tuple[slice, ...]) -> Tensor:
+    """View of the last dimensions of a tensor, one slice for each."""
+    index: tuple[slice | EllipsisType, ...] = (..., *spans)
+    return x[index]
 
 
 @dataclass(frozen=True)
@@ -130,11 +137,9 @@ class IntegerConvolution(ConvolutionProduct):
         """One strided view of the padded tensor for each position in the kernel."""
         views = []
         for position in itertools.product(*map(range, kernel)):
-            index = tuple(
-                slice(p * d, p * d + (n - 1) * s + 1, s)
-                for p, d, n, s in zip(position, self.dilation, output_size, self.stride, strict=True)
-            )
-            views.append(padded[(slice(None), slice(None), *index)])
+            spans = zip(position, self.dilation, output_size, self.stride, strict=True)
+            inner = tuple(slice(p * d, p * d + (n - 1) * s + 1, s) for p, d, n, s in spans)
+            views.append(_inner(padded, inner))
         return views
 
     def _unfold(self, x: Tensor, kernel: Sequence[int]) -> tuple[Tensor, list[int]]:
@@ -157,5 +162,4 @@ class IntegerConvolution(ConvolutionProduct):
         parts = columns.view(batch, *output_size, channels, -1).movedim(-2, 1)
         for view, part in zip(self._windows(padded, kernel, output_size), parts.unbind(-1), strict=True):
             view += part
-        inner = tuple(slice(p, p + n) for p, n in zip(self.padding, x_shape[2:], strict=True))
-        return padded[(slice(None), slice(None), *inner)]
+        return _inner(padded, tuple(slice(p, p + n) for p, n in zip(self.padding, x_shape[2:], strict=True)))

@@ -6,8 +6,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.errors import ConfigurationError, QuantizationError
@@ -156,7 +156,9 @@ class GradientQuantization(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was observed."""
+        """Log what was observed; after the first batch, say which path ran where integers were asked for."""
+        if self.execution == "integer" and self.batches == 1:
+            rank_zero_info(_paths(self._layers))
         metrics = layer_metrics(self._gradient_quantizers())
         if metrics:
             self._check_agreement()
@@ -196,8 +198,9 @@ class GradientQuantization(pl.Callback):
         quantizers = [q for layer in self._layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
         if quantizers and not any(q is not None and q.ready for q in quantizers):
             raise QuantizationError(
-                "No quantizer of the module has a range, since it was never trained quantized: call trainer.fit first, or"
-                " pass ckpt_path= with a checkpoint of a quantized training. Without the callback the module runs in float."
+                "No quantizer of the module has a range, since it was never trained quantized: call trainer.fit"
+                " first, or pass ckpt_path= with a checkpoint of a quantized training. Without the callback the"
+                " module runs in float."
             )
 
     # -- checkpoints -------------------------------------------------------------------------------------------
@@ -239,3 +242,10 @@ def _owners(
         if shares:
             shares[indices[0] if indices else 0][name] = layer
     return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]
+
+
+def _paths(layers: dict[str, QuantizedLayer]) -> str:
+    """Which layers run on int8 codes."""
+    simulated = [name for name, layer in layers.items() if not layer.runs_integer()]
+    text = f"{len(layers) - len(simulated)} of {len(layers)} layers run on int8 codes with int32 sums"
+    return f"{text}; simulated in floating point: {', '.join(simulated)}." if simulated else f"{text}."

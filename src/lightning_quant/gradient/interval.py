@@ -79,7 +79,8 @@ class LargeGradientInterval(IntervalStrategy):
 
     def target(self, bits: int) -> float:
         """``alpha / (2^bits - 1)``."""
-        return self.alpha / (2**bits - 1)
+        levels: int = 2**bits - 1
+        return self.alpha / levels
 
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
         """The quantile that leaves the target share strictly above it."""
@@ -124,8 +125,8 @@ class MinimumErrorInterval(IntervalStrategy):
     """Gamma minimises the error of the entire gradient: direction-sensitive clipping.
 
     The error is the cosine distance between G and its stochastically rounded version, in expectation; the
-    search is repeated every few optimizer steps (as UI8, arXiv 1912.12607, and DSGC do). Both the gradients and the error are
-    taken over a histogram of abs(G) whose cells carry their own means.
+    search is repeated every few optimizer steps (as UI8, arXiv 1912.12607, and DSGC do). It runs over a histogram of
+    abs(G) whose cells carry their own means.
 
     Args:
         every: optimizer steps from one search to the next, at least 1.

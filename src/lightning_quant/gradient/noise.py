@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_quant.functional.rounding import rounding_noise
 
-# Rounding noise of one batch is a pool on CPUs, where a drawn number costs more than all the rest of rounding. Each tensor
-# takes a slice as long as itself, from an offset of its own: no two of its values share their noise, and the
-# noise of different layers is not aligned.
+# The noise of a batch is a pool on CPUs, where a drawn number costs more than all the rest of rounding. Each tensor
+# takes a slice as long as itself, from an offset of its own: no two of its values share their noise, and the noise of
+# different layers is not aligned.
 OFFSETS = 65_536
 
 

@@ -52,7 +52,7 @@ class QuantizerOptimizer:
                 quantizer = getattr(layer, kind)
                 if isinstance(quantizer, LearnedQuantizer):
                     self.ranges[f"{name}.{kind}"] = quantizer.range
-        self.adam = torch.optim.Adam(list(self.ranges.values()), lr=lr, foreach=True) if self.ranges else None
+        self.adam = torch.optim.Adam(list(self.ranges.values()), lr=lr, fused=True) if self.ranges else None
         self._apart: Tensor | None = None
 
     @torch.no_grad()
@@ -109,8 +109,8 @@ class QuantizerOptimizer:
         for name, apart in zip(names, self._apart.tolist(), strict=True):
             if not apart <= TOLERANCE:
                 raise QuantizationError(
-                    f"Rank {dist.get_rank()}: the state of {name} is {apart:.1%} away from the mean over the ranks, so they"
-                    " train different networks. Give all ranks the same checkpoint and the same callback arguments."
+                    f"Rank {dist.get_rank()}: the state of {name} is {apart:.1%} away from the mean over the ranks, so"
+                    " they train different networks. Give all ranks the same checkpoint and callback arguments."
                 )
         self._apart = None
 

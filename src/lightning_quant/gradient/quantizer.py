@@ -64,7 +64,7 @@ class GradientQuantizer(Quantizer):
     """Stochastic rounding of a gradient to b bits within [-gamma * g_max, gamma * g_max].
 
     ``c = gamma * max(abs(G)); d = 2c / (2^b - 2); codes = clamp(round(G / d + U(-1/2, 1/2)))``, per tensor
-    (arXiv 2407.12637, eq. 3). A gradient that is not finite, or all zero, passes through as it is and counts for nothing.
+    (arXiv 2407.12637, eq. 3). A gradient that is not finite, or all zero, passes through and counts for nothing.
 
     Args:
         bits: 2..16.

@@ -63,7 +63,7 @@ def reduce_over_ranks(
         values,
     ]
     flat = all_reduce_sum(torch.cat(parts))
-    clipped, total, gamma_sum, started, gradient, value = flat.split([len(p) for p in parts])
+    clipped, total, gamma_sum, started, gradient, value = torch.split(flat, [len(p) for p in parts])
 
     mean = gamma_sum / started.clamp_min(1)
     # The first gradients differ from rank to rank, and so do the intervals that start from them.

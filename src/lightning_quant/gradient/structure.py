@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
@@ -21,8 +21,8 @@ from lightning_quant.quantizers.base import bits_of_state
 
 # Strict loading into a float module names the keys that it did not expect: this one says what to do.
 HINT = (
-    "lightning_quant: this checkpoint is quantized; add GradientQuantization to the Trainer's callbacks, or load it with"
-    " lightning_quant.load_from_checkpoint(YourModule, path)"
+    "lightning_quant: this checkpoint is quantized; add GradientQuantization to the Trainer's callbacks, or load it"
+    " with lightning_quant.load_from_checkpoint(YourModule, path)"
 )
 
 
@@ -90,7 +90,7 @@ def guard_loading(module: nn.Module) -> None:
     """Let a quantized module load quantized and float state dicts, each strictly."""
     if not getattr(module, "_quantized_loading", False):
         module._quantized_loading = True  # type: ignore[assignment]
-        module.register_load_state_dict_pre_hook(_prepare_state)
+        module.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
 
 
 def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:

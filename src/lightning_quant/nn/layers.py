@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
@@ -48,7 +49,7 @@ class QuantizedLayer(nn.Module):
     gradient_quantizer: nn.Module | None
     execution: Execution
     weight: Tensor
-    bias: Tensor | None
+    bias: Any
 
     def product(self, output_padding: Sequence[int] = ()) -> Product:
         """The product of this layer with its arguments."""
@@ -63,7 +64,13 @@ class QuantizedLayer(nn.Module):
 
     def runs_integer(self) -> bool:
         """Whether products run on int8 codes: asked for, and all three tensors have codes that fit int8."""
-        grids = self.grids() if self.execution == "integer" else None
+        if self.execution != "integer":
+            return False
+        for quantizer in (self.input_quantizer, self.weight_quantizer):
+            # Before it is ready a quantizer is the identity, and there are no codes.
+            if not isinstance(quantizer, LearnedQuantizer) or not quantizer.ready:
+                return False
+        grids = self.grids()
         return grids is not None and all(map(fits_int8, grids))
 
     def quantized_forward(self, x: Tensor, product: Product) -> Tensor:
@@ -75,14 +82,16 @@ class QuantizedLayer(nn.Module):
                 quantizer.initialise(tensor)
         active = [q if q is not None and q.ready else None for q in (self.input_quantizer, self.weight_quantizer)]
         if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
-            learned = cast("list[LearnedQuantizer | None]", active)
+            first, second = cast("list[LearnedQuantizer | None]", active)
             gradient = cast("GradientQuantizerLike | None", self.gradient_quantizer)
-            return quantized_product(x, self.weight, self.bias, Recipe(product, *learned, gradient))
+            return quantized_product(x, self.weight, self.bias, Recipe(product, first, second, gradient))
         inputs, weight = (
             tensor if q is None else q(tensor) for q, tensor in zip(active, (x, self.weight), strict=True)
         )
-        output = product(inputs, weight)
-        return output if self.bias is None else output + self.bias.view(-1, *[1] * (weight.dim() - 2))
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+        output = product(inputs.to(dtype), weight.to(dtype))
+        return output if self.bias is None else output + self.bias.to(dtype).view(-1, *[1] * (weight.dim() - 2))
 
 
 @register(nn.Linear)
@@ -93,7 +102,7 @@ class QuantizedLinear(QuantizedLayer, nn.Linear):
         """The linear product, on int8 codes where that was asked for."""
         return IntegerLinear() if self.runs_integer() else LinearProduct()
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """(..., in) to (..., out)."""
         return self.quantized_forward(input, self.product())
 
@@ -103,10 +112,14 @@ class _QuantizedConvolution(QuantizedLayer):
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...] | str
-    padding_mode: str
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
     transposed: bool
     groups: int
     _reversed_padding_repeated_twice: list[int]
+
+    def runs_integer(self) -> bool:
+        """As for other layers; grouped and transposed convolutions are simulated."""
+        return self.groups == 1 and not self.transposed and super().runs_integer()
 
     def _outer_padding(self) -> list[int] | None:
         """What has to be padded before the product, as ``F.pad`` takes it: all that is not zeros on both sides."""
@@ -124,8 +137,7 @@ class _QuantizedConvolution(QuantizedLayer):
         if self._outer_padding() is None:
             padding = self.padding if not isinstance(self.padding, str) else self._same_padding()
         extra = tuple(output_padding) or (0,) * spatial
-        simple = self.groups == 1 and not self.transposed and self.runs_integer()
-        kind = IntegerConvolution if simple else ConvolutionProduct
+        kind = IntegerConvolution if self.runs_integer() else ConvolutionProduct
         return kind(self.stride, padding, self.dilation, self.transposed, extra, self.groups)
 
     def _same_padding(self) -> tuple[int, ...]:
@@ -142,13 +154,13 @@ class _QuantizedConvolution(QuantizedLayer):
 
 
 class _QuantizedConv(_QuantizedConvolution):
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
         return self._run(input)
 
 
 class _QuantizedConvTranspose(_QuantizedConvolution):
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
         """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
         layer = cast(Any, self)
         spatial = len(self.kernel_size)
@@ -204,12 +216,20 @@ def swap(
         gradient_quantizer: see above.
         execution: "integer" multiplies int8 codes where all three tensors have them.
 
+    Raises:
+        UnsupportedModelError: a layer of another class.
+
     >>> layer = nn.Linear(4, 2)
     >>> swap(layer, LearnedQuantizer(4), LearnedQuantizer(4, signed=True)) is layer
     True
     >>> type(layer).__name__, type(restore(layer)).__name__
     ('QuantizedLinear', 'Linear')
     """
+    if type(layer) not in LAYERS:
+        raise UnsupportedModelError(
+            f"{type(layer).__name__} has no quantized form: expected one of {', '.join(c.__name__ for c in LAYERS)},"
+            " or a class given to lightning_quant.nn.register."
+        )
     layer.__class__ = LAYERS[type(layer)]
     quantized = cast(QuantizedLayer, layer)
     quantized.execution = execution

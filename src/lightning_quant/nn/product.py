@@ -179,6 +179,9 @@ class _QuantizedProduct(torch.autograd.Function):
         dtype: torch.dtype,
         keeps_output: bool,
     ) -> Tensor:
+        output_dtype = dtype
+        if isinstance(recipe.product, IntegerLinear | IntegerConvolution):
+            dtype = torch.float32  # int8 codes are made of whole numbers: no room for FP16 is needed
         inputs, weights = _encode(x, recipe.input), _encode(weight, recipe.weight)
         with torch.autocast(x.device.type, enabled=False):
             w, v, scales = _with_weight(weights, inputs, _fan(weight), dtype, recipe.product)
@@ -189,7 +192,7 @@ class _QuantizedProduct(torch.autograd.Function):
         kept, ctx.packed = _keep_input(x, inputs, keeps_output)
         weight_codes = None if weights.grid is None else _shortest(weights.values, weights.grid)
         ctx.save_for_backward(kept, weight, weight_codes, bias, inputs.scale, weights.scale)
-        return output.to(dtype)
+        return output.to(output_dtype)
 
     @staticmethod
     @once_differentiable
@@ -226,19 +229,29 @@ class _QuantizedProduct(torch.autograd.Function):
             grad_weight = _scaled(recipe.product.weight_gradient(g, v, weight.shape), *scales).to(weight.dtype)
             if learns_input or learns_weight:
                 energy = _inner(grad_weight, weight if recipe.weight is None else weight_codes * weight_scale)
-        if needs_weight and recipe.weight is not None:
-            grad_weight, own_weight, _ = quantized_backward(
-                grad_weight, weight, weight_scale, recipe.weight.grid, packed=False
-            )
-            grad_weight = grad_weight.to(weight.dtype)
+            if recipe.weight is not None:
+                grad_weight, own_weight, _ = quantized_backward(
+                    grad_weight, weight, weight_scale, recipe.weight.grid, packed=False
+                )
+                grad_weight = grad_weight.to(weight.dtype)
         if learns_input:
-            grad_input_range = (energy - own_input) / recipe.input.range
+            grad_input_range = _range_gradient(recipe.input, energy, own_input)
         if learns_weight:
-            grad_weight_range = (energy - own_weight) / recipe.weight.range
+            grad_weight_range = _range_gradient(recipe.weight, energy, own_weight)
         if needs_bias:
             axes = [axis for axis in range(grad.dim()) if axis != recipe.product.channel_axis % grad.dim()]
-            grad_bias = _scaled(output.values.sum(axes, dtype=torch.float32), output.scale).to(bias.dtype)
+            # Of an unbatched vector there is nothing to sum, and an empty list of axes would mean all.
+            total = output.values.sum(axes, dtype=torch.float32) if axes else output.values.float().clone()
+            grad_bias = _scaled(total, output.scale).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, grad_input_range, grad_weight_range, None, None, None
+
+
+def _range_gradient(quantizer: LearnedQuantizer | None, energy: Tensor | None, own: Tensor | None) -> Tensor:
+    """dL/drange, from the two sums in the module's description."""
+    assert quantizer is not None
+    assert energy is not None
+    assert own is not None
+    return (energy - own) / quantizer.range
 
 
 def _shortest(codes: Tensor, grid: Grid) -> Tensor:

@@ -7,9 +7,9 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
@@ -111,6 +111,7 @@ def plan_layers(
         raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
     _check_not_script(module)
     candidates = list(_candidates(module))
+    _check_initialised(candidates)
     names = [name for name, _, _ in candidates]
     include, exclude = _patterns(include, "include", names), _patterns(exclude, "exclude", names)
     reasons = {name: _reason(name, reason, include, exclude) for name, _, reason in candidates}
@@ -124,14 +125,15 @@ def plan_layers(
         if name in ends:
             note = "first layer" if name == chosen[0] else "last layer"
             layer_bits = None if first_and_last == "float" else Bits(*(b if b == 32 else 8 for b in bits))
+        weight = cast(Tensor, layer.weight)
         if layer_bits is not None:
-            _check_weight(name, layer)
-        rows.append(PlannedLayer(name, _kind(layer), tuple(layer.weight.shape), layer_bits, note))
+            _check_weight(name or _kind(layer), weight)
+        rows.append(PlannedLayer(name, _kind(layer), tuple(weight.shape), layer_bits, note))
     plan = Plan(tuple(rows))
     if not plan.chosen:
         raise UnsupportedModelError(
-            f'All {len(chosen)} layers that could be quantized are the first or the last one: write first_and_last="8bit"'
-            ' or first_and_last="same" to quantize them.'
+            f"All {len(chosen)} layers that could be quantized are the first or the last one: write"
+            ' first_and_last="8bit" or first_and_last="same" to quantize them.'
         )
     return plan
 
@@ -143,9 +145,9 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, child in module.named_modules():
         reason = next((r for prefix, r in closed.items() if name.startswith(prefix)), "")
         if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):
-            closed[name + "."] = "inside a metric"
+            closed[name and f"{name}."] = "inside a metric"
         elif isinstance(child, nn.MultiheadAttention):
-            closed[name + "."] = "MultiheadAttention uses its weight and never calls it"
+            closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
         elif isinstance(child, bases):
             known = type(child) in LAYERS or isinstance(child, QuantizedLayer)
             yield name, child, reason or ("" if known else f"{type(child).__name__} has a forward of its own")
@@ -184,7 +186,8 @@ def _nothing_chosen(module: nn.Module, candidates: list[tuple[str, nn.Module, st
     if not candidates:
         return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize."
     reasons = "; ".join(f"{name}: {reason or 'left out by include or exclude'}" for name, _, reason in candidates[:4])
-    return f"None of the {len(candidates)} Conv and Linear layers of {type(module).__name__} is left to quantize: {reasons}."
+    kind = type(module).__name__
+    return f"None of the {len(candidates)} Conv and Linear layers of {kind} is left to quantize: {reasons}."
 
 
 def _kind(layer: nn.Module) -> str:
@@ -197,19 +200,24 @@ def _check_not_script(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise UnsupportedModelError(
-                f"{name or type(module).__name__} is a TorchScript module, whose layers cannot be exchanged: quantize the"
-                " Python module and script it afterwards."
+                f"{name or type(module).__name__} is a TorchScript module, whose layers cannot be exchanged:"
+                " quantize the Python module and script it afterwards."
             )
 
 
-def _check_weight(name: str, layer: nn.Module) -> None:
-    if isinstance(layer, LazyModuleMixin) or nn.parameter.is_lazy(layer.weight):
+def _check_initialised(candidates: list[tuple[str, nn.Module, str]]) -> None:
+    for name, layer, _ in candidates:
+        if isinstance(layer, LazyModuleMixin):
+            kind = type(layer).__name__
+            raise UnsupportedModelError(
+                f"{name or kind} is uninitialised ({kind}): run one forward pass through the network before it is"
+                " quantized."
+            )
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if not weight.is_floating_point():
         raise UnsupportedModelError(
-            f"{name} is uninitialised ({type(layer).__name__}): run one forward pass through the network before it is"
-            " quantized."
-        )
-    if not layer.weight.is_floating_point():
-        raise UnsupportedModelError(
-            f"{name} has a {layer.weight.dtype} weight, and only floating point can be quantized: leave the layer out"
+            f"{name} has a {weight.dtype} weight, and only floating point can be quantized: leave the layer out"
             f' with exclude=["{name}"].'
         )

@@ -45,9 +45,11 @@ class Quantizer(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, before in kept.items():
-            moved = before.detach().to(self._buffers[name].device)  # type: ignore[union-attr]
+            device = self._buffers[name].device  # type: ignore[union-attr]
+            # On the same device it stays the tensor that an optimizer may hold.
+            moved = before if before.device == device else before.detach().to(device)
             self._buffers[name] = moved.requires_grad_(before.requires_grad)
         return self
 
@@ -67,8 +69,9 @@ class Quantizer(nn.Module):
         bits = bits_of_state(state)
         if bits != self.bits:
             raise CheckpointError(
-                f"The checkpoint was made with {bits} bits for a tensor that this module quantizes with {self.bits}: write"
-                f" {bits} bits for it (weight_bits, activation_bits or gradient_bits), or start from a float checkpoint."
+                f"The checkpoint was made with {bits} bits for a tensor that this module quantizes with {self.bits}:"
+                f" write {bits} bits for it (weight_bits, activation_bits or gradient_bits), or start from a float"
+                " checkpoint."
             )
         self._restore([int(value) for value in state[1:]])
 

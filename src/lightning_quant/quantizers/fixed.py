@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_quant.errors import CheckpointError
 from lightning_quant.functional.grid import Grid, fake_quantize, per_channel, symmetric_grid, unsigned_grid
 from lightning_quant.functional.ranges import min_max, scale_and_zero_point
 from lightning_quant.quantizers.base import Quantizer, check_axis
@@ -50,10 +51,11 @@ class FixedQuantizer(Quantizer):
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
-        """Scale and zero point from ``x``; waits for a tensor that is not all 0."""
+        """Scale and zero point from ``x``; waits for a tensor that is finite and not all 0."""
         check_axis(self.axis, x.dim())
         low, high = self.estimator(x.detach().float(), self.axis)
-        if not bool((low.abs() + high.abs()).any()):
+        # Of all of x: an estimator may have cut off what is not finite.
+        if not bool(x.isfinite().all() & (low.abs() + high.abs()).any()):
             return
         self.scale, zero_point, _ = scale_and_zero_point(low, high, self.bits, self.symmetric)
         self.zero_point = torch.zeros_like(self.scale) if zero_point is None else zero_point
@@ -70,6 +72,13 @@ class FixedQuantizer(Quantizer):
 
     def _signature(self) -> list[int]:
         return [self.bits, int(self.symmetric)]
+
+    def _restore(self, signature: list[int]) -> None:
+        if signature[1] != int(self.symmetric):
+            raise CheckpointError(
+                f"The checkpoint has symmetric={bool(signature[1])} for a tensor that this module quantizes with"
+                f" symmetric={self.symmetric}: write symmetric={bool(signature[1])}."
+            )
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         for name in ("scale", "zero_point"):

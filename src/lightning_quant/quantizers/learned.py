@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from lightning_quant.errors import CheckpointError
 from lightning_quant.functional.grid import Grid, fake_quantize, symmetric_grid, unsigned_grid
 from lightning_quant.quantizers.base import UNDECIDED, Quantizer
 from lightning_quant.quantizers.statistics import moments
@@ -60,8 +61,8 @@ class LearnedQuantizer(Quantizer):
         if self.decides_sign:
             self.signed = seen.has_negative
         spread = 3 * seen.std / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
-        # A constant tensor has no spread, and still must be representable.
-        self.range.fill_(spread if spread > 0 else seen.largest)
+        # A constant tensor has no spread but that of the sums' rounding, and still must be representable.
+        self.range.fill_(spread if spread > 1e-6 * seen.largest else seen.largest)
         self.ready = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -72,5 +73,11 @@ class LearnedQuantizer(Quantizer):
         return [self.bits, UNDECIDED if self.signed is None else int(self.signed)]
 
     def _restore(self, signature: list[int]) -> None:
+        loaded = None if signature[1] == UNDECIDED else bool(signature[1])
         if self.decides_sign:
-            self.signed = None if signature[1] == UNDECIDED else bool(signature[1])
+            self.signed = loaded
+        elif loaded not in (None, self.signed):
+            raise CheckpointError(
+                f"The checkpoint has signed={loaded} for a tensor that this module quantizes with signed={self.signed}:"
+                f" write signed={loaded}, or signed=None to take what the checkpoint says."
+            )

@@ -36,9 +36,11 @@ def moments(x: Tensor) -> Moments:
         values.new_tensor(x.numel()),
         values.sum(),
         values.square().sum(),
-        values.abs().max(),
+        values.abs().max() if x.numel() else values.sum(),
         (values < 0).sum(),
     ]
     count, total, squares, largest, negatives = all_reduce_sum(torch.stack(sums)).tolist()
+    if count == 0:
+        return Moments(0.0, 0.0, False)
     mean = total / count
     return Moments(math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)

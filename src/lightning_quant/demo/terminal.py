@@ -1,0 +1,78 @@
+"""How a demo looks while it runs: one named bar a training, and nothing that speaks of other runs."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+THREADS = 2
+_CHATTER = ("lightning.pytorch", "lightning.fabric")
+
+
+class RunBar(TQDMProgressBar):
+    """One bar for a whole training, with its name; none for the test."""
+
+    def __init__(self, title: str) -> None:
+        super().__init__()
+        self.title = title
+
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.set_description(f"{self.title:<32}")
+        bar.total = int(self.trainer.max_epochs or 0) * int(self.total_train_batches)
+        return bar
+
+    def init_test_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        """The bar goes on from epoch to epoch."""
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        done = trainer.current_epoch * int(self.total_train_batches) + batch_idx + 1
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, done - 1)
+
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        shown = super().get_metrics(trainer, pl_module)
+        shown.pop("v_num", None)
+        return shown
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's lines about devices and its advice, which speak of other runs than these."""
+    loggers = [logging.getLogger(name) for name in _CHATTER]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        for message in ("The '.*_dataloader' does not have many workers", ".*LeafSpec", ".*GPU available"):
+            warnings.filterwarnings("ignore", message=message)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+@contextmanager
+def few_threads() -> Iterator[None]:
+    """On so small a network more than two threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(THREADS, before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,231 @@
+"""The intervals of the gradient quantizers over time, from what the callback logged."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.gradient.logs import PREFIX
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_WINDOW = 5
+
+
+@dataclass(frozen=True)
+class _Row:
+    measure: str
+    label: str
+    noisy: bool
+
+
+_ROWS = (
+    _Row("gamma", "gamma: end of the interval\n(of the largest gradient)", noisy=False),
+    _Row("error_large", "mean error of the large ones\n(of the largest gradient)", noisy=True),
+)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One measure of one layer over time.
+
+    Attributes:
+        steps: optimizer steps, ascending.
+        values: the measure at each.
+    """
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+    def end(self, count: int = _WINDOW) -> float:
+        """Mean of the last ``count`` values.
+
+        >>> Curve((1, 2, 3), (9.0, 1.0, 3.0)).end(2)
+        2.0
+        """
+        last = self.values[-count:]
+        return sum(last) / len(last)
+
+    def smooth(self, count: int = _WINDOW) -> Curve:
+        """The mean of each value and up to ``count - 1`` before it.
+
+        >>> Curve((1, 2, 3), (1.0, 3.0, 5.0)).smooth(2).values
+        (1.0, 2.0, 4.0)
+        """
+        windows = (self.values[max(0, i + 1 - count) : i + 1] for i in range(len(self.values)))
+        return Curve(self.steps, tuple(sum(window) / len(window) for window in windows))
+
+
+@dataclass(frozen=True)
+class LayerMetrics:
+    """What one run logged of its layers.
+
+    Attributes:
+        layers: curves by measure (``gamma``, ``clipped``, ``target``, ``error``, ``error_large``, ``zero``) by the
+            name of the layer, in the natural order of the names (``layer2`` before ``layer10``).
+    """
+
+    layers: Mapping[str, Mapping[str, Curve]]
+
+    def mean_end(self, measure: str) -> float:
+        """Mean over the layers of a measure at the end of the run.
+
+        >>> LayerMetrics({"a": {"gamma": Curve((1,), (0.5,))}, "b": {"gamma": Curve((1,), (1.0,))}}).mean_end("gamma")
+        0.75
+        """
+        ends = [curves[measure].end() for curves in self.layers.values()]
+        return sum(ends) / len(ends)
+
+
+def parse_layer_metrics(rows: Iterable[Mapping[str, str]]) -> LayerMetrics:
+    """Curves from rows with a ``step`` and columns ``gradient_quantization/<layer>/<measure>``.
+
+    Empty cells are skipped.
+
+    Raises:
+        ConfigurationError: where no row holds a measure of a layer.
+
+    >>> metrics = parse_layer_metrics([{"step": "5", "gradient_quantization/conv/gamma": "0.5", "loss": ""}])
+    >>> metrics.layers["conv"]["gamma"]
+    Curve(steps=(5,), values=(0.5,))
+    """
+    points: dict[str, dict[str, dict[int, float]]] = {}
+    for row in rows:
+        for key, cell in row.items():
+            if cell and key.startswith(f"{PREFIX}/"):
+                layer, measure = key.removeprefix(f"{PREFIX}/").rsplit("/", 1)
+                points.setdefault(layer, {}).setdefault(measure, {})[int(row["step"])] = float(cell)
+    if not points:
+        raise ConfigurationError(
+            f"No column {PREFIX}/<layer>/<measure> holds a number: train with GradientQuantization and a logger, and"
+            " write a log_every_n_steps that is no longer than the run."
+        )
+    ordered = {
+        layer: {measure: _curve(at) for measure, at in points[layer].items()} for layer in sorted(points, key=_natural)
+    }
+    return LayerMetrics(ordered)
+
+
+def read_layer_metrics(path: Path) -> LayerMetrics:
+    """:func:`parse_layer_metrics` of the ``metrics.csv`` of Lightning's CSVLogger.
+
+    Raises:
+        ConfigurationError: where there is no such file, or no measure in it.
+    """
+    if not path.is_file():
+        raise ConfigurationError(f"No file '{path}': give the metrics.csv that Lightning's CSVLogger wrote.")
+    with path.open(newline="", encoding="utf-8") as file:
+        return parse_layer_metrics(csv.DictReader(file))
+
+
+def draw_intervals(
+    runs: Mapping[str, LayerMetrics], path: Path, layers: Sequence[str] | None = None, title: str = ""
+) -> None:
+    """Draw gamma and the error of the large gradients over optimizer steps, one column a layer and one line a run.
+
+    Errors are drawn thin as they were logged, and thick as a running mean over five logs, on a logarithmic axis.
+
+    Args:
+        runs: by the name that the legend gives them; the first lies on top.
+        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
+        layers: names; None takes the first, the middle and the last.
+        title: above the picture.
+
+    Raises:
+        ConfigurationError: no run, or a layer that not every run has.
+    """
+    chosen = _choose(runs, layers)
+    figure = Figure(figsize=(max(5.0, 0.9 + 3.05 * len(chosen)), 5.8), dpi=150, layout="constrained")
+    grid = figure.subplots(len(_ROWS), len(chosen), sharex=True, sharey="row", squeeze=False)
+    for axes_row, row in zip(grid, _ROWS, strict=True):
+        for axes, layer in zip(axes_row, chosen, strict=True):
+            for order, run in enumerate(runs.values()):
+                _draw_curve(axes, run.layers[layer].get(row.measure), row.noisy, order)
+            _style(axes)
+        axes_row[0].set_ylabel(row.label)
+        _scale(axes_row[0], row)
+    for axes, name in zip(grid[0], _short(chosen), strict=True):
+        axes.set_title(name, fontsize=10, loc="left", color="#555555")
+    for axes in grid[-1]:
+        axes.set_xlabel("optimizer step")
+    handles = [Line2D([], [], color=_colour(order), linewidth=2) for order in range(len(runs))]
+    legend = figure.legend(
+        handles, list(runs), loc="outside upper left", ncols=4, frameon=False, fontsize=10, title=title or None
+    )
+    legend.set_alignment("left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _curve(at: Mapping[int, float]) -> Curve:
+    steps = sorted(at)
+    return Curve(tuple(steps), tuple(at[step] for step in steps))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _choose(runs: Mapping[str, LayerMetrics], layers: Sequence[str] | None) -> list[str]:
+    if not runs:
+        raise ConfigurationError("No run to draw: give at least one, by its name.")
+    known = list(next(iter(runs.values())).layers)
+    # A dict, since a network of one or two layers has the same first, middle and last one.
+    chosen = list(dict.fromkeys((known[0], known[len(known) // 2], known[-1]) if layers is None else layers))
+    for name, run in runs.items():
+        missing = [layer for layer in chosen if layer not in run.layers]
+        if missing:
+            raise ConfigurationError(f"The run '{name}' has no layer '{missing[0]}'. It has {', '.join(run.layers)}.")
+    return chosen
+
+
+def _colour(order: int) -> str:
+    return _COLOURS[order % len(_COLOURS)]
+
+
+def _draw_curve(axes: Axes, curve: Curve | None, noisy: bool, order: int) -> None:
+    if curve is None:
+        return
+    above = 3 - order / 100  # the first on top
+    if noisy:
+        axes.plot(curve.steps, curve.values, color=_colour(order), linewidth=0.7, alpha=0.35, zorder=above - 1)
+        curve = curve.smooth()
+    axes.plot(curve.steps, curve.values, color=_colour(order), linewidth=1.8, zorder=above)
+
+
+def _scale(axes: Axes, row: _Row) -> None:
+    """Of the whole row: errors differ by factors, gamma is a share."""
+    if not row.noisy:
+        axes.set_ylim(0, 1.05)
+        return
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _style(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.margins(x=0.01)
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the dotted beginning that all share."""
+    parts = [name.split(".") for name in names]
+    shared = 0
+    while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    return [".".join(p[shared:]) for p in parts]

@@ -1,0 +1,228 @@
+"""What every quantizer promises. A new one is added to QUANTIZERS and to nothing else here."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.functional import mse_search, percentile
+from lightning_quant.gradient import LargeGradientInterval
+from lightning_quant.gradient.noise import NoiseSource
+from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
+
+Maker = Callable[[int], Quantizer]
+
+
+def narrow(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    return percentile(x, 90.0, axis)
+
+
+def searched(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
+    return mse_search(x, 4, True, axis, candidates=10)
+
+
+def gradient_quantizer(bits: int) -> GradientQuantizer:
+    quantizer = GradientQuantizer(bits, LargeGradientInterval())
+    quantizer.noise = NoiseSource(0)
+    return quantizer
+
+
+QUANTIZERS: dict[str, Maker] = {
+    "fixed": FixedQuantizer,
+    "fixed with zero point": partial(FixedQuantizer, symmetric=False),
+    "fixed per channel": partial(FixedQuantizer, axis=1),
+    "fixed per channel with zero point": partial(FixedQuantizer, symmetric=False, axis=-1),
+    "fixed percentile": partial(FixedQuantizer, estimator=narrow),
+    "fixed least error": partial(FixedQuantizer, estimator=searched),
+    "learned": LearnedQuantizer,
+    "learned signed": partial(LearnedQuantizer, signed=True),
+    "gradient": gradient_quantizer,
+}
+every = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS.keys())
+nearest = pytest.mark.parametrize(
+    "make", [make for name, make in QUANTIZERS.items() if name != "gradient"], ids=list(QUANTIZERS)[:-1]
+)
+
+
+def sample(seed: int = 0) -> Tensor:
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def is_ready(quantizer: Quantizer) -> bool:
+    return quantizer.ready
+
+
+def started(make: Maker, bits: int = 4) -> Quantizer:
+    quantizer = make(bits)
+    quantizer.initialise(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
+    assert quantizer.ready
+    return quantizer
+
+
+def output(quantizer: Quantizer, x: Tensor) -> Tensor:
+    """From the same noise each time."""
+    if isinstance(quantizer, GradientQuantizer):
+        quantizer.noise = NoiseSource(0)
+    result: Tensor = quantizer(x)
+    return result.detach()
+
+
+@every
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_shape_and_dtype_are_kept(make: Maker, dtype: torch.dtype) -> None:
+    x = sample().to(dtype)
+    moved = output(started(make), x)
+    assert (moved.shape, moved.dtype) == (x.shape, x.dtype)
+
+
+@every
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_no_more_values_than_codes(make: Maker, bits: int) -> None:
+    quantizer = started(make, bits)
+    moved = output(quantizer, sample(1)).T if quantizer.extra_repr() and getattr(quantizer, "axis", None) else None
+    rows = output(quantizer, sample(1)).flatten()[None] if moved is None else moved
+    assert all(len(set(row.tolist())) <= 2**bits for row in rows)
+    assert not torch.equal(output(quantizer, sample(1)), sample(1))
+
+
+@nearest
+def test_idempotent(make: Maker) -> None:
+    quantizer = started(make)
+    once = output(quantizer, sample(1))
+    assert torch.equal(output(quantizer, once), once)
+
+
+@every
+def test_zero_stays_zero(make: Maker) -> None:
+    quantizer = started(make)
+    assert output(quantizer, torch.zeros(8, 6)).eq(0).all()
+    x = sample()
+    x[::2] = 0
+    assert output(quantizer, x)[::2].eq(0).all()
+
+
+@every
+def test_the_error_shrinks_with_the_bits(make: Maker) -> None:
+    errors = [(output(started(make, bits), sample()) - sample()).abs().mean() for bits in (2, 4, 6)]
+    assert errors[0] > errors[1] > errors[2]
+
+
+@every
+def test_state_dict_round_trip_is_strict_and_bit_equal(make: Maker) -> None:
+    quantizer, other = started(make), make(4)
+    assert not is_ready(other)
+    other.load_state_dict(quantizer.state_dict(), strict=True)
+    assert other.ready
+    assert torch.equal(output(other, sample(1)), output(quantizer, sample(1)))
+    assert all(
+        torch.equal(a, b) for a, b in zip(other.state_dict().values(), quantizer.state_dict().values(), strict=True)
+    )
+
+
+@every
+def test_a_state_that_was_not_ready_is_loaded_as_such(make: Maker) -> None:
+    quantizer = started(make)
+    quantizer.load_state_dict(make(4).state_dict())
+    assert not is_ready(quantizer)
+
+
+@every
+def test_another_bit_width_is_refused_with_what_to_write(make: Maker) -> None:
+    with pytest.raises(CheckpointError, match=r"made with 8 bits .* quantizes with 4: write 8 bits"):
+        make(4).load_state_dict(started(make, 8).state_dict())
+
+
+@every
+def test_bits_out_of_range_are_refused(make: Maker) -> None:
+    with pytest.raises(ConfigurationError, match="bits=17: expected a whole number from 2 to 16"):
+        make(17)
+
+
+@every
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+def test_state_stays_fp32(make: Maker, cast: str) -> None:
+    quantizer = started(make)
+    before = {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
+    getattr(quantizer, cast)()
+    quantizer.to(torch.float64).to(torch.bfloat16)
+    assert before
+    for name, buffer in quantizer.named_buffers():
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, before[name])
+
+
+@every
+def test_moving_to_the_device_where_it_is_keeps_the_tensors_that_an_optimizer_holds(make: Maker) -> None:
+    quantizer = started(make)
+    before = dict(quantizer.named_buffers())
+    quantizer.to("cpu").half().float()
+    assert all(buffer is before[name] for name, buffer in quantizer.named_buffers())
+
+
+@every
+def test_no_parameters_for_other_optimizers_to_find(make: Maker) -> None:
+    assert not list(started(make).parameters())
+
+
+@every
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q))], ids=["deepcopy", "pickle"])
+def test_copies_behave_alike_and_share_nothing(make: Maker, clone: Callable[[Quantizer], Quantizer]) -> None:
+    quantizer = started(make)
+    copied = clone(quantizer)
+    assert torch.equal(output(copied, sample(1)), output(quantizer, sample(1)))
+    for ours, theirs in zip(quantizer.buffers(), copied.buffers(), strict=True):
+        assert ours.data_ptr() != theirs.data_ptr()
+        assert ours.requires_grad == theirs.requires_grad
+
+
+@every
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_never_starts_it(make: Maker, value: float) -> None:
+    quantizer, x = make(4), sample()
+    x[3, 3] = value
+    quantizer.initialise(x.abs() if isinstance(quantizer, GradientQuantizer) else x)
+    assert not is_ready(quantizer)
+    quantizer.initialise(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
+    assert quantizer.ready
+    assert torch.equal(output(quantizer, sample(1)), output(started(make), sample(1)))
+
+
+@every
+def test_nan_passes_through_and_does_not_change_the_range(make: Maker) -> None:
+    quantizer, x = started(make), sample()
+    before = [buffer.clone() for buffer in quantizer.buffers()]
+    x[3, 3] = float("nan")
+    assert output(quantizer, x)[3, 3].isnan()
+    assert all(torch.equal(a, b) for a, b in zip(before, quantizer.buffers(), strict=True))
+
+
+@every
+def test_all_zeros_leave_it_waiting(make: Maker) -> None:
+    quantizer = make(4)
+    quantizer.initialise(torch.zeros(8, 6))
+    assert not is_ready(quantizer)
+    assert output(quantizer, torch.zeros(8, 6)).eq(0).all()
+
+
+@nearest
+def test_the_identity_before_it_is_ready(make: Maker) -> None:
+    assert torch.equal(output(make(4), sample()), sample())
+
+
+@every
+def test_the_input_is_not_written_to(make: Maker) -> None:
+    quantizer, x = started(make), sample(1)
+    output(quantizer, x)
+    assert torch.equal(x, sample(1))
+
+
+@every
+def test_it_says_its_bits_and_whether_it_is_ready(make: Maker) -> None:
+    assert "bits=4, ready=False" in repr(make(4))
+    assert "bits=4, ready=True" in repr(started(make))
