@@ -2,9 +2,9 @@
 
     python benchmarks/cifar10_strategies.py --root DIR [--epochs 3] [--seeds 3] [--output FOLDER] [--report]
 
-``DIR`` holds CIFAR-10 as ``CIFARDataModule`` reads it. Each run leaves ``FOLDER/<strategy>_<seed>.json`` and its log; runs
-that are there are skipped, so that several processes can share the work one after the other (``--shard 0/2``).
-``--report`` prints the table of what is there and draws the intervals and errors over time.
+``DIR`` holds CIFAR-10 as ``CIFARDataModule`` reads it. Each run leaves ``FOLDER/<strategy>_<seed>.json`` and its log;
+runs that are there are skipped, and processes can share them (``--shard 0/2`` and ``--shard 1/2``). ``--report`` prints
+the table of what is there and draws the intervals and errors of three layers over time, ``FOLDER/intervals.png``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from lightning_quant import (
     MinimumErrorInterval,
     MinMaxInterval,
 )
+from lightning_quant.report import draw_intervals, read_layer_metrics
 
+# The 5th, 15th and 17th quantized layers, of which the authors show curves.
+LAYERS = ["network.layer1.2.conv1", "network.layer3.1.conv1", "network.layer3.2.conv1"]
 STRATEGIES = {
     "float": None,
     "large_gradient": LargeGradientInterval(),
@@ -71,6 +74,14 @@ def report(folder: Path) -> None:
         if found:
             each = ", ".join(f"{value:.2f}" for value in found)
             print(f"| {strategy} | {len(found)} | {statistics.mean(found):.2f} | {each} |")
+    logs = {strategy: folder / f"{strategy}_0" / "metrics.csv" for strategy in STRATEGIES if strategy != "float"}
+    runs = {strategy: read_layer_metrics(path) for strategy, path in logs.items() if path.exists()}
+    if runs:
+        draw_intervals(runs, folder / "intervals.png", LAYERS, "ResNet-20 on CIFAR-10, 4/4/4")
+        print("\n| strategy | gamma at the end, layers 5/15/17 | E(G_large) at the end |\n|---|---|---|")
+    for strategy, metrics in runs.items():
+        gamma, error = ([metrics.layers[layer][m].end() for layer in LAYERS] for m in ("gamma", "error_large"))
+        print(f"| {strategy} | {' / '.join(f'{g:.2f}' for g in gamma)} | {' / '.join(f'{e:.4f}' for e in error)} |")
 
 
 def main() -> None:

@@ -41,10 +41,11 @@ def test_codes_come_back_exactly(x: Tensor, scale: Tensor, grid: Grid) -> None:
     assert torch.equal(codes_of(packed(x, scale, grid), grid), encode(x, scale, grid))
 
 
-@few
-@given(st.integers(-300, 300), grids)
-def test_codes_of_mid_points_come_back_exactly(below: int, grid: Grid) -> None:
-    x, scale = torch.tensor([below + 0.5]), torch.tensor(1.0)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("signed", [True, False])
+def test_codes_of_mid_points_come_back_exactly(bits: int, signed: bool) -> None:
+    grid, scale = symmetric_grid(bits) if signed else unsigned_grid(bits), torch.tensor(1.0)
+    x = torch.arange(-300.0, 300.0) + 0.5
     assert torch.equal(codes_of(packed(x, scale, grid), grid), encode(x, scale, grid))
 
 

@@ -70,10 +70,10 @@ def test_gradients_do_not_depend_on_which_others_are_asked_for(kind: str, needed
         results.append(grads(swapped, x))
     # The ranges belong to the weight: frozen with it.
     expected = (*needed, needed[1], needed[1])
-    for full, partial, flag in zip(*results, expected, strict=True):
-        assert (partial is not None) == flag
+    for full, alone, flag in zip(*results, expected, strict=True):
+        assert (alone is not None) == flag
         if flag:
-            torch.testing.assert_close(partial, full, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(alone, full, rtol=1e-5, atol=1e-4)
 
 
 @kinds
@@ -85,10 +85,10 @@ def test_each_range_learns_alone(kind: str, learned: tuple[bool, bool]) -> None:
     x = sample(kind)
     for swapped in (both, some):
         torch.autograd.backward(swapped(x).square().sum())
-    for full, partial, flag in zip(grads(both, x)[3:], grads(some, x)[3:], learned, strict=True):
-        assert (partial is not None) == flag
+    for full, alone, flag in zip(grads(both, x)[3:], grads(some, x)[3:], learned, strict=True):
+        assert (alone is not None) == flag
         if flag:
-            torch.testing.assert_close(partial, full, rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(alone, full, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("missing", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)])

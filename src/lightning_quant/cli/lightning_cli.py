@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
@@ -53,6 +55,15 @@ class QuantizationCLI(LightningCLI):
                 self.config = parser.parse_args(args)
             case _:
                 self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Take the model from the checkpoint where it names its class; one written from Python does not."""
+        path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
+        if path and Path(path).is_file():
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            if "_class_path" not in checkpoint.get("hyper_parameters", {}):
+                return
+        super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
         """Build model, data and trainer; what a constructor refuses is a ConfigurationError."""

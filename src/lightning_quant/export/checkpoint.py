@@ -25,7 +25,7 @@ def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Pat
         kwargs: as for ``LightningModule.load_from_checkpoint``.
 
     Returns:
-        the quantized module, ready to evaluate.
+        the quantized module, in training mode as Lightning leaves it: call ``eval()`` to evaluate.
 
     Raises:
         CheckpointError: an unknown version of the format, or layers that the module does not have.

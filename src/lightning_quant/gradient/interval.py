@@ -148,7 +148,7 @@ class MinimumErrorInterval(IntervalStrategy):
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
         """The candidate of the least cosine distance."""
         flat = magnitude.flatten()
-        relative = flat / flat.max()
+        relative = flat / flat.max().clamp_min(torch.finfo(flat.dtype).tiny)
         cell = (relative * (self.bins - 1)).long()
         weight = flat.new_zeros(self.bins, dtype=torch.float64).index_add_(0, cell, torch.ones_like(flat).double())
         mean = torch.zeros_like(weight).index_add_(0, cell, relative.double()) / weight.clamp_min(1)

@@ -110,7 +110,14 @@ class GradientQuantizer(Quantizer):
         largest = float(x.max())
         if 0 < largest < float("inf"):
             self.gamma.copy_(self.interval.start(x, self.bits))
-            self.ready, self.restarts, self.agreed = True, False, False
+            self.ready = True
+
+    def _restart(self, magnitude: Tensor) -> None:
+        """Start gamma anew without asking the host whether the gradient is any good."""
+        largest = magnitude.max()
+        started = self.interval.start(torch.where(largest.isfinite(), magnitude, 1.0), self.bits)
+        self.gamma.copy_(torch.where(largest.isfinite() & (largest > 0), started, self.gamma))
+        self.restarts = self.agreed = False
 
     @torch.no_grad()
     def quantize(self, gradient: Tensor) -> Codes:
@@ -128,8 +135,10 @@ class GradientQuantizer(Quantizer):
         values = dense(gradient)
         if not values.numel():
             return Codes(values.float(), None, None)
-        if not self.ready or self.restarts:
+        if not self.ready:
             self.initialise(values.float().abs())
+        elif self.restarts:
+            self._restart(values.float().abs())
         low, high = in_memory(values).aminmax()
         threshold = self.gamma * torch.maximum(-low, high).float()
         usable = threshold.isfinite() & (threshold > 0)
