@@ -149,3 +149,8 @@ def test_errors_equal_their_definitions() -> None:
     clipped = (gradient.abs() > 0.4 * gradient.abs().max()).float().mean()
     assert float(found.clipped) == pytest.approx(float(clipped))
     assert float(found.zero) == pytest.approx(float((codes.values == 0).float().mean()))
+
+
+def test_denormal_gradients_pass_through() -> None:
+    gradient = torch.tensor([0.0, 3e-45, -3e-45])
+    assert torch.equal(real(make(interval=MinMaxInterval()), gradient), gradient)

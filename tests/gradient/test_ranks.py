@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,17 @@ def test_a_step_costs_one_collective() -> None:
     assert on_ranks(2, collectives) == [1, 1]
 
 
+@pytest.fixture
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """OpenMP's threads do not survive a fork: a child that asks for more than one waits for them forever."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_lightnings_ddp_trains_and_leaves_a_checkpoint(tmp_path: Path) -> None:
     torch.manual_seed(0)
     keep = ModelCheckpoint(tmp_path, filename="last")

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.functional import Grid, encode, symmetric_grid
 from lightning_quant.nn import restore, swap
-from lightning_quant.nn.product import Codes
+from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer
 from oracle import quantize_unsigned, quantize_weight, with_gradient
 

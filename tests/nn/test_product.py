@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_quant.functional import encode, symmetric_grid
 from lightning_quant.nn import swap
-from lightning_quant.nn.product import Codes
+from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import LearnedQuantizer
 
 

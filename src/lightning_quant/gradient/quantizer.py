@@ -12,7 +12,7 @@ from lightning_quant.functional.blocks import blocks, dense, in_memory
 from lightning_quant.functional.grid import Grid, encode, symmetric_grid
 from lightning_quant.gradient.interval import IntervalStrategy
 from lightning_quant.gradient.noise import NoiseSource
-from lightning_quant.nn.product import Codes
+from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import Quantizer
 
 LARGE_SHARE = 1e-3
@@ -134,14 +134,15 @@ class GradientQuantizer(Quantizer):
             )
         values = dense(gradient)
         if not values.numel():
-            return Codes(values.float(), None, None)
+            return Codes(values.float())
         if not self.ready:
             self.initialise(values.float().abs())
         elif self.restarts:
             self._restart(values.float().abs())
         low, high = in_memory(values).aminmax()
         threshold = self.gamma * torch.maximum(-low, high).float()
-        usable = threshold.isfinite() & (threshold > 0)
+        # A step below the smallest normal number would round away and divide by zero.
+        usable = threshold.isfinite() & (threshold >= self.grid.high * torch.finfo(torch.float32).tiny)
         step = torch.where(usable, threshold / self.grid.high, 1.0)
         codes = torch.empty_like(values, dtype=torch.float32)
         noise = self.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_quant.errors import UnsupportedModelError
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
@@ -218,6 +218,7 @@ def swap(
 
     Raises:
         UnsupportedModelError: a layer of another class.
+        ConfigurationError: a gradient quantizer or integers with other forward quantizers than learned ones.
 
     >>> layer = nn.Linear(4, 2)
     >>> swap(layer, LearnedQuantizer(4), LearnedQuantizer(4, signed=True)) is layer
@@ -229,6 +230,13 @@ def swap(
         raise UnsupportedModelError(
             f"{type(layer).__name__} has no quantized form: expected one of {', '.join(c.__name__ for c in LAYERS)},"
             " or a class given to lightning_quant.nn.register."
+        )
+    forward = (input_quantizer, weight_quantizer)
+    learned = all(q is None or isinstance(q, LearnedQuantizer) for q in forward)
+    if not learned and (gradient_quantizer is not None or execution == "integer"):
+        raise ConfigurationError(
+            "A gradient_quantizer and execution='integer' need a LearnedQuantizer or None for the input and the weight,"
+            f" found {' and '.join(type(q).__name__ for q in forward)}."
         )
     layer.__class__ = LAYERS[type(layer)]
     quantized = cast(QuantizedLayer, layer)

@@ -1,7 +1,7 @@
 """One autograd node for a quantized layer: quantize, multiply, and keep codes instead of float copies.
 
-Forward and both backward products run on integer codes; the scales are applied to the results (see
-``functional.products``). What is kept for backward:
+Forward and both backward products run on integer codes, with the scales in the weight or applied to the result (see
+``nn.operands``). What is kept for backward:
 
 * the input as one byte a value (code, residual and clip mask, see ``functional.compression``), or the input itself
   where the operation before it keeps its output anyway (a ReLU): there a code beside it would be extra;
@@ -17,10 +17,8 @@ where dX is masked: inside the clamp each term is grad * (quantized - real), out
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,18 +29,11 @@ from lightning_quant.functional.compression import codes_of, container, pack
 from lightning_quant.functional.grid import Grid, encode, exact_in, per_channel
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear
 from lightning_quant.functional.products import Product
+from lightning_quant.nn.operands import Codes, fan, inner, joint, operands, scaled, shortest, with_weight
 from lightning_quant.quantizers import LearnedQuantizer
 
 # Operations that keep their own output for backward: a reference to it costs no memory.
 KEEPS_OUTPUT = {"ReluBackward0", "SigmoidBackward0", "TanhBackward0", "SoftmaxBackward0", "ExpBackward0"}
-
-
-class Codes(NamedTuple):
-    """A tensor as ``values * scale``: integer codes and their step size, or any values and None for 1."""
-
-    values: Tensor
-    scale: Tensor | None
-    grid: Grid | None
 
 
 class GradientQuantizerLike(Protocol):
@@ -103,67 +94,9 @@ def _compute_dtype(x: Tensor, recipe: Recipe) -> torch.dtype:
 
 def _encode(x: Tensor, quantizer: LearnedQuantizer | None) -> Codes:
     if quantizer is None:
-        return Codes(x, None, None)
+        return Codes(x)
     scale = quantizer.scale.detach()
     return Codes(encode(x, scale, quantizer.grid), scale, quantizer.grid)
-
-
-def _joint(scales: Sequence[Tensor | None]) -> Tensor | None:
-    """Product of the scales that there are."""
-    known = [scale for scale in scales if scale is not None]
-    return math.prod(known[1:], start=known[0]) if known else None
-
-
-def _scaled(result: Tensor, *scales: Tensor | None) -> Tensor:
-    """``result``, which nobody else holds, times the scales."""
-    factor = _joint(scales)
-    return result if factor is None else result.mul_(factor)
-
-
-def _headroom(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> float:
-    """Power of two that keeps sums of products of codes within FP16, whose largest number is 65 504."""
-    if dtype != torch.float16 or a.grid is None or b.grid is None:
-        return 1.0
-    bound = max(map(abs, a.grid)) * max(map(abs, b.grid)) * terms
-    return 2.0 ** -max(0, bound.bit_length() - 15)
-
-
-def _operands(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The two factors in ``dtype``, and the scales that are left for their product."""
-    if dtype == torch.float16 and (a.grid is None or b.grid is None):
-        # Sums of codes times real values have no bound to make room for: multiply real values, as autocast does.
-        a, b = (Codes(_real(c), None, None) for c in (a, b))
-    room = _headroom(a, b, terms, dtype)
-    if room == 1.0:
-        return a.values.to(dtype), b.values.to(dtype), [a.scale, b.scale]
-    assert a.scale is not None
-    return (a.values * room).to(dtype), b.values.to(dtype), [a.scale / room, b.scale]
-
-
-def _with_weight(
-    weight: Codes, other: Codes, fan: int, dtype: torch.dtype, product: Product
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """As :func:`_operands`, with the scales in the weight where that does not round it: it is the smaller one."""
-    if dtype.itemsize < 4 or isinstance(product, IntegerLinear | IntegerConvolution):
-        return _operands(weight, other, fan, dtype)
-    factor = _joint([weight.scale, other.scale])
-    values = weight.values if factor is None else weight.values * factor
-    return values.to(dtype), other.values.to(dtype), []
-
-
-def _real(codes: Codes) -> Tensor:
-    return codes.values if codes.scale is None else codes.values * codes.scale
-
-
-def _fan(weight: Tensor) -> int:
-    """An upper bound on the products in one element of the output or of the input's gradient."""
-    return weight.numel() // min(weight.shape[:2])
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b in FP32, without a copy where both lie in memory in the same order."""
-    order = sorted(range(a.dim()), key=a.stride, reverse=True)
-    return torch.dot(*(t.permute(order).reshape(-1).float() for t in (a, b)))
 
 
 class _QuantizedProduct(torch.autograd.Function):
@@ -184,13 +117,13 @@ class _QuantizedProduct(torch.autograd.Function):
             dtype = torch.float32  # int8 codes are made of whole numbers: no room for FP16 is needed
         inputs, weights = _encode(x, recipe.input), _encode(weight, recipe.weight)
         with torch.autocast(x.device.type, enabled=False):
-            w, v, scales = _with_weight(weights, inputs, _fan(weight), dtype, recipe.product)
-            output = _scaled(recipe.product(v, w), *scales)
+            w, v, scales = with_weight(weights, inputs, fan(weight), dtype, recipe.product)
+            output = scaled(recipe.product(v, w), *scales)
             if bias is not None:
                 output.add_(bias if weight.dim() == 2 else per_channel(bias, 1, weight.dim()))
         ctx.recipe, ctx.dtype, ctx.x_shape, ctx.x_dtype = recipe, dtype, x.shape, x.dtype
         kept, ctx.packed = _keep_input(x, inputs, keeps_output)
-        weight_codes = None if weights.grid is None else _shortest(weights.values, weights.grid)
+        weight_codes = None if weights.grid is None else shortest(weights.values, weights.grid)
         ctx.save_for_backward(kept, weight, weight_codes, bias, inputs.scale, weights.scale)
         return output.to(output_dtype)
 
@@ -204,31 +137,31 @@ class _QuantizedProduct(torch.autograd.Function):
         learns_input, learns_weight = learns_input and needs_weight, learns_weight and needs_weight
         _forget_stale(weight, recipe)
 
-        output = Codes(grad, None, None) if recipe.gradient is None else recipe.gradient.quantize(grad)
+        output = Codes(grad) if recipe.gradient is None else recipe.gradient.quantize(grad)
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None
         inputs: Codes | None = None
         own_input = own_weight = energy = None
         if needs_x or learns_input:
-            weights = Codes(weight, None, None)
+            weights = Codes(weight)
             if recipe.weight is not None:
                 weights = Codes(weight_codes, weight_scale, recipe.weight.grid)
-            w, g, scales = _with_weight(weights, output, _fan(weight), ctx.dtype, recipe.product)
+            w, g, scales = with_weight(weights, output, fan(weight), ctx.dtype, recipe.product)
             grad_x = recipe.product.input_gradient(g, w, ctx.x_shape)
             if recipe.input is None:
-                grad_x = _scaled(grad_x, *scales)
+                grad_x = scaled(grad_x, *scales)
             else:
                 grad_x, own_input, codes = quantized_backward(
-                    grad_x, kept, input_scale, recipe.input.grid, ctx.packed, _joint(scales)
+                    grad_x, kept, input_scale, recipe.input.grid, ctx.packed, joint(scales)
                 )
                 inputs = Codes(codes, input_scale, recipe.input.grid)
             grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
         if needs_weight:
             terms = grad.numel() // grad.shape[recipe.product.channel_axis]
             inputs = inputs or _codes_of_input(ctx, kept, input_scale)
-            v, g, scales = _operands(inputs, output, terms, ctx.dtype)
-            grad_weight = _scaled(recipe.product.weight_gradient(g, v, weight.shape), *scales).to(weight.dtype)
+            v, g, scales = operands(inputs, output, terms, ctx.dtype)
+            grad_weight = scaled(recipe.product.weight_gradient(g, v, weight.shape), *scales).to(weight.dtype)
             if learns_input or learns_weight:
-                energy = _inner(grad_weight, weight if recipe.weight is None else weight_codes * weight_scale)
+                energy = inner(grad_weight, weight if recipe.weight is None else weight_codes * weight_scale)
             if recipe.weight is not None:
                 grad_weight, own_weight, _ = quantized_backward(
                     grad_weight, weight, weight_scale, recipe.weight.grid, packed=False
@@ -242,7 +175,7 @@ class _QuantizedProduct(torch.autograd.Function):
             axes = [axis for axis in range(grad.dim()) if axis != recipe.product.channel_axis % grad.dim()]
             # Of an unbatched vector there is nothing to sum, and an empty list of axes would mean all.
             total = output.values.sum(axes, dtype=torch.float32) if axes else output.values.float().clone()
-            grad_bias = _scaled(total, output.scale).to(bias.dtype)
+            grad_bias = scaled(total, output.scale).to(bias.dtype)
         return grad_x, grad_weight, grad_bias, grad_input_range, grad_weight_range, None, None, None
 
 
@@ -252,15 +185,6 @@ def _range_gradient(quantizer: LearnedQuantizer | None, energy: Tensor | None, o
     assert energy is not None
     assert own is not None
     return (energy - own) / quantizer.range
-
-
-def _shortest(codes: Tensor, grid: Grid) -> Tensor:
-    """The codes in the shortest integer dtype that holds them."""
-    for dtype in (torch.int8, torch.uint8, torch.int16):
-        limits = torch.iinfo(dtype)
-        if limits.min <= grid.low and grid.high <= limits.max:
-            return codes.to(dtype)
-    return codes.to(torch.int32)
 
 
 def _keep_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bool]:
@@ -275,7 +199,7 @@ def _codes_of_input(ctx: Any, kept: Tensor, scale: Tensor | None) -> Codes:
     """Codes of the input where its gradient is not asked for."""
     quantizer: LearnedQuantizer | None = ctx.recipe.input
     if quantizer is None or scale is None:
-        return Codes(kept, None, None)
+        return Codes(kept)
     codes = codes_of(kept, quantizer.grid) if ctx.packed else encode(kept, scale, quantizer.grid)
     return Codes(codes, scale, quantizer.grid)
 
@@ -284,11 +208,8 @@ def _forget_stale(weight: Tensor, recipe: Recipe) -> None:
     """Drop gradients of the ranges that outlived the weight's.
 
     Where the user's ``zero_grad`` set the weight's gradient to None, the ranges' belong to a loss that was thrown away
-    (a GAN's generator step reaches the discriminator). Several uses of a layer in one backward pass add up.
+    (a GAN's generator step reaches the discriminator).
     """
-    task = torch._C._current_graph_task_id()
     for quantizer in (recipe.input, recipe.weight):
-        if quantizer is not None and weight.is_leaf and weight.grad is None and quantizer.last_backward != task:
+        if quantizer is not None and weight.is_leaf and weight.grad is None:
             quantizer.range.grad = None
-        if quantizer is not None:
-            quantizer.last_backward = task

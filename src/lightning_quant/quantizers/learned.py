@@ -39,7 +39,6 @@ class LearnedQuantizer(Quantizer):
         super().__init__(bits)
         self.signed = signed
         self.decides_sign = signed is None
-        self.last_backward = -1
         self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
 
     @property
