@@ -255,6 +255,13 @@ def test_float_gradients_equal_plain_training_when_everything_is_float_but_unuse
         torch.testing.assert_close(value, wide[key], rtol=0.05, atol=0.02)
 
 
+def test_the_sign_of_an_input_can_be_given() -> None:
+    module = fitted(quantization(signed={"net.3": True}), max_steps=1)
+    assert [layer.input_quantizer.signed for layer in quantized(module).values()] == [True, True, False, True]  # type: ignore[union-attr]
+    with pytest.raises(ConfigurationError, match=r"signed='net\.4' matches none"):
+        fitted(quantization(signed={"net.4": True}), max_steps=1)
+
+
 def test_first_and_last_policies() -> None:
     def bits(policy: Any) -> list[str]:
         return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning.pytorch as pl
@@ -20,7 +21,7 @@ from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.structure import layer_bits, mark, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.layers import Execution, QuantizedLayer
-from lightning_quant.nn.selection import FirstAndLast, Patterns
+from lightning_quant.nn.selection import FirstAndLast, Patterns, check_patterns
 from lightning_quant.nn.strip import quantized_layers
 
 
@@ -43,6 +44,8 @@ class GradientQuantization(pl.Callback):
         quantizer_lr: learning rate of the ranges of weights and activations, scaled by the user's schedule.
         execution: "integer" multiplies int8 codes with int32 accumulation where all three tensors have codes
             that fit: the same numbers, by integer units.
+        signed: whether the inputs of layers have negative values, by fnmatch pattern of their names; for others the
+            first batch decides.
         log_every_n_steps: how often intervals and errors go to the logger; None is the Trainer's interval, 0 never.
 
     Raises:
@@ -64,6 +67,7 @@ class GradientQuantization(pl.Callback):
         exclude: Patterns = None,
         quantizer_lr: float = 1e-5,
         execution: Execution = "simulated",
+        signed: dict[str, bool] | None = None,
         log_every_n_steps: int | None = None,
     ) -> None:
         self.bits = Bits(weight_bits, activation_bits, gradient_bits)
@@ -78,6 +82,7 @@ class GradientQuantization(pl.Callback):
         self.include, self.exclude = include, exclude
         self.quantizer_lr = quantizer_lr
         self.execution: Execution = execution
+        self.signed = signed or {}
         self.log_every_n_steps = log_every_n_steps
         self.noise: NoiseSource | None = None
         self.batches = 0
@@ -99,10 +104,10 @@ class GradientQuantization(pl.Callback):
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
         if not present:
-            rank_zero_info(
-                f"{plan}\nGradients by {type(self.interval).__name__}; products are {self._execution_note()}."
-            )
-            present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution)
+            shown = plan if stage == "fit" else plan.summary()
+            strategy = type(self.interval).__name__
+            rank_zero_info(f"{shown}\nGradients by {strategy}; products are {self._execution_note()}.")
+            present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution, self._signs(plan))
         elif {name: layer_bits(layer) for name, layer in present.items()} != plan.chosen:
             raise QuantizationError(
                 "The module is already quantized, with other layers or bit-widths than this callback plans: call"
@@ -113,6 +118,12 @@ class GradientQuantization(pl.Callback):
             quantizer.interval = self.interval
         for layer in present.values():
             layer.execution = self.execution
+
+    def _signs(self, plan: Plan) -> dict[str, bool]:
+        """The sign of the inputs of the layers that ``signed`` names."""
+        names = list(plan.chosen)
+        check_patterns(list(self.signed), "signed", names)
+        return {name: sign for name in names for pattern, sign in self.signed.items() if fnmatchcase(name, pattern)}
 
     def _execution_note(self) -> str:
         if self.execution == "simulated":

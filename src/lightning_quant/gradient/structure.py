@@ -27,7 +27,11 @@ HINT = (
 
 
 def quantize_layers(
-    module: nn.Module, chosen: dict[str, Bits], interval: IntervalStrategy, execution: Execution = "simulated"
+    module: nn.Module,
+    chosen: Mapping[str, Bits],
+    interval: IntervalStrategy,
+    execution: Execution = "simulated",
+    signed: Mapping[str, bool] | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Swap the chosen layers in place.
 
@@ -36,6 +40,7 @@ def quantize_layers(
         chosen: bit-widths by the layer's name in ``module``.
         interval: strategy of the gradient quantizers.
         execution: "integer" runs products on int8 codes where they fit.
+        signed: whether the input of a layer has negative values, by its name; for others the first tensor decides.
 
     Returns:
         the quantized layers by name.
@@ -44,7 +49,7 @@ def quantize_layers(
     for name, bits in chosen.items():
         layers[name] = swap(
             module.get_submodule(name),
-            None if bits.activation == FLOAT_BITS else LearnedQuantizer(bits.activation),
+            None if bits.activation == FLOAT_BITS else LearnedQuantizer(bits.activation, (signed or {}).get(name)),
             None if bits.weight == FLOAT_BITS else LearnedQuantizer(bits.weight, signed=True),
             None if bits.gradient == FLOAT_BITS else GradientQuantizer(bits.gradient, interval),
             execution,

@@ -113,7 +113,7 @@ def plan_layers(
     candidates = list(_candidates(module))
     _check_initialised(candidates)
     names = [name for name, _, _ in candidates]
-    include, exclude = _patterns(include, "include", names), _patterns(exclude, "exclude", names)
+    include, exclude = check_patterns(include, "include", names), check_patterns(exclude, "exclude", names)
     reasons = {name: _reason(name, reason, include, exclude) for name, _, reason in candidates}
     chosen = [name for name in names if not reasons[name]]
     if not chosen:
@@ -165,8 +165,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:
-    """The patterns as a list, each of which matches at least one layer."""
+def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:
+    """The patterns as a list.
+
+    Raises:
+        ConfigurationError: a pattern that matches none of the names.
+    """
     if patterns is None:
         return None
     found = [patterns] if isinstance(patterns, str) else list(patterns)
