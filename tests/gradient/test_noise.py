@@ -3,7 +3,7 @@ import pickle
 
 import torch
 
-from lightning_quant.gradient.noise import OFFSETS, NoiseSource
+from lightning_quant.gradient.noise import OFFSETS, POOL_BATCHES, NoiseSource
 
 CPU = torch.device("cpu")
 
@@ -43,6 +43,27 @@ def test_a_larger_tensor_gets_a_larger_pool_without_repeats() -> None:
     assert noise.numel() == 3 * OFFSETS
     shifted = (noise[OFFSETS:] == noise[:-OFFSETS]).float().mean()
     assert float(shifted) < 1e-3
+
+
+def test_what_the_pool_grew_by_does_not_matter() -> None:
+    a, b = NoiseSource(0), NoiseSource(0)
+    a.draw(10, CPU)
+    b.draw(5 * OFFSETS, CPU)
+    for batch in (1, POOL_BATCHES + 1, 2):
+        a.restart(batch)
+        b.restart(batch)
+        assert torch.equal(a.draw(2 * OFFSETS, CPU), b.draw(2 * OFFSETS, CPU))
+
+
+def test_the_pool_is_renewed() -> None:
+    source = NoiseSource(0)
+    pools = []
+    for batch in (0, POOL_BATCHES - 1, POOL_BATCHES):
+        source.restart(batch)
+        source.draw(OFFSETS, CPU)
+        pools.append(source._pool[:OFFSETS])
+    assert torch.equal(pools[0], pools[1])
+    assert not torch.equal(pools[1], pools[2])
 
 
 def test_the_users_random_numbers_stay_as_they_are() -> None:

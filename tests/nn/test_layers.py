@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_quant.errors import UnsupportedModelError
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional import Grid, encode, symmetric_grid
 from lightning_quant.nn import restore, swap
 from lightning_quant.nn.operands import Codes
@@ -256,10 +256,16 @@ def test_fixed_quantizers_multiply_what_they_quantized(name: str, symmetric: boo
     first.initialise(x)
     second.initialise(layer.weight)  # type: ignore[arg-type]
     expected = functional_call(layer, {"weight": second(layer.weight)}, (first(x), *args))
-    for execution in ("simulated", "integer"):
-        swapped: Any = swap(layer, first, second, NearestGradient(), execution=execution)  # type: ignore[arg-type]
-        torch.testing.assert_close(swapped(x, *args), expected, rtol=1e-4, atol=1e-5)
-        restore(swapped)
+    swapped: Any = swap(layer, first, second)
+    torch.testing.assert_close(swapped(x, *args), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("asked", [{"gradient_quantizer": nn.Identity()}, {"execution": "integer"}])
+def test_what_fixed_quantizers_cannot_do_is_refused(asked: dict[str, Any]) -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(ConfigurationError, match="found FixedQuantizer and NoneType"):
+        swap(layer, FixedQuantizer(8), None, **asked)
+    assert type(layer) is nn.Linear
 
 
 def test_fixed_quantizers_under_autocast() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BLOCK = 2**17
+BLOCK = 2**18
 
 
 def is_dense(x: Tensor) -> bool:

@@ -49,15 +49,17 @@ def quantized_backward(
     grad = like(grad.to(wide), kept)
     codes = torch.empty_like(kept, dtype=wide)
     low, high = clamp_bounds(grid)
-    inner = grad.new_zeros(())
+    inner: Tensor | None = None
     for g, k, c in blocks(grad, kept, codes):
         positions = unpack(k, grid) if packed else torch.div(k.to(wide), scale, out=c)
         if factor is not None:
             g.mul_(factor)
         torch.ops.aten.hardtanh_backward.grad_input(g, positions, low, high, grad_input=g)
-        inner += torch.dot(g, positions)
+        part = torch.dot(g, positions)
+        inner = part if inner is None else inner + part
         if packed:
             c.copy_(codes_of(k, grid))
         else:
             round_to_grid(c, grid)
+    assert inner is not None
     return QuantizedBackward(grad, inner * scale, codes)

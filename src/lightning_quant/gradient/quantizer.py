@@ -16,6 +16,7 @@ from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import Quantizer
 
 LARGE_SHARE = 1e-3
+_FP32 = torch.finfo(torch.float32)
 
 
 class GradientErrors(NamedTuple):
@@ -141,30 +142,31 @@ class GradientQuantizer(Quantizer):
             self._restart(values.float().abs())
         low, high = in_memory(values).aminmax()
         threshold = self.gamma * torch.maximum(-low, high).float()
-        # A step below the smallest normal number would round away and divide by zero.
-        usable = threshold.isfinite() & (threshold >= self.grid.high * torch.finfo(torch.float32).tiny)
+        # Neither NaN nor infinite, and no step below the smallest normal number, which would divide by zero.
+        usable = (threshold >= self.grid.high * _FP32.tiny) & (threshold <= _FP32.max)
         step = torch.where(usable, threshold / self.grid.high, 1.0)
         codes = torch.empty_like(values, dtype=torch.float32)
         noise = self.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())
-        clipped = torch.zeros_like(threshold)
+        clipped: Tensor | None = None
         keep = -usable.to(torch.int32)
         for v, c, u in blocks(values, codes, noise):
             v = v.float()
             if self.interval.counts:
-                clipped += v.abs().gt_(threshold).sum()
+                beyond = v.abs().gt_(threshold).sum()
+                clipped = beyond if clipped is None else clipped + beyond
             encode(v, step, self.grid, noise=u, out=c)
             # c where usable, else v: by bits, since torch.where takes twice as long.
             bits, original = c.view(torch.int32), v.view(torch.int32)
             bits.bitwise_xor_(original).bitwise_and_(keep).bitwise_xor_(original)
-        self._count(clipped, usable, values.numel())
+        if clipped is not None:
+            self._count(clipped * usable, usable * float(values.numel()))
         if self.observes:
             alpha = getattr(self.interval, "alpha", LARGE_SHARE)
             self.errors = gradient_errors(values.float(), codes, step, self.gamma, alpha)
             self.observes = False
         return Codes(codes, step, self.grid)
 
-    def _count(self, clipped: Tensor, usable: Tensor, numel: int) -> None:
-        clipped, total = torch.where(usable, clipped, 0.0), usable * float(numel)
+    def _count(self, clipped: Tensor, total: Tensor) -> None:
         self.clipped = clipped if self.clipped is None else self.clipped + clipped
         self.total = total if self.total is None else self.total + total
 

@@ -81,6 +81,8 @@ def fan(weight: Tensor) -> int:
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """Sum of a * b in FP32, without a copy where both lie in memory in the same order."""
+    if a.is_contiguous() and b.is_contiguous():
+        return torch.dot(a.view(-1).float(), b.view(-1).float())
     order = sorted(range(a.dim()), key=a.stride, reverse=True)
     return torch.dot(*(t.permute(order).reshape(-1).float() for t in (a, b)))
 
