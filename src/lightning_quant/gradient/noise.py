@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_quant.functional.rounding import rounding_noise
 
-# On a CPU a drawn number costs more than all the rest of rounding. There a pool of noise lasts for a few batches, and each
-# tensor takes a slice as long as itself from an offset of its own: no two of its values share their noise, and
+# On a CPU a drawn number costs more than all the rest of rounding. There a pool of noise lasts for a few batches, and
+# each tensor takes a slice as long as itself from an offset of its own: no two of its values share their noise, and
 # neither the noise of different layers nor that of different batches is aligned.
 POOL_BATCHES = 16
 OFFSETS = 65_536
