@@ -1,14 +1,17 @@
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch.callbacks import EMAWeightAveraging, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant import strip
+from lightning_quant import load_from_checkpoint, strip
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.gradient import (
     FixedInterval,
@@ -57,8 +60,6 @@ def test_a_strategy_of_the_users_own_works() -> None:
     class Halving(IntervalStrategy):
         def start(self, magnitude: Tensor, bits: int) -> Tensor:
             return magnitude.new_tensor(0.8)
-
-        counts = True
 
         def step(self, gamma: Tensor, clipped: Tensor, target: Tensor) -> Tensor:
             return gamma / 2
@@ -196,7 +197,8 @@ def test_activation_checkpointing_starts_and_counts_once(reentrant: bool) -> Non
         trainer(quantization(interval=LargeGradientInterval(0.1)), max_steps=2).fit(module)
         states.append({k: v for k, v in module.state_dict().items() if "quantizer" in k})
     for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
+        # The recomputed input has no ReLU before it and is packed, which rounds the ranges' gradients.
+        torch.testing.assert_close(value, states[1][key], rtol=1e-4 if key.endswith("range") else 0, atol=0, msg=key)
 
 
 def test_validation_in_between_changes_nothing() -> None:
@@ -253,6 +255,84 @@ def test_float_gradients_equal_plain_training_when_everything_is_float_but_unuse
     wide = fitted(quantization(weight_bits=16, activation_bits=32, gradient_bits=32), max_steps=3).state_dict()
     for key, value in plain.items():
         torch.testing.assert_close(value, wide[key], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("bits", [{"weight_bits": 32, "activation_bits": 32}, {"gradient_bits": 32}])
+def test_what_was_trained_can_be_tested_whatever_was_left_in_float(bits: dict[str, int]) -> None:
+    module = fitted(quantization(**bits), max_steps=1)
+    assert trainer(quantization(**bits)).test(module, verbose=False)
+
+
+def test_training_on_without_the_callback_is_refused() -> None:
+    module = fitted(quantization(), max_steps=1)
+    with pytest.raises(QuantizationError, match=r"add lightning_quant\.GradientQuantization"):
+        trainer(max_steps=2).fit(module)
+
+
+def test_averaged_weights_keep_the_grid_of_the_trained_ones(tmp_path: Path) -> None:
+    averaging = EMAWeightAveraging(decay=0.5)
+    keep = ModelCheckpoint(tmp_path, filename="ema")
+    module = fitted(quantization(), averaging, keep, enable_checkpointing=True, max_epochs=2)
+    loaded = load_from_checkpoint(SmallNet, tmp_path / "ema.ckpt")
+    for name, layer in quantized(loaded).items():
+        trained = quantized(module)[name].input_quantizer
+        assert layer.input_quantizer.signed == trained.signed  # type: ignore[union-attr]
+        assert layer.input_quantizer.ready  # type: ignore[union-attr]
+    with pytest.raises(ConfigurationError, match="stands before GradientQuantization"):
+        fitted(EMAWeightAveraging(), quantization(), max_steps=1)
+
+
+def test_a_layer_under_several_names_is_quantized_and_rebuilt_once(tmp_path: Path) -> None:
+    trainer(quantization(), max_steps=1).fit(shared := Shared())
+    run = trainer(quantization(), max_steps=2)
+    run.fit(shared)
+    run.save_checkpoint(tmp_path / "shared.ckpt")
+    loaded = load_from_checkpoint(Shared, tmp_path / "shared.ckpt")
+    assert loaded.net[8] is loaded.net[9]
+    assert len(quantized(loaded)) == len(quantized(shared)) == 4
+
+
+class Shared(SmallNet):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net[9] = self.net[8]
+
+
+def test_double_precision_trains() -> None:
+    module = fitted(quantization(), precision="64-true", max_steps=2)
+    assert module.net[0].weight.dtype == torch.float64
+
+
+def test_a_frozen_body_is_not_walked_back_through() -> None:
+    module = SmallNet()
+    module.net[:8].requires_grad_(False)
+    calls: list[str] = []
+    original = GradientQuantizer.quantize
+
+    def count(self: GradientQuantizer, gradient: Tensor) -> Any:
+        calls.append("once")
+        return original(self, gradient)
+
+    with mock.patch.object(GradientQuantizer, "quantize", count):
+        trainer(quantization(), max_steps=1).fit(module)
+    assert len(calls) == 2
+
+
+def test_the_learning_rate_finder_works() -> None:
+    module = SmallNet()
+    finder = LearningRateFinder(num_training_steps=3, early_stop_threshold=None)
+    trainer(quantization(), finder, max_steps=2, enable_checkpointing=False).fit(module)
+    assert quantized(module)["net.3"].weight_quantizer.ready  # type: ignore[union-attr]
+
+
+def test_layers_that_no_tensor_reached_are_named() -> None:
+    class Bypassing(SmallNet):
+        def forward(self, images: Tensor) -> Tensor:
+            hidden = self.net[:10](images)
+            return F.linear(hidden, self.net[10].weight, self.net[10].bias)  # type: ignore[arg-type]
+
+    with pytest.warns(UserWarning, match=r"1 layers are still in float after an epoch.*net\.10"):
+        trainer(quantization()).fit(Bypassing())
 
 
 def test_the_sign_of_an_input_can_be_given() -> None:
@@ -352,6 +432,10 @@ def test_bits_out_of_range_are_refused(which: str, bits: Any) -> None:
 
 
 def test_a_wrong_learning_rate_or_execution_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match="expected an instance of a strategy"):
+        GradientQuantization(interval=MinMaxInterval)  # type: ignore[arg-type]
+    with pytest.raises(ConfigurationError, match="first_and_last='last'"):
+        GradientQuantization(first_and_last="last")  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="quantizer_lr=-1"):
         GradientQuantization(quantizer_lr=-1)
     with pytest.raises(ConfigurationError, match="execution='fast'"):

@@ -9,6 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_quant import GradientQuantization, ImageClassifier, load_from_checkpoint
 from lightning_quant.errors import CheckpointError
 from lightning_quant.gradient import IntervalStrategy, LargeGradientInterval, MinimumErrorInterval
+from lightning_quant.quantizers import LearnedQuantizer
 from networks import SmallNet, fitted, quantization, trainer
 
 
@@ -19,7 +20,7 @@ def saved(folder: Path, **kwargs: Any) -> Path:
     return folder / "epoch=1.ckpt"
 
 
-@pytest.mark.parametrize("interval", [LargeGradientInterval(0.1), MinimumErrorInterval(every=3)])
+@pytest.mark.parametrize("interval", [LargeGradientInterval(0.1), MinimumErrorInterval(every=4)])
 def test_a_resumed_training_equals_an_uninterrupted_one_bit_for_bit(tmp_path: Path, interval: IntervalStrategy) -> None:
     path = saved(tmp_path, interval=interval, quantizer_lr=1e-3)
     pl.seed_everything(99, verbose=False)
@@ -122,6 +123,21 @@ def test_a_float_checkpoint_starts_a_quantized_training(tmp_path: Path) -> None:
     module = SmallNet()
     trainer(quantization(), max_epochs=2).fit(module, ckpt_path=tmp_path / "float.ckpt")
     assert module.net[3].weight_quantizer.ready  # type: ignore[union-attr]
+
+
+def test_a_float_state_makes_a_trained_modules_ranges_start_anew() -> None:
+    module = fitted(quantization(), max_steps=1)
+    module.load_state_dict(SmallNet().state_dict())
+    quantizer = module.get_submodule("net.3.input_quantizer")
+    assert isinstance(quantizer, LearnedQuantizer)
+    assert (quantizer.ready, quantizer.signed) == (False, None)
+
+
+def test_a_tested_checkpoint_leaves_no_trace_in_the_next_training(tmp_path: Path) -> None:
+    callback = quantization()
+    trainer(callback).test(SmallNet(), ckpt_path=saved(tmp_path), verbose=False)
+    trainer(callback).fit(SmallNet())
+    assert (callback.batches, callback._optimizers[0].steps) == (4, 4)
 
 
 def test_a_truncated_quantized_checkpoint_is_not_loaded(tmp_path: Path) -> None:

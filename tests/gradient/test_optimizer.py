@@ -101,7 +101,7 @@ def test_the_base_learning_rate_is_the_peak_of_the_schedule(kind: str) -> None:
         optimizer.param_groups[0]["lr"] = 0.01
     layers = {"0": network.get_submodule("0")}
     ours = QuantizerOptimizer(layers, optimizer, lr=1e-2)  # type: ignore[arg-type]
-    assert ours.base_lr == {"one_cycle": 0.5, "step": 0.1, "none": 0.1}[kind]
+    assert ours.base_lrs[0] == {"one_cycle": 0.5, "step": 0.1, "none": 0.1}[kind]
 
 
 def test_the_state_continues_and_that_of_other_layers_is_refused() -> None:

@@ -204,3 +204,10 @@ def test_the_plan_prints_as_a_table_and_changes_nothing() -> None:
     assert lines[5].startswith("2 of 4 layers quantized to 4/4/4 bits")
     assert {name: (type(child), id(child)) for name, child in network.named_modules()} == before
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
+
+
+def test_a_transformer_encoder_layer_is_left_in_float() -> None:
+    network = nn.Sequential(nn.Linear(8, 8), nn.TransformerEncoderLayer(8, 2, 16), nn.Linear(8, 8))
+    rows = {row.name: row.note for row in plan_layers(network, Bits(4, 4), "same").layers}
+    assert "bypasses its linears in evaluation" in rows["1.linear1"]
+    assert not rows["0"]

@@ -51,7 +51,7 @@ def quantized_backward(
     low, high = clamp_bounds(grid)
     inner: Tensor | None = None
     for g, k, c in blocks(grad, kept, codes):
-        positions = unpack(k, grid) if packed else torch.div(k.to(wide), scale, out=c)
+        positions = unpack(k, grid).to(wide) if packed else torch.div(k.to(wide), scale, out=c)
         if factor is not None:
             g.mul_(factor)
         torch.ops.aten.hardtanh_backward.grad_input(g, positions, low, high, grad_input=g)

@@ -7,6 +7,7 @@ time for 4 bits over 8: it shows that what was simulated is what integer hardwar
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import EllipsisType
@@ -94,7 +95,7 @@ class IntegerLinear(LinearProduct):
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output, without bias, FP32."""
         flat = _codes(x).reshape(-1, x.shape[-1])
-        return _real(integer_matmul(flat, _codes(weight).t()), x, weight).view(*x.shape[:-1], -1)
+        return _real(integer_matmul(flat, _codes(weight).t()), x, weight).view(*x.shape[:-1], weight.shape[0])
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
         """Gradient of the input, of shape ``x_shape``, FP32."""
@@ -120,7 +121,7 @@ class IntegerConvolution(ConvolutionProduct):
         """The output, without bias, FP32."""
         columns, output_size = self._unfold(_codes(x), weight.shape[2:])
         flat = integer_matmul(columns, _codes(weight).flatten(1).t())
-        return _real(flat, x, weight).view(x.shape[0], *output_size, -1).movedim(-1, 1).contiguous()
+        return _real(flat, x, weight).view(x.shape[0], *output_size, weight.shape[0]).movedim(-1, 1).contiguous()
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
         """Gradient of the input, of shape ``x_shape``, FP32."""
@@ -159,7 +160,7 @@ class IntegerConvolution(ConvolutionProduct):
         batch, channels = x_shape[:2]
         sizes = [length + 2 * pad for length, pad in zip(x_shape[2:], self.padding, strict=True)]
         padded = columns.new_zeros(batch, channels, *sizes)
-        parts = columns.view(batch, *output_size, channels, -1).movedim(-2, 1)
+        parts = columns.view(batch, *output_size, channels, math.prod(kernel)).movedim(-2, 1)
         for view, part in zip(self._windows(padded, kernel, output_size), parts.unbind(-1), strict=True):
             view += part
         return _inner(padded, tuple(slice(p, p + n) for p, n in zip(self.padding, x_shape[2:], strict=True)))

@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
 
@@ -77,6 +78,12 @@ class GradientQuantization(pl.Callback):
             raise ConfigurationError(f'execution={execution!r}: expected "simulated" or "integer".')
         if not quantizer_lr >= 0:
             raise ConfigurationError(f"quantizer_lr={quantizer_lr}: a learning rate is at least 0, for example 1e-5.")
+        if not isinstance(interval, IntervalStrategy | None):
+            raise ConfigurationError(
+                f"interval={interval!r}: expected an instance of a strategy, for example MinMaxInterval()."
+            )
+        if first_and_last not in ("float", "8bit", "same"):
+            raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
         self.interval = LargeGradientInterval() if interval is None else interval
         self.first_and_last: FirstAndLast = first_and_last
         self.include, self.exclude = include, exclude
@@ -90,6 +97,7 @@ class GradientQuantization(pl.Callback):
         self._optimizers: list[QuantizerOptimizer] = []
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] = {}
+        self._warned = False
 
     def plan(self, module: torch.nn.Module) -> Plan:
         """What the callback would quantize in a module, without changing it; prints as a table."""
@@ -101,6 +109,7 @@ class GradientQuantization(pl.Callback):
         """Exchange the layers, before anything is wrapped and before optimizers exist."""
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
+        _check_order(trainer, self)
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
         if not present:
@@ -114,8 +123,11 @@ class GradientQuantization(pl.Callback):
                 " lightning_quant.strip(module) first, or give the callback the arguments it was quantized with."
             )
         self._layers = present
+        self.noise = NoiseSource(torch.initial_seed(), trainer.global_rank)
         for quantizer in self._gradient_quantizers().values():
             quantizer.interval = self.interval
+            # Lightning's tuner trains a few steps without the hooks of callbacks.
+            quantizer.noise = self.noise if stage == "fit" else None
         for layer in present.values():
             layer.execution = self.execution
 
@@ -139,10 +151,12 @@ class GradientQuantization(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Take part in the steps of the user's optimizers, which exist now."""
         seed = self._restored.get("seed", torch.initial_seed())
+        self._warned = False
         self.batches = self._restored.get("batches", 0)
         self.noise = NoiseSource(seed, trainer.global_rank)
         for quantizer in self._gradient_quantizers().values():
             quantizer.noise = self.noise
+            quantizer.clipped = quantizer.total = None
         self._optimizers = []
         for optimizer, layers in _owners(trainer.optimizers, self._layers):
             ours = QuantizerOptimizer(layers, optimizer, self.quantizer_lr)
@@ -160,7 +174,8 @@ class GradientQuantization(pl.Callback):
         self.noise.restart(self.batches)
         self.batches += 1
         every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
-        observes = bool(every and trainer.loggers and (trainer.global_step + 1) % every == 0)
+        last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        observes = bool(every and trainer.loggers and last and (trainer.global_step + 1) % every == 0)
         for quantizer in self._gradient_quantizers().values():
             quantizer.observes = observes
 
@@ -177,8 +192,15 @@ class GradientQuantization(pl.Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop where ranks have come to train different networks."""
+        """Stop where ranks have come to train different networks; say once which layers no tensor reached."""
         self._check_agreement()
+        asleep = [name for name, layer in self._layers.items() if not _started(layer)]
+        if asleep and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"{len(asleep)} layers are still in float after an epoch, since their forward was not called with"
+                f" gradients or saw only zeros: {', '.join(asleep)}. Leave them out with exclude= if that is meant."
+            )
 
     def _check_agreement(self) -> None:
         for optimizer in self._optimizers:
@@ -188,13 +210,16 @@ class GradientQuantization(pl.Callback):
         """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._restored = [], {}
+        # Without the callback nobody moves the intervals; training on without it must say so.
+        for quantizer in self._gradient_quantizers().values():
+            quantizer.noise = None
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to evaluate what was never trained; Lightning's sanity check before training runs in float."""
-        if not trainer.sanity_checking and not trainer.training:
+        if not trainer.sanity_checking:
             self._check_ready()
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -206,8 +231,9 @@ class GradientQuantization(pl.Callback):
         self._check_ready()
 
     def _check_ready(self) -> None:
-        quantizers = [q for layer in self._layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
-        if quantizers and not any(q is not None and q.ready for q in quantizers):
+        both = [q for layer in self._layers.values() for q in (layer.input_quantizer, layer.weight_quantizer)]
+        quantizers = [quantizer for quantizer in both if quantizer is not None]
+        if quantizers and not any(quantizer.ready for quantizer in quantizers):
             raise QuantizationError(
                 "No quantizer of the module has a range, since it was never trained quantized: call trainer.fit"
                 " first, or pass ckpt_path= with a checkpoint of a quantized training. Without the callback the"
@@ -237,7 +263,8 @@ class GradientQuantization(pl.Callback):
 def _stepper(ours: QuantizerOptimizer, trainer: pl.Trainer) -> Any:
     def step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        ours.step(1.0 if scaler is None else scaler.get_scale())
+        # As a tensor: get_scale() would wait for the device.
+        ours.step(1.0 if scaler is None else scaler._scale)
 
     return step
 
@@ -253,6 +280,21 @@ def _owners(
         if shares:
             shares[indices[0] if indices else 0][name] = layer
     return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]
+
+
+def _started(layer: QuantizedLayer) -> bool:
+    return all(q is None or q.ready for q in (layer.input_quantizer, layer.weight_quantizer))
+
+
+def _check_order(trainer: pl.Trainer, callback: pl.Callback) -> None:
+    """Copies of the module that other callbacks make in ``setup`` must be copies of the quantized one."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = callbacks[: callbacks.index(callback)] if callback in callbacks else []
+    if any(isinstance(other, WeightAveraging) for other in before):
+        raise ConfigurationError(
+            "A WeightAveraging callback stands before GradientQuantization and would average the float module: write"
+            " callbacks=[GradientQuantization(...), ..., WeightAveraging(...)]."
+        )
 
 
 def _paths(layers: dict[str, QuantizedLayer]) -> str:

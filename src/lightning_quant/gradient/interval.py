@@ -20,12 +20,16 @@ class IntervalStrategy(ABC):
     """How gamma starts and moves. Subclass it to add a strategy; instances hold settings, never state.
 
     Attributes:
-        counts: whether :meth:`step` wants the share of clipped gradients, which costs a pass over them.
+        counts: whether there is a :meth:`step`, which wants the share of clipped gradients: a pass over them.
         every: call :meth:`start` anew each so many optimizer steps; None only once.
     """
 
     counts: bool = False
     every: int | None = None
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        cls.counts = cls.step is not IntervalStrategy.step
 
     @abstractmethod
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
@@ -64,8 +68,6 @@ class LargeGradientInterval(IntervalStrategy):
     >>> round(strategy.target(4) * 15, 6)
     0.001
     """
-
-    counts = True
 
     def __init__(self, alpha: float = 1e-3, step: float = 1e-3) -> None:
         if not 0 < alpha <= 1:

@@ -41,7 +41,7 @@ class QuantizerOptimizer:
     def __init__(self, layers: dict[str, QuantizedLayer], optimizer: torch.optim.Optimizer, lr: float) -> None:
         self.optimizer = optimizer
         self.lr = lr
-        self.base_lr = _base_lr(optimizer)
+        self.base_lrs = [_base_lr(group) for group in optimizer.param_groups]
         self.steps = 0
         self.gradient_quantizers: dict[str, GradientQuantizer] = {}
         self.ranges: dict[str, Tensor] = {}
@@ -56,7 +56,7 @@ class QuantizerOptimizer:
         self._apart: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, gradient_scale: float = 1.0) -> None:
+    def step(self, gradient_scale: float | Tensor = 1.0) -> None:
         """Move all intervals and ranges once.
 
         Args:
@@ -72,8 +72,18 @@ class QuantizerOptimizer:
         self.steps += 1
         for quantizer in quantizers:
             quantizer.clipped = quantizer.total = None
+        self._mark_restarts()
+
+    def _mark_restarts(self) -> None:
+        for quantizer in self.gradient_quantizers.values():
             every = quantizer.interval.every
-            quantizer.restarts = every is not None and self.steps % every == 0
+            quantizer.restarts = every is not None and self.steps > 0 and self.steps % every == 0
+
+    def _schedule(self) -> float:
+        """Where the user's schedule stands: the first parameter group's that is not switched off."""
+        groups = self.optimizer.param_groups
+        bases = self.base_lrs + [_base_lr(group) for group in groups[len(self.base_lrs) :]]
+        return next((group["lr"] / base for group, base in zip(groups, bases, strict=False) if base > 0), 0.0)
 
     def _move_intervals(self, quantizers: list[GradientQuantizer], counts: Counts) -> None:
         if not quantizers or not quantizers[0].interval.counts:
@@ -84,7 +94,7 @@ class QuantizerOptimizer:
         moved = torch.where(counts.total > 0, moved, gamma)
         torch._foreach_copy_([q.gamma for q in quantizers], list(moved.unbind()))
 
-    def _move_ranges(self, gradient_scale: float) -> None:
+    def _move_ranges(self, gradient_scale: float | Tensor) -> None:
         learned = [r for r in self.ranges.values() if r.grad is not None]
         if self.adam is None or not learned:
             return
@@ -92,8 +102,7 @@ class QuantizerOptimizer:
         grads = torch.nan_to_num(grads / gradient_scale, 0.0, 0.0, 0.0)
         for parameter, grad in zip(learned, grads.unbind(), strict=True):
             parameter.grad = grad
-        factor = self.optimizer.param_groups[0]["lr"] / self.base_lr
-        self.adam.param_groups[0]["lr"] = self.lr * factor
+        self.adam.param_groups[0]["lr"] = self.lr * self._schedule()
         self.adam.step()
         self.adam.zero_grad()
 
@@ -117,7 +126,7 @@ class QuantizerOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """State of Adam, the base learning rate and the number of steps."""
         adam = None if self.adam is None else self.adam.state_dict()
-        return {"names": list(self.ranges), "adam": adam, "base_lr": self.base_lr, "steps": self.steps}
+        return {"names": list(self.ranges), "adam": adam, "base_lrs": self.base_lrs, "steps": self.steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
@@ -130,12 +139,12 @@ class QuantizerOptimizer:
                 f"The checkpoint holds the ranges of {len(state['names'])} tensors, this run learns {len(self.ranges)}:"
                 " use the same include, exclude and first_and_last as the run that wrote it."
             )
-        self.base_lr, self.steps = state["base_lr"], state["steps"]
+        self.base_lrs, self.steps = state["base_lrs"], state["steps"]
+        self._mark_restarts()
         if self.adam is not None:
             self.adam.load_state_dict(state["adam"])
 
 
-def _base_lr(optimizer: torch.optim.Optimizer) -> float:
+def _base_lr(group: dict[str, Any]) -> float:
     """The learning rate that a schedule is a multiple of: the peak of a one-cycle, else what it started from."""
-    group = optimizer.param_groups[0]
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"]))) or 1.0
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))

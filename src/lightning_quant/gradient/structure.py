@@ -15,7 +15,7 @@ from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInt
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.nn import Bits, swap
 from lightning_quant.nn.layers import LAYERS, QUANTIZERS, Execution, QuantizedLayer
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.strip import LOADING_HOOK, quantized_layers
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 from lightning_quant.quantizers.base import bits_of_state
 
@@ -77,14 +77,16 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor]) -> None:
             found.setdefault(layer, {})[rest] = bits_of_state(value)
     if not found or any(True for _ in quantized_layers(module)):
         return
-    known = dict(module.named_modules())
+    known = dict(module.named_modules(remove_duplicate=False))
     missing = [name for name in found if type(known.get(name)) not in LAYERS]
     if missing:
         raise CheckpointError(
             f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
             " does not have: build the module with the arguments it was trained with."
         )
-    quantize_layers(module, {name: _bits(widths) for name, widths in found.items()}, LargeGradientInterval())
+    # A layer that the module holds under several names is in the state dict under each.
+    once = {id(known[name]): (name, _bits(widths)) for name, widths in reversed(found.items())}
+    quantize_layers(module, dict(once.values()), LargeGradientInterval())
 
 
 def _bits(widths: Mapping[str, int]) -> Bits:
@@ -93,16 +95,17 @@ def _bits(widths: Mapping[str, int]) -> Bits:
 
 def guard_loading(module: nn.Module) -> None:
     """Let a quantized module load quantized and float state dicts, each strictly."""
-    if not getattr(module, "_quantized_loading", False):
-        module._quantized_loading = True  # type: ignore[assignment]
-        module.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
+    if LOADING_HOOK not in vars(module):
+        handle = module.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
+        setattr(module, LOADING_HOOK, handle)
 
 
 def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     state_dict.pop(prefix + HINT, None)
     own = {
         f"{prefix}{name}.{kind}.": getattr(layer, kind)
-        for name, layer in quantized_layers(module)
+        for name, layer in module.named_modules(remove_duplicate=False)
+        if isinstance(layer, QuantizedLayer)
         for kind in QUANTIZERS
         if getattr(layer, kind) is not None
     }
@@ -111,7 +114,7 @@ def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str
     if not any(f".{kind}." in key for key in state_dict for kind in QUANTIZERS):
         rank_zero_info("A float checkpoint is loaded into a quantized module: its ranges start from the first batch.")
         for name, quantizer in own.items():
-            state_dict.update({name + key: value for key, value in quantizer.state_dict().items()})
+            state_dict.update({name + key: value for key, value in quantizer.unstarted_state().items()})
 
 
 def mark(state_dict: dict[str, Tensor]) -> None:

@@ -78,8 +78,12 @@ class QuantizedLayer(nn.Module):
         # A frozen layer in evaluation mode must start too; a validation before training must not.
         starting = self.training or torch.is_grad_enabled()
         for quantizer, tensor in ((self.input_quantizer, x), (self.weight_quantizer, self.weight)):
-            if starting and quantizer is not None and not quantizer.ready:
+            if quantizer is None or quantizer.ready:
+                continue
+            if starting:
                 quantizer.initialise(tensor)
+            else:
+                quantizer.wake()
         active = [q if q is not None and q.ready else None for q in (self.input_quantizer, self.weight_quantizer)]
         if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
             first, second = cast("list[LearnedQuantizer | None]", active)

@@ -77,9 +77,12 @@ def quantized_product(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Re
     Returns:
         the output, in the dtype of the products.
     """
-    keeps_output = x.grad_fn is not None and x.grad_fn.name() in KEEPS_OUTPUT
+    # Without gradients nothing is kept, and so nothing is worth packing.
+    keeps_output = not torch.is_grad_enabled() or (x.grad_fn is not None and x.grad_fn.name() in KEEPS_OUTPUT)
     dtype = _compute_dtype(x, recipe)
-    ranges = [None if q is None else q.range for q in (recipe.input, recipe.weight)]
+    # A frozen layer keeps its ranges, which belong to the weight, and needs no graph for them.
+    both = [None if q is None else q.range for q in (recipe.input, recipe.weight)]
+    ranges = [r if r is None or weight.requires_grad else r.detach() for r in both]
     result: Tensor = _QuantizedProduct.apply(x, weight, bias, *ranges, recipe, dtype, keeps_output)
     return result
 
@@ -133,8 +136,6 @@ class _QuantizedProduct(torch.autograd.Function):
         kept, weight, weight_codes, bias, input_scale, weight_scale = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         needs_x, needs_weight, needs_bias, learns_input, learns_weight = ctx.needs_input_grad[:5]
-        # A frozen layer keeps its ranges: they belong to the weight.
-        learns_input, learns_weight = learns_input and needs_weight, learns_weight and needs_weight
         _forget_stale(weight, recipe)
 
         output = Codes(grad) if recipe.gradient is None else recipe.gradient.quantize(grad)

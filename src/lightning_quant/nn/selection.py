@@ -146,6 +146,8 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         reason = next((r for prefix, r in closed.items() if name.startswith(prefix)), "")
         if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):
             closed[name and f"{name}."] = "inside a metric"
+        elif isinstance(child, nn.TransformerEncoderLayer):
+            closed[name and f"{name}."] = "TransformerEncoderLayer bypasses its linears in evaluation"
         elif isinstance(child, nn.MultiheadAttention):
             closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
         elif isinstance(child, bases):

@@ -9,6 +9,8 @@ from torch import nn
 
 from lightning_quant.nn.layers import QuantizedLayer, restore
 
+# Where a module keeps the handle of the hook that prepares state dicts for its quantizers.
+LOADING_HOOK = "_quantized_loading"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -33,4 +35,7 @@ def strip(module: Module) -> Module:
     """
     for _, layer in list(quantized_layers(module)):
         restore(layer)
+    handle = vars(module).pop(LOADING_HOOK, None)
+    if handle is not None:
+        handle.remove()
     return module

@@ -75,9 +75,18 @@ class Quantizer(nn.Module):
             )
         self._restore([int(value) for value in state[1:]])
 
+    def unstarted_state(self) -> dict[str, Tensor]:
+        """The state of this quantizer before it saw its first tensor."""
+        state = self.state_dict()
+        return {key: torch.full_like(v, float("nan")) if v.is_floating_point() else v for key, v in state.items()}
+
+    def wake(self) -> None:
+        """Notice a range that was copied into the buffers from outside, as averaging of weights does."""
+        self.ready = all(not bool(buffer.isnan().any()) for buffer in self._buffers.values() if buffer is not None)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self.ready = all(not bool(buffer.isnan().any()) for buffer in self._buffers.values() if buffer is not None)
+        self.wake()
 
     def extra_repr(self) -> str:
         """Bits and whether the range is known."""

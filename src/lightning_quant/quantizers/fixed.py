@@ -12,7 +12,7 @@ from lightning_quant.functional.grid import Grid, fake_quantize, per_channel, sy
 from lightning_quant.functional.ranges import min_max, scale_and_zero_point
 from lightning_quant.quantizers.base import Quantizer, check_axis
 
-RangeEstimator = Callable[[Tensor, int | None], tuple[Tensor, Tensor]]
+RangeEstimator = Callable[..., tuple[Tensor, Tensor]]
 
 
 class FixedQuantizer(Quantizer):
@@ -23,7 +23,7 @@ class FixedQuantizer(Quantizer):
         symmetric: codes around 0, or 0 .. 2^b-1 with a zero point.
         axis: None for one range, else one for each index of this axis.
         estimator: from a tensor and ``axis`` to its (low, high); default min-max. Bind arguments with
-            ``functools.partial``, for example ``partial(percentile_range, 99.9)``.
+            ``functools.partial``, for example ``partial(percentile, keep=99.9)``.
 
     >>> quantizer = FixedQuantizer(8, axis=0)
     >>> quantizer.initialise(torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]))
@@ -53,7 +53,7 @@ class FixedQuantizer(Quantizer):
     def initialise(self, x: Tensor) -> None:
         """Scale and zero point from ``x``; waits for a tensor that is finite and not all 0."""
         check_axis(self.axis, x.dim())
-        low, high = self.estimator(x.detach().float(), self.axis)
+        low, high = self.estimator(x.detach().float(), axis=self.axis)
         # Of all of x: an estimator may have cut off what is not finite.
         if not bool(x.isfinite().all() & (low.abs() + high.abs()).any()):
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,16 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.functional.grid import Grid, fake_quantize, symmetric_grid, unsigned_grid
 from lightning_quant.quantizers.base import UNDECIDED, Quantizer
 from lightning_quant.quantizers.statistics import moments
+
+
+class _Sign:
+    """Whether a tensor has negative values; copies that are made before this is known share the decision (EMA)."""
+
+    def __init__(self, value: bool | None) -> None:
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Sign:
+        return self if self.value is None else _Sign(self.value)
 
 
 class LearnedQuantizer(Quantizer):
@@ -37,9 +48,14 @@ class LearnedQuantizer(Quantizer):
 
     def __init__(self, bits: int, signed: bool | None = None) -> None:
         super().__init__(bits)
-        self.signed = signed
+        self._sign = _Sign(signed)
         self.decides_sign = signed is None
         self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
+
+    @property
+    def signed(self) -> bool | None:
+        """Whether the tensor has negative values; None until that is known."""
+        return self._sign.value
 
     @property
     def grid(self) -> Grid:
@@ -58,11 +74,17 @@ class LearnedQuantizer(Quantizer):
         if not math.isfinite(seen.std) or seen.largest == 0:
             return
         if self.decides_sign:
-            self.signed = seen.has_negative
+            self._sign.value = seen.has_negative
         spread = 3 * seen.std / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
         # A constant tensor has no spread but that of the sums' rounding, and still must be representable.
         self.range.fill_(spread if spread > 1e-6 * seen.largest else seen.largest)
         self.ready = True
+
+    def unstarted_state(self) -> dict[str, Tensor]:
+        state = super().unstarted_state()
+        if self.decides_sign:
+            state["_extra_state"][2] = UNDECIDED
+        return state
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
@@ -74,9 +96,18 @@ class LearnedQuantizer(Quantizer):
     def _restore(self, signature: list[int]) -> None:
         loaded = None if signature[1] == UNDECIDED else bool(signature[1])
         if self.decides_sign:
-            self.signed = loaded
+            self._sign = _Sign(loaded)
         elif loaded not in (None, self.signed):
             raise CheckpointError(
                 f"The checkpoint has signed={loaded} for a tensor that this module quantizes with signed={self.signed}:"
                 f" write signed={loaded}, or signed=None to take what the checkpoint says."
+            )
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.range.requires_grad_()
+        if self.ready and self.signed is None:
+            raise CheckpointError(
+                "The checkpoint holds a range without saying whether it is signed: it was averaged or edited after it"
+                " was written. Load the one that training wrote."
             )
