@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -42,14 +41,12 @@ def check_bits(bits: int, name: str = "bits", *, allow_float: bool = False) -> i
     raise ConfigurationError(f"{name}={bits!r}: expected {choice}, for example {name}=4.")
 
 
-@lru_cache(typed=True)
 def symmetric_grid(bits: int) -> Grid:
     """Codes -(2^(b-1)-1) .. 2^(b-1)-1: zero is a code and the grid has no sign preference."""
     high = 2 ** (check_bits(bits) - 1) - 1
     return Grid(-high, high)
 
 
-@lru_cache(typed=True)
 def unsigned_grid(bits: int) -> Grid:
     """Codes 0 .. 2^b-1, for one-signed tensors and for asymmetric ranges with a zero point."""
     return Grid(0, 2 ** check_bits(bits) - 1)
