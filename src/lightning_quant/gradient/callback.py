@@ -22,7 +22,7 @@ from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.structure import layer_bits, mark, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.layers import Execution, QuantizedLayer
-from lightning_quant.nn.selection import FirstAndLast, Patterns, check_patterns
+from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns
 from lightning_quant.nn.strip import quantized_layers
 
 
@@ -82,8 +82,7 @@ class GradientQuantization(pl.Callback):
             raise ConfigurationError(
                 f"interval={interval!r}: expected an instance of a strategy, for example MinMaxInterval()."
             )
-        if first_and_last not in ("float", "8bit", "same"):
-            raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
+        check_first_and_last(first_and_last)
         self.interval = LargeGradientInterval() if interval is None else interval
         self.first_and_last: FirstAndLast = first_and_last
         self.include, self.exclude = include, exclude

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.ranks import Counts, own_counts, reduce_over_ranks, several_ranks
+from lightning_quant.gradient.ranks import Counts, own_counts, reduce_over_ranks
 from lightning_quant.nn import QuantizedLayer
 from lightning_quant.quantizers import LearnedQuantizer
+from lightning_quant.quantizers.statistics import several_ranks
 
 # Ranks compute the same numbers from the same sums; more than this is another state.
 TOLERANCE = 1e-4

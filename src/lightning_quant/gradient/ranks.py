@@ -30,11 +30,6 @@ def own_counts(quantizers: Sequence[GradientQuantizer]) -> Counts:
     return Counts(torch.stack(clipped), torch.stack(total))
 
 
-def several_ranks() -> bool:
-    """Whether there is anybody to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def reduce_over_ranks(
     quantizers: Sequence[GradientQuantizer], ranges: Sequence[Tensor], counts: Counts
 ) -> tuple[Counts, Tensor]:

@@ -107,8 +107,7 @@ def plan_layers(
     """
     for name, value in bits._asdict().items():
         check_bits(value, f"{name}_bits", allow_float=True)
-    if first_and_last not in ("float", "8bit", "same"):
-        raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
+    check_first_and_last(first_and_last)
     _check_not_script(module)
     candidates = list(_candidates(module))
     _check_initialised(candidates)
@@ -165,6 +164,12 @@ def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def check_first_and_last(first_and_last: str) -> None:
+    """Raise a ConfigurationError for a policy that is not known."""
+    if first_and_last not in ("float", "8bit", "same"):
+        raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
 
 
 def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:

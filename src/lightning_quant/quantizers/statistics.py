@@ -18,9 +18,14 @@ class Moments(NamedTuple):
     has_negative: bool
 
 
+def several_ranks() -> bool:
+    """Whether there is anybody to agree with."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks, in place; the tensor itself where there is one process."""
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         dist.all_reduce(values)
     return values
 
