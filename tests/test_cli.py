@@ -3,16 +3,39 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
 
+from lightning_quant import ImageClassifier
 from lightning_quant.cli import main
 from lightning_quant.cli.advice import VERBS
+from lightning_quant.cli.explain import explain
+from lightning_quant.cli.lightning_cli import build
 from lightning_quant.cli.packaged import FOLDER, find, names, resolve
+from lightning_quant.igq_vit.callback import IGQViT
 
 QUICKSTART = ["--config", "quickstart.yaml"]
+IGQ_VIT = "lightning_quant.igq_vit.callback.IGQViT"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+class Calibrating(Callback):
+    """Looks like one that calibrates when an evaluation starts."""
+
+    calibrates = True
+
+
+class Calibrated(ImageClassifier):
+    """A module whose fit is its calibration."""
+
+    fit_is_calibration = True
+    steps: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, batch: object, batch_idx: int) -> None:
+        self.steps.append(self.global_step)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +61,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
 MISTAKES = {
     "no verb": (
         [],
-        "A verb is missing (fit, validate, test, predict, configs, demo); try: lightning-quant fit",
+        "A verb is missing (fit, validate, test, predict, calibrate, configs, demo); try: lightning-quant fit",
     ),
     "config before the verb": (
         ["--config", "x.yaml", "fit", "--trainer.max_epochs", "1"],
@@ -78,6 +101,32 @@ MISTAKES = {
         ["fit", *QUICKSTART, "--quantization.interval", "FixedInterval"],
         "needs ratio; write --quantization.interval FixedInterval --quantization.interval.ratio VALUE",
     ),
+    "unknown option of the second class": (
+        [
+            "test",
+            *QUICKSTART,
+            "--quantization",
+            "lightning_quant.igq_vit.callback.IGQViT",
+            "--quantization.groupz",
+            "4",
+        ],
+        "IGQViT has no option groupz (did you mean groups",
+    ),
+    "wrong value of the second class": (
+        [
+            "test",
+            *QUICKSTART,
+            "--quantization",
+            "lightning_quant.igq_vit.callback.IGQViT",
+            "--quantization.groups",
+            "many",
+        ],
+        "--quantization.groups: Expected a <class 'int'>",
+    ),
+    "class that quantizes nothing": (
+        ["fit", *QUICKSTART, "--quantization", "torch.nn.Linear"],
+        "--quantization: torch.nn.Linear is not a GradientQuantization or IGQViT",
+    ),
     "unknown option of a class": (
         ["fit", *QUICKSTART, "--quantization.weight_bts", "6"],
         "GradientQuantization has no option weight_bts (did you mean weight_bits?)",
@@ -85,6 +134,20 @@ MISTAKES = {
     "unknown option": (
         ["fit", *QUICKSTART, "--trainr.max_epochs", "1"],
         "There is no option --trainr.max_epochs (did you mean trainer.max_epochs",
+    ),
+    "unknown option of calibrate": (
+        ["calibrate", *QUICKSTART, "--trainr.max_epochs", "1"],
+        "There is no option --trainr.max_epochs (did you mean trainer.max_epochs",
+    ),
+    "calibrate without a model": (["calibrate"], "Nothing given for model; write --config"),
+    "calibrate what is trained": (
+        ["calibrate", *QUICKSTART, *QUIET],
+        "ImageClassifier is trained, not calibrated; write lightning-quant calibrate --model IGQViTModule ..., or"
+        " lightning-quant test --quantization IGQViT ..., which calibrates ImageClassifier first.",
+    ),
+    "calibrate with a callback that does it": (
+        ["calibrate", *QUICKSTART, *QUIET, "--trainer.callbacks", "Calibrating"],
+        "Calibrating calibrates ImageClassifier when an evaluation starts; write lightning-quant test with the same",
     ),
     "wrong type": (
         ["fit", *QUICKSTART, "--trainer.max_epochs", "many"],
@@ -99,6 +162,22 @@ def test_a_mistake_is_answered_with_what_to_write(
     args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert expected in mistake(capsys, *args)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (
+            "Import path does not correspond to a subclass of One\n"
+            "- Import path does not correspond to a subclass of Two\nGiven value: torch.nn.Linear",
+            "torch.nn.Linear is not a One or Two.",
+        ),
+        ("Import path a.Two does not correspond to a subclass of One\n- bits=1: expected 2.", "bits=1: expected 2."),
+    ],
+    ids=["of no class", "of one class"],
+)
+def test_of_the_classes_of_an_option_the_one_that_was_meant_is_explained(said: str, expected: str) -> None:
+    assert explain(said) == expected
 
 
 def test_an_unknown_key_of_a_file_is_named(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -179,7 +258,7 @@ def test_help_and_version_need_no_verb(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().out.startswith("lightning-quant 0.")
 
 
-def test_the_verbs_are_those_of_the_lightning_cli_and_our_two() -> None:
+def test_the_verbs_are_those_of_the_lightning_cli_and_two_before_it() -> None:
     from lightning_quant.cli.lightning_cli import QuantizationCLI
 
     assert {*QuantizationCLI.subcommands(), "configs", "demo"} == set(VERBS)
@@ -205,6 +284,26 @@ def test_fit_saves_a_config_and_a_checkpoint_that_test_takes(elsewhere: Path) ->
             "--trainer.limit_test_batches=1",
         ]
     )
+
+
+def test_quantization_may_be_of_evaluation() -> None:
+    model = ["--model=ImageClassifier", "--data=DigitsDataModule", "--trainer.accelerator=cpu"]
+    given = [f"--quantization={IGQ_VIT}", "--quantization.groups=3"]
+    callback = build([*model, *given], run=False).trainer.callbacks[0]  # type: ignore[attr-defined]
+    assert isinstance(callback, IGQViT)
+    assert callback.settings.groups == 3
+
+
+def test_calibrate_is_fit_of_a_module_whose_fit_is_its_calibration(elsewhere: Path) -> None:
+    Calibrated.steps.clear()
+    short = ["--trainer.limit_train_batches=2", "--trainer.limit_val_batches=0", "--quantization=null"]
+    command = ["calibrate", *QUICKSTART, "--model.class_path", "Calibrated", *QUIET, *short]
+    main([*command, "--trainer.max_epochs=1"])
+    assert Calibrated.steps == [0, 1]
+    assert (elsewhere / "lightning_logs" / "version_0" / "config.yaml").is_file()
+    checkpoint = next(elsewhere.rglob("last.ckpt"))
+    main([*command, "--trainer.max_epochs=2", "--ckpt_path", str(checkpoint)])
+    assert Calibrated.steps == [0, 1, 2, 3]
 
 
 def test_fit_runs_without_quantization() -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_quant.data import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
     from lightning_quant.errors import QuantizationError
-    from lightning_quant.export import load_from_checkpoint
+    from lightning_quant.export import load_from_checkpoint, load_quantized, save_quantized
     from lightning_quant.gradient import (
         FixedInterval,
         GradientQuantization,
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         MinimumErrorInterval,
         MinMaxInterval,
     )
+    from lightning_quant.igq_vit import IGQViT, IGQViTModule
     from lightning_quant.nn import strip
     from lightning_quant.tasks import ImageClassifier
 
@@ -31,6 +32,8 @@ __all__ = [
     "DigitsDataModule",
     "FixedInterval",
     "GradientQuantization",
+    "IGQViT",
+    "IGQViTModule",
     "ImageClassifier",
     "ImageFolderDataModule",
     "LargeGradientInterval",
@@ -39,6 +42,8 @@ __all__ = [
     "QuantizationError",
     "__version__",
     "load_from_checkpoint",
+    "load_quantized",
+    "save_quantized",
     "strip",
 ]
 
@@ -47,6 +52,8 @@ _HOME = {
     "DigitsDataModule": "data",
     "FixedInterval": "gradient",
     "GradientQuantization": "gradient",
+    "IGQViT": "igq_vit",
+    "IGQViTModule": "igq_vit",
     "ImageClassifier": "tasks",
     "ImageFolderDataModule": "data",
     "LargeGradientInterval": "gradient",
@@ -54,6 +61,8 @@ _HOME = {
     "MinimumErrorInterval": "gradient",
     "QuantizationError": "errors",
     "load_from_checkpoint": "export",
+    "load_quantized": "export",
+    "save_quantized": "export",
     "strip": "nn",
 }
 

@@ -4,6 +4,9 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from timm.models import get_pretrained_cfg
 from torch.utils.data import DataLoader
 
 from lightning_quant.data import ImageFolderDataModule
@@ -73,6 +76,22 @@ def test_augmentation_is_timms(root: Path) -> None:
     assert "RandAugment" in repr(rich.train_transform())
     assert "RandomErasing" in repr(rich.train_transform())
     assert "bicubic" in repr(_module(root, interpolation="bicubic").evaluation_transform())
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch16_224.augreg_in21k_ft_in1k", "deit_small_patch16_224.fb_in1k", "resnet50.a1_in1k"]
+)
+def test_evaluation_can_be_a_pretrained_networks_own(name: str, root: Path) -> None:
+    cfg: Any = get_pretrained_cfg(name)
+    published = resolve_data_config(pretrained_cfg=cfg.to_dict())
+    arguments = {key: published[key] for key in ("interpolation", "crop_pct", "mean", "std")}
+    data = _module(root, image_size=published["input_size"][-1], **arguments)
+    assert repr(data.evaluation_transform()) == repr(create_transform(**published))
+
+
+def test_evaluation_resizes_by_the_crop_and_cuts_the_centre(root: Path) -> None:
+    resize, crop = _module(root, image_size=224, crop_pct=0.9).evaluation_transform().transforms[:2]
+    assert (resize.size, crop.size) == (248, (224, 224))  # floor(224 / 0.9)
 
 
 def test_by_default_val_validates_and_tests(root: Path) -> None:

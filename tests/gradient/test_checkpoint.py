@@ -103,7 +103,7 @@ def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
         if key.endswith("_extra_state"):
             value[0] = 99
     torch.save(checkpoint, path)
-    with pytest.raises(CheckpointError, match=r"version 99 .* reads version 1: load it with the lightning_quant that"):
+    with pytest.raises(CheckpointError, match=r"version 99 .* reads version 2: load it with the lightning_quant that"):
         load_from_checkpoint(SmallNet, path)
 
 

@@ -4,6 +4,7 @@ import copy
 import pickle
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
+from lightning_quant.quantizers.base import FORMAT_VERSION, KINDS, quantizer_of_state, read_state
 
 Maker = Callable[[int], Quantizer]
 
@@ -136,6 +138,84 @@ def test_a_state_that_was_not_ready_is_loaded_as_such(make: Maker) -> None:
 def test_another_bit_width_is_refused_with_what_to_write(make: Maker) -> None:
     with pytest.raises(CheckpointError, match=r"made with 8 bits .* quantizes with 4: write 8 bits"):
         make(4).load_state_dict(started(make, 8).state_dict())
+
+
+@every
+def test_its_state_alone_makes_it_again(make: Maker) -> None:
+    quantizer = started(make)
+    made = quantizer_of_state(quantizer.get_extra_state())
+    assert type(made) is type(quantizer)
+    assert not is_ready(made)
+    made.load_state_dict(quantizer.state_dict(), strict=True)
+    assert torch.equal(output(made, sample(1)), output(quantizer, sample(1)))
+    assert torch.equal(made.get_extra_state(), quantizer.get_extra_state())
+
+
+@every
+def test_what_is_not_ready_makes_the_same_again(make: Maker) -> None:
+    state = make(5).get_extra_state()
+    assert torch.equal(quantizer_of_state(state).get_extra_state(), state)
+
+
+@every
+def test_the_state_of_another_class_is_refused_with_both_names(make: Maker) -> None:
+    quantizer = make(4)
+    other = LearnedQuantizer(4) if not isinstance(quantizer, LearnedQuantizer) else FixedQuantizer(4)
+    names = rf"holds a {type(other).__name__} .* quantizes with a {type(quantizer).__name__}"
+    with pytest.raises(CheckpointError, match=names):
+        quantizer.load_state_dict(other.state_dict())
+
+
+@every
+def test_single_numbers_stay_single_and_others_take_the_shape_of_what_is_loaded(make: Maker) -> None:
+    quantizer = make(4)
+    state = quantizer.state_dict()
+    names = [name for name, _ in quantizer.named_buffers()]
+    state.update({name: torch.ones(5) for name in names})
+    if quantizer.scalar_state:
+        with pytest.raises(CheckpointError, match=r"size mismatch .* has \(5,\), this \w+ a single number"):
+            quantizer.load_state_dict(state)
+    else:
+        quantizer.load_state_dict(state)
+        assert all(buffer.shape == (5,) for buffer in quantizer.buffers())
+
+
+@every
+@pytest.mark.parametrize("version", [1, 3, 99])
+def test_a_state_of_an_unknown_version_is_refused(make: Maker, version: int) -> None:
+    state = make(4).get_extra_state()
+    state[0] = version
+    with pytest.raises(CheckpointError, match=f"version {version} .* reads version {FORMAT_VERSION}: load it with"):
+        quantizer_of_state(state)
+
+
+def test_a_state_of_an_unknown_kind_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"kind 98, .* does not know: load it with .* kind=98 first"):
+        quantizer_of_state(torch.tensor([FORMAT_VERSION, 98, 4]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_is_where_the_table_says(kind: int) -> None:
+    home, _, name = KINDS[kind].partition(":")
+    assert getattr(import_module(home), name).kind == kind
+
+
+def test_a_kind_is_taken_once() -> None:
+    with pytest.raises(
+        ConfigurationError, match=r"kind=2 of Mine is lightning_quant\.quantizers\.fixed:FixedQuantizer's"
+    ):
+
+        class Mine(Quantizer, kind=2):
+            pass
+
+
+def test_a_subclass_without_a_kind_is_written_as_its_parent() -> None:
+    class Mine(FixedQuantizer):
+        pass
+
+    quantizer = started(Mine)
+    assert read_state(quantizer.get_extra_state())[0] == FixedQuantizer.kind
+    assert type(quantizer_of_state(quantizer.get_extra_state())) is FixedQuantizer
 
 
 @every

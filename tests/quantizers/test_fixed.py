@@ -1,10 +1,13 @@
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.functional import fake_quantize, min_max, scale_and_zero_point
+from lightning_quant.functional import decode, encode, fake_quantize, min_max, scale_and_zero_point
 from lightning_quant.quantizers import FixedQuantizer
+from lightning_quant.quantizers.base import quantizer_of_state
 
 
 def sample() -> Tensor:
@@ -52,3 +55,42 @@ def test_a_state_with_and_one_without_zero_point_do_not_mix(symmetric: bool) -> 
     quantizer.initialise(sample())
     with pytest.raises(CheckpointError, match=f"write symmetric={symmetric}"):
         FixedQuantizer(4, not symmetric).load_state_dict(quantizer.state_dict())
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, -1, -3])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_state_says_axis_and_symmetry(axis: int | None, symmetric: bool) -> None:
+    made = quantizer_of_state(FixedQuantizer(5, symmetric, axis).get_extra_state())
+    assert isinstance(made, FixedQuantizer)
+    assert (made.bits, made.symmetric, made.axis) == (5, symmetric, axis)
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(None, 0), (0, 1), (1, None)])
+def test_states_of_other_axes_do_not_mix(ours: int | None, theirs: int | None) -> None:
+    with pytest.raises(CheckpointError, match=f"has axis={theirs} .* with axis={ours}: write axis={theirs}"):
+        FixedQuantizer(4, axis=ours).load_state_dict(FixedQuantizer(4, axis=theirs).state_dict())
+
+
+@given(
+    bits=st.integers(2, 12),
+    low=st.floats(-100, 100, width=32),
+    width=st.floats(0.0009765625, 100, width=32),
+    spread=st.floats(0.5, 3),
+    seed=st.integers(0, 100),
+)
+@settings(deadline=None, max_examples=200)
+def test_codes_of_what_codes_stand_for_are_the_codes(
+    bits: int, low: float, width: float, spread: float, seed: int
+) -> None:
+    """Whatever the range: for a one-signed one the code of 0 lies outside the grid."""
+    quantizer = FixedQuantizer(bits, symmetric=False, axis=0)
+    lows = torch.tensor([low, -low, low / 2])
+    quantizer.scale = torch.full((3,), width) / quantizer.grid.high
+    quantizer.zero_point = (-lows / quantizer.scale).round()
+    quantizer.ready = True
+    scale, zero_point = quantizer.affine(2)
+    noise = torch.randn(3, 40, generator=torch.Generator().manual_seed(seed))
+    codes = encode(lows[:, None] + spread * width * noise, scale, quantizer.grid, zero_point)
+    real = decode(codes, scale, zero_point)
+    assert torch.equal(encode(real, scale, quantizer.grid, zero_point), codes)
+    assert torch.equal(quantizer(real), real)

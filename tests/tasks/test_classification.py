@@ -189,6 +189,26 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         _classifier(num_classes=7, checkpoint_path=str(path))
 
 
+def _own() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+
+
+def test_a_network_from_python_is_given_again_to_load_its_checkpoint(tmp_path: Path) -> None:
+    classifier = _classifier(model=_own(), model_kwargs=None)
+    trainer = _trainer(tmp_path)
+    trainer.fit(classifier, _loader())
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    assert "model" not in torch.load(path, weights_only=True)["hyper_parameters"]
+    loaded = ImageClassifier.load_from_checkpoint(path, model=_own())
+    images, _ = next(iter(_loader()))
+    assert torch.equal(loaded(images), classifier(images))
+    with pytest.raises(CheckpointError, match=r"network is a Sequential given from Python.*model=NETWORK"):
+        ImageClassifier.load_from_checkpoint(path)
+    tested = _trainer(tmp_path).test(_classifier(model=_own(), model_kwargs=None), _loader(), ckpt_path=path)
+    assert tested == _trainer(tmp_path).test(classifier, _loader(), verbose=False)
+
+
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [

@@ -10,6 +10,7 @@ VERBS = {
     "validate": "Evaluate on the validation set.",
     "test": "Evaluate on the test set.",
     "predict": "Run inference.",
+    "calibrate": "Calibrate a quantized network on unlabelled images of its data.",
     "configs": "List the packaged configs, or print one.",
     "demo": "Train on the embedded digits and show what quantized gradients do.",
 }

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import signature
 
-from lightning_quant.cli.advice import did_you_mean
+from lightning_quant.cli.advice import VERBS, did_you_mean
 
+_VERB = "|".join(VERBS)
 # Lines by which jsonargparse walks through a union; the reason is in the others.
 _NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value|Expected a <class '(NoneType|list)'>"
@@ -17,6 +18,7 @@ _NOISE = re.compile(
 )
 _KEY = re.compile(r'Parser key "(.+?)"')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)'")
+_KIND = re.compile(r"does not correspond to a subclass of (\w+)")
 _GIVEN = re.compile(r"Given value: ([\w.]+)$", re.MULTILINE)
 
 
@@ -35,13 +37,21 @@ def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = 
     key = ".".join(match[1] for line in lines if (match := _KEY.match(line)))
     owner = next((match[1] for line in reversed(lines) if (match := _CLASS.search(line))), "")
     given = match[1] if (match := _GIVEN.search(message)) else ""
-    reasons = list(dict.fromkeys(line for line in lines if not _NOISE.match(line))) or [message.strip()]
+    reasons = _reasons(lines) or [message.strip()]
     for pattern, answer in _ANSWERS:
         for reason in reasons:
             if found := re.search(pattern, reason):
                 text = answer(found[1], owner or given, key, _Known(classes, options))
                 return f"--{key}: {text}" if key else text
     return (f"--{key}: " if key else "") + "; ".join(reasons)
+
+
+def _reasons(lines: list[str]) -> list[str]:
+    """What is wrong; that other classes of the union do not fit says something only if none does."""
+    lines = list(dict.fromkeys(line for line in lines if not _NOISE.match(line)))
+    others = [line for line in lines if not _KIND.search(line)]
+    kinds = list(dict.fromkeys(match[1] for line in lines if (match := _KIND.search(line))))
+    return others or [f"does not correspond to a subclass of {' or '.join(kinds)}"] if lines else []
 
 
 class _Known:
@@ -66,7 +76,7 @@ def _wrong_kind(kind: str, owner: str, key: str, known: _Known) -> str:
 
 def _needs(names: str, owner: str, key: str, known: _Known) -> str:
     if not owner:
-        plain = re.sub(r"\b(fit|validate|test|predict)\.", "", names)
+        plain = re.sub(rf"\b({_VERB})\.", "", names)
         first = plain.split(", ")[0]
         return f"Nothing given for {plain}; write --config quickstart.yaml, or --{first} VALUE."
     short = owner.rpartition(".")[2]
@@ -82,7 +92,7 @@ def _class_lacks(name: str, owner: str, key: str, known: _Known) -> str:
 
 
 def _no_option(name: str, owner: str, key: str, known: _Known) -> str:
-    name = re.sub(r"^(--|(fit|validate|test|predict)\.)", "", name)
+    name = re.sub(rf"^(--|({_VERB})\.)", "", name)
     return f"There is no option --{name}{did_you_mean(name, known.options)}."
 
 
@@ -94,7 +104,7 @@ _ANSWERS: tuple[tuple[str, Callable[[str, str, str, _Known], str]], ...] = (
     (r"Expected a dot import path string: (.+)", _no_class),
     (r"No module named '(.+)'", _no_path),
     (r"has no attribute '(.+)'", _no_path),
-    (r"does not correspond to a subclass of (\w+)", _wrong_kind),
+    (r"does not correspond to a subclass of (.+)", _wrong_kind),
     (r"does not accept (?:option|nested key) '(.+)'", _no_option),
     (r"[Uu]nrecognized arguments: (--[\w.+-]+)", _no_option),
 )

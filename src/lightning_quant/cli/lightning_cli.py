@@ -1,4 +1,4 @@
-"""The LightningCLI behind fit, validate, test and predict."""
+"""The LightningCLI behind fit, validate, test, predict and calibrate."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 import lightning_quant
 from lightning_quant.cli.advice import UsageError
 from lightning_quant.cli.explain import explain
+from lightning_quant.cli.trainer import CalibratingTrainer
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.gradient import GradientQuantization, IntervalStrategy
 
@@ -37,16 +38,28 @@ class Parser(LightningArgumentParser):
 
 
 class QuantizationCLI(LightningCLI):
-    """A LightningCLI with the option group `--quantization`: bits, interval, ..., or `null` for float."""
+    """A LightningCLI with the option group `--quantization`: bits, interval, groups, ..., or `null` for float."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's verbs and ours, each with the arguments that are not options."""
+        return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantization`."""
         parser.add_argument(
             "--quantization",
-            type=GradientQuantization | None,
+            type=self.quantizations(),
             default=None,
-            help="Quantized training, e.g. `--quantization.weight_bits 6`; null trains in float.",
+            help="GradientQuantization or IGQViT, e.g. `--quantization.weight_bits 6`; null leaves all in float.",
         )
+
+    @staticmethod
+    def quantizations() -> Any:
+        """The type of `--quantization`; options without a class name are those of the first."""
+        from lightning_quant.igq_vit.callback import IGQViT  # brings libraries that help does without
+
+        return GradientQuantization | IGQViT | None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about arguments beside `sys.argv`: here they stem from it."""
@@ -82,12 +95,19 @@ class QuantizationCLI(LightningCLI):
             return super().instantiate_trainer(**kwargs)
         others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
         others = others if isinstance(others, list) else [others]
-        if any(isinstance(callback, GradientQuantization) for callback in others):
-            raise UsageError(
-                "GradientQuantization is given twice, as `quantization` and in `trainer.callbacks`; keep one of them."
-            )
+        if any(isinstance(callback, type(chosen)) for callback in others):
+            name = type(chosen).__name__
+            raise UsageError(f"{name} is given twice, as `quantization` and in `trainer.callbacks`; keep one of them.")
         # First, because a callback that copies the weights in `setup` (EMA) must see the quantized layers.
         return super().instantiate_trainer(**{**kwargs, "callbacks": [chosen, *others]})
+
+
+class _HelpCLI(QuantizationCLI):
+    """Answers `--help` and nothing else."""
+
+    @staticmethod
+    def quantizations() -> Any:
+        return GradientQuantization | None
 
 
 def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
@@ -97,14 +117,16 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
         args: A command line without the name of the program; with `run=False` also without the verb.
         run: Whether the verb is carried out.
     """
-    if not {"-h", "--help"} & set(args):
+    helping = bool({"-h", "--help"} & set(args))
+    if not helping:
         # Short names such as `ImageClassifier` are found among imported classes; help does without.
         for name in lightning_quant.__all__:
             getattr(lightning_quant, name)
         import_module("lightning_quant.models")
-    return QuantizationCLI(
+    return (_HelpCLI if helping else QuantizationCLI)(
         args=list(args),
         run=run,
+        trainer_class=CalibratingTrainer,
         parser_class=Parser,
         parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
         save_config_kwargs={"overwrite": True},

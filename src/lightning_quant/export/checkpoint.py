@@ -11,7 +11,7 @@ from unittest import mock
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
-from lightning_quant.gradient.structure import rebuild
+from lightning_quant.nn.structure import rebuild
 
 LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
 

@@ -19,11 +19,12 @@ from lightning_quant.gradient.logs import layer_metrics
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.structure import layer_bits, mark, quantize_layers
+from lightning_quant.gradient.structure import layer_bits, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.layers import Execution, QuantizedLayer
 from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns
 from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import mark
 
 
 class GradientQuantization(pl.Callback):
@@ -256,7 +257,7 @@ class GradientQuantization(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Say in the checkpoint what to do where it does not fit; the structure is in the names of its tensors."""
-        mark(checkpoint["state_dict"])
+        mark(checkpoint["state_dict"], "GradientQuantization")
 
 
 def _stepper(ours: QuantizerOptimizer, trainer: pl.Trainer) -> Any:

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.blocks import blocks, dense, in_memory
 from lightning_quant.functional.grid import Grid, encode, symmetric_grid
-from lightning_quant.gradient.interval import IntervalStrategy
+from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import Quantizer
@@ -61,7 +61,7 @@ def gradient_errors(gradient: Tensor, codes: Tensor, step: Tensor, gamma: Tensor
     )
 
 
-class GradientQuantizer(Quantizer):
+class GradientQuantizer(Quantizer, kind=3):
     """Stochastic rounding of a gradient to b bits within [-gamma * g_max, gamma * g_max].
 
     ``c = gamma * max(abs(G)); d = 2c / (2^b - 2); codes = clamp(round(G / d + U(-1/2, 1/2)))``, per tensor
@@ -87,6 +87,7 @@ class GradientQuantizer(Quantizer):
     """
 
     gamma: Tensor
+    scalar_state = True
 
     def __init__(self, bits: int, interval: IntervalStrategy) -> None:
         super().__init__(bits)
@@ -99,6 +100,11 @@ class GradientQuantizer(Quantizer):
         self.agreed = False
         self.errors: GradientErrors | None = None
         self.register_buffer("gamma", torch.tensor(float("nan")))
+
+    @classmethod
+    def from_signature(cls, signature: list[int]) -> GradientQuantizer:
+        """With the default strategy: who trains on gives it the one of the training."""
+        return cls(signature[0], LargeGradientInterval())
 
     @property
     def grid(self) -> Grid:

@@ -1,17 +1,38 @@
-"""Quantized layers, choosing layers, swapping them in and back."""
+"""Quantized layers and attention, choosing layers, swapping them in and back."""
 
+from lightning_quant.nn.attention import (
+    ATTENTIONS,
+    attention_form,
+    close_attention,
+    open_attention,
+    opened_attentions,
+    register_attention,
+)
+from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.attention_forms import WindowedAttention
+from lightning_quant.nn.attention_mixin import SLOTS, QuantizedAttention
 from lightning_quant.nn.layers import QuantizedLayer, register, restore, swap
 from lightning_quant.nn.product import quantized_product
 from lightning_quant.nn.selection import Bits, Plan, plan_layers
 from lightning_quant.nn.strip import strip
 
 __all__ = [
+    "ATTENTIONS",
+    "SLOTS",
     "Bits",
     "Plan",
+    "QuantizedAttention",
     "QuantizedLayer",
+    "WindowedAttention",
+    "attention_form",
+    "check_attentions",
+    "close_attention",
+    "open_attention",
+    "opened_attentions",
     "plan_layers",
     "quantized_product",
     "register",
+    "register_attention",
     "restore",
     "strip",
     "swap",

@@ -14,6 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS, check_bits
+from lightning_quant.nn.attention import QuantizedAttention
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 
 FirstAndLast = Literal["float", "8bit", "same"]
@@ -145,9 +146,9 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         reason = next((r for prefix, r in closed.items() if name.startswith(prefix)), "")
         if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):
             closed[name and f"{name}."] = "inside a metric"
-        elif isinstance(child, nn.TransformerEncoderLayer):
+        elif isinstance(child, nn.TransformerEncoderLayer) and not isinstance(child.self_attn, QuantizedAttention):
             closed[name and f"{name}."] = "TransformerEncoderLayer bypasses its linears in evaluation"
-        elif isinstance(child, nn.MultiheadAttention):
+        elif isinstance(child, nn.MultiheadAttention) and not isinstance(child, QuantizedAttention):
             closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
         elif isinstance(child, bases):
             known = type(child) in LAYERS or isinstance(child, QuantizedLayer)

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
+from lightning_quant.nn.attention import close_attention, opened_attentions
 from lightning_quant.nn.layers import QuantizedLayer, restore
 
 # Where a module keeps the handle of the hook that prepares state dicts for its quantizers.
@@ -22,7 +23,7 @@ def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
 
 
 def strip(module: Module) -> Module:
-    """Turn all quantized layers of a module back into plain float layers, in place, and return the module.
+    """Turn all quantized layers and opened attentions of a module back into float ones, in place, and return it.
 
     The weights are the float master weights that were trained; the state dict is that of the float network.
 
@@ -35,6 +36,8 @@ def strip(module: Module) -> Module:
     """
     for _, layer in list(quantized_layers(module)):
         restore(layer)
+    for _, attention in list(opened_attentions(module)):
+        close_attention(attention)
     handle = vars(module).pop(LOADING_HOOK, None)
     if handle is not None:
         handle.remove()

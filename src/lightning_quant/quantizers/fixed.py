@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from weakref import ref
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.functional.grid import Grid, fake_quantize, per_channel, symmetric_grid, unsigned_grid
@@ -15,7 +16,7 @@ from lightning_quant.quantizers.base import Quantizer, check_axis
 RangeEstimator = Callable[..., tuple[Tensor, Tensor]]
 
 
-class FixedQuantizer(Quantizer):
+class FixedQuantizer(Quantizer, kind=2):
     """Uniform, symmetric or with a zero point, per tensor or per channel, range estimated once.
 
     Args:
@@ -43,6 +44,7 @@ class FixedQuantizer(Quantizer):
         self.symmetric, self.axis, self.estimator = symmetric, axis, estimator
         self.register_buffer("scale", torch.tensor(float("nan")))
         self.register_buffer("zero_point", torch.tensor(float("nan")))
+        self._kept: tuple[tuple[int, ...], tuple[ref[Tensor], ...], Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -65,24 +67,54 @@ class FixedQuantizer(Quantizer):
         """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
         if not self.ready:
             return x
+        if isinstance(x, nn.Parameter) and not torch.is_grad_enabled() and not x.is_inference():
+            return self._of_weight(x)
+        return self._of(x)
+
+    def _of(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.affine(x.dim())
+        return fake_quantize(x, scale, self.grid, zero_point)
+
+    def _of_weight(self, weight: nn.Parameter) -> Tensor:
+        """As :meth:`_of`, kept from call to call: a weight that is only evaluated stays what it is.
+
+        A change in place is noticed by the version of the tensors, one through ``weight.data`` is not.
+        """
+        key = (weight.data_ptr(), *(t._version for t in (weight, self.scale, self.zero_point)))
+        same = (weight, self.scale, self.zero_point)
+        if self._kept is None or self._kept[0] != key or any(a() is not b for a, b in zip(self._kept[1], same, strict=True)):
+            self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
+        return self._kept[2]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**vars(self), "_kept": None}
+
+    def affine(self, ndim: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero point (None if symmetric), broadcastable to a tensor of ``ndim`` dimensions."""
         scale, zero_point = self.scale, self.zero_point
         if self.axis is not None:
-            scale, zero_point = (per_channel(p, self.axis, x.dim()) for p in (scale, zero_point))
-        return fake_quantize(x, scale, self.grid, None if self.symmetric else zero_point)
+            scale, zero_point = (per_channel(p, self.axis, ndim) for p in (scale, zero_point))
+        return scale, None if self.symmetric else zero_point
+
+    @classmethod
+    def from_signature(cls, signature: list[int]) -> FixedQuantizer:
+        bits, symmetric, axis = signature
+        return cls(bits, bool(symmetric), _axis_of(axis))
 
     def _signature(self) -> list[int]:
-        return [self.bits, int(self.symmetric)]
+        axis = 0 if self.axis is None else self.axis + (self.axis >= 0)
+        return [self.bits, int(self.symmetric), axis]
 
     def _restore(self, signature: list[int]) -> None:
-        if signature[1] != int(self.symmetric):
-            raise CheckpointError(
-                f"The checkpoint has symmetric={bool(signature[1])} for a tensor that this module quantizes with"
-                f" symmetric={self.symmetric}: write symmetric={bool(signature[1])}."
-            )
+        loaded = {"symmetric": bool(signature[1]), "axis": _axis_of(signature[2])}
+        for name, value in loaded.items():
+            if value != getattr(self, name):
+                raise CheckpointError(
+                    f"The checkpoint has {name}={value} for a tensor that this module quantizes with"
+                    f" {name}={getattr(self, name)}: write {name}={value}."
+                )
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        for name in ("scale", "zero_point"):
-            if prefix + name in state_dict:
-                # One value a channel, known only once calibrated: take the shape of what is loaded.
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name], device=self.scale.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+def _axis_of(number: int) -> int | None:
+    """The axis that a signature holds: 0 is None, -1 and below as they are, 1 and above one more than the axis."""
+    return None if number == 0 else number - (number > 0)

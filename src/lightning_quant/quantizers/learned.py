@@ -24,7 +24,7 @@ class _Sign:
         return self if self.value is None else _Sign(self.value)
 
 
-class LearnedQuantizer(Quantizer):
+class LearnedQuantizer(Quantizer, kind=1):
     """Uniform, per tensor, with a learned range: [-range, range], or [0, range] for a tensor without negatives.
 
     The range starts at three standard deviations, for one-signed tensors at those of the normal distribution
@@ -45,6 +45,7 @@ class LearnedQuantizer(Quantizer):
     """
 
     range: Tensor
+    scalar_state = True
 
     def __init__(self, bits: int, signed: bool | None = None) -> None:
         super().__init__(bits)
@@ -83,15 +84,25 @@ class LearnedQuantizer(Quantizer):
     def unstarted_state(self) -> dict[str, Tensor]:
         state = super().unstarted_state()
         if self.decides_sign:
-            state["_extra_state"][2] = UNDECIDED
+            # After the format's version, the kind and the bit-width.
+            state["_extra_state"][3] = UNDECIDED
         return state
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
         return fake_quantize(x, self.scale, self.grid) if self.ready else x
 
+    def affine(self, ndim: int) -> tuple[Tensor, None]:
+        """Scale, which broadcasts to any tensor, and no zero point."""
+        return self.scale, None
+
+    @classmethod
+    def from_signature(cls, signature: list[int]) -> LearnedQuantizer:
+        bits, signed, decides = signature
+        return cls(bits, None if decides else bool(signed))
+
     def _signature(self) -> list[int]:
-        return [self.bits, UNDECIDED if self.signed is None else int(self.signed)]
+        return [self.bits, UNDECIDED if self.signed is None else int(self.signed), int(self.decides_sign)]
 
     def _restore(self, signature: list[int]) -> None:
         loaded = None if signature[1] == UNDECIDED else bool(signature[1])

@@ -30,6 +30,24 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def gather(values: Tensor) -> Tensor:
+    """Concatenation of all ranks' tensors along the first dimension, whose length may differ from rank to rank.
+
+    >>> gather(torch.arange(3))
+    tensor([0, 1, 2])
+    """
+    if not several_ranks():
+        return values
+    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
+    counts = [int(length) for length in lengths]
+    padded = values.new_zeros(max(counts), *values.shape[1:])
+    padded[: len(values)] = values
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def moments(x: Tensor) -> Moments:
     """Of the union of all ranks' tensors, in one collective, accumulated in FP64.
 

@@ -1,44 +1,45 @@
-"""Image classification with any timm network."""
+"""Image classification with any network of timm, torchvision or one's own."""
 
-import difflib
-from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data.mixup import Mixup
-from timm.models import load_checkpoint
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with timm)
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.export import rebuild
+from lightning_quant.nn.structure import rebuild
+from lightning_quant.tasks.networks import create_network
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 
 Batch = tuple[Tensor, Tensor]
 
+_FROM_PYTHON = "network_from_python"
+
 
 class ImageClassifier(LightningModule):
-    """Trains, tests and predicts with a timm network on batches ``(images, labels)``.
+    """Trains, tests and predicts with a classification network on batches ``(images, labels)``.
 
     Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, and with more than five
     classes ``val/acc5`` and ``test/acc5``: shares of images in [0, 1].
 
     A checkpoint holds what is needed to build the network, not where its first weights came from nor the
-    optimizer's settings: ``ImageClassifier.load_from_checkpoint(path)`` downloads and reads nothing else.
+    optimizer's settings: ``ImageClassifier.load_from_checkpoint(path)`` downloads and reads nothing else. A
+    network given from Python is not described in it: write ``load_from_checkpoint(path, model=network)``.
 
     Args:
-        model: Any name that ``timm.list_models()`` knows; ``cifar_resnet20`` and its like are among them.
+        model: Any name that ``timm.list_models()`` knows, ``cifar_resnet20`` and its like among them;
+            ``torchvision/vit_b_16``, or any other of torchvision's classifiers; or, from Python, a network.
         num_classes: Width of the classifier.
-        pretrained: Start from timm's published weights (a download).
+        pretrained: Start from the published weights (a download); torchvision's are the ``DEFAULT`` ones.
         checkpoint_path: Start from a local ``.safetensors``, ``.pth`` or ``.ckpt`` of the same network.
-        model_kwargs: Further arguments of ``timm.create_model``, such as ``{"in_chans": 1}``.
+        model_kwargs: Further arguments of ``timm.create_model``, such as ``{"in_chans": 1}``, or of
+            ``torchvision.models.get_model``.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
         mixup_alpha: Of timm's mixup in training; 0 switches it off.
         cutmix_alpha: Of timm's cutmix in training, likewise; both on: either, drawn for each batch.
@@ -52,9 +53,10 @@ class ImageClassifier(LightningModule):
         images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
 
     Raises:
-        ConfigurationError: For a name that timm does not know, a number out of range, a missing
+        ConfigurationError: For a name that the library does not know, a number out of range, a missing
             ``checkpoint_path``, or data with another number of classes.
-        CheckpointError: If the file's tensors are not those of the network.
+        CheckpointError: If the file's tensors are not those of the network, or a checkpoint of a network from
+            Python is loaded without it.
 
     Example:
         >>> classifier = ImageClassifier("cifar_resnet20", num_classes=10, model_kwargs={"in_chans": 1})
@@ -68,7 +70,7 @@ class ImageClassifier(LightningModule):
 
     def __init__(
         self,
-        model: str = "cifar_resnet20",
+        model: str | nn.Module = "cifar_resnet20",
         num_classes: int = 10,
         pretrained: bool = False,
         checkpoint_path: str | None = None,
@@ -83,9 +85,9 @@ class ImageClassifier(LightningModule):
     ) -> None:
         super().__init__()
         # Callables cannot be unpickled safely; the origin of the weights must not be asked for again.
-        self.save_hyperparameters(
-            ignore=["pretrained", "checkpoint_path", "optimizer", "lr_scheduler", "scheduler_interval"]
-        )
+        ignored = ["pretrained", "checkpoint_path", "optimizer", "lr_scheduler", "scheduler_interval"]
+        self._named = isinstance(model, str)
+        self.save_hyperparameters(ignore=ignored if self._named else ["model", *ignored])
         if num_classes < 2 or not 0 <= label_smoothing < 1 or min(mixup_alpha, cutmix_alpha) < 0:
             raise ConfigurationError(
                 "Expected num_classes >= 2, label_smoothing in [0, 1), mixup_alpha >= 0, cutmix_alpha >= 0, "
@@ -94,7 +96,7 @@ class ImageClassifier(LightningModule):
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.channels_last = channels_last
-        self.network = _create_network(model, num_classes, pretrained, checkpoint_path, model_kwargs or {})
+        self.network = create_network(model, num_classes, pretrained, checkpoint_path, model_kwargs)
         if channels_last:
             self.network.to(memory_format=torch.channels_last)
         self.mixup = _mixup(mixup_alpha, cutmix_alpha, label_smoothing, num_classes)
@@ -116,7 +118,16 @@ class ImageClassifier(LightningModule):
                 f"The data has {found} classes, the network {self.num_classes}. Write num_classes={found}."
             )
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if not self._named:
+            checkpoint[_FROM_PYTHON] = type(self.network).__name__
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._named and (network := checkpoint.get(_FROM_PYTHON)):
+            raise CheckpointError(
+                f"The checkpoint's network is a {network} given from Python, which the checkpoint does not describe. "
+                "Write load_from_checkpoint(path, model=NETWORK), or test ImageClassifier(NETWORK) with ckpt_path=PATH."
+            )
         rebuild(self, checkpoint["state_dict"])
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -157,41 +168,6 @@ class ImageClassifier(LightningModule):
         assert isinstance(accuracies, MetricCollection)
         accuracies.update(logits, labels)
         self.log_dict(accuracies, prog_bar=True, batch_size=len(labels))
-
-
-def _create_network(
-    name: str, num_classes: int, pretrained: bool, checkpoint_path: str | None, kwargs: dict[str, Any]
-) -> nn.Module:
-    if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=5)
-        raise ConfigurationError(
-            f"timm knows no network '{name}'. Near: {', '.join(near) or 'nothing'}. "
-            "timm.list_models('*resnet*') lists what there is."
-        )
-    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
-        raise ConfigurationError(
-            f"No file '{checkpoint_path}'. Write checkpoint_path=FILE, a .safetensors, .pth or .ckpt file, "
-            "or leave it out to start from random weights."
-        )
-    network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
-    if checkpoint_path is not None:
-        _load_weights(network, name, checkpoint_path)
-    return network
-
-
-def _load_weights(network: nn.Module, name: str, path: str) -> None:
-    def without_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-        """In a checkpoint of this LightningModule all keys of the network start with 'network.'."""
-        if not state.keys().isdisjoint(network.state_dict()):
-            return state
-        return {key.removeprefix("network."): value for key, value in state.items()}
-
-    try:
-        load_checkpoint(network, path, filter_fn=without_prefix)
-    except RuntimeError as error:
-        raise CheckpointError(
-            f"'{path}' does not hold the weights of {name} with this num_classes and model_kwargs: {error}"
-        ) from error
 
 
 def _mixup(mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> Mixup | None:

@@ -1,0 +1,52 @@
+"""The Trainer of the command line: Lightning's, with the verb `calibrate`."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+
+from lightning_quant.cli.advice import UsageError
+
+
+class CalibratingTrainer(Trainer):
+    """Lightning's Trainer with one verb more; a verb of the command line is a method of its Trainer."""
+
+    def calibrate(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+    ) -> None:
+        """Calibrate a quantized network on unlabelled images of its data.
+
+        It is `fit` of a module whose fit is its calibration, with all that Lightning does around a fit.
+
+        Args:
+            model: A module with `fit_is_calibration = True`, such as IGQViTModule.
+            datamodule: Where the images come from.
+            ckpt_path: A checkpoint of a stopped calibration, which goes on from there.
+
+        Raises:
+            UsageError: A module that is trained by its fit.
+
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> trainer = CalibratingTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> trainer.calibrate(BoringModel())
+        Traceback (most recent call last):
+        ...
+        lightning_quant.cli.advice.UsageError: BoringModel is trained, not calibrated...
+        """
+        if getattr(model, "fit_is_calibration", False):
+            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            return
+        name = type(model).__name__
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+        callback = next((type(each).__name__ for each in callbacks if getattr(each, "calibrates", False)), None)
+        if callback is not None:
+            raise UsageError(
+                f"{callback} calibrates {name} when an evaluation starts; write lightning-quant test with the same"
+                " options."
+            )
+        raise UsageError(
+            f"{name} is trained, not calibrated; write lightning-quant calibrate --model IGQViTModule ..., or"
+            f" lightning-quant test --quantization IGQViT ..., which calibrates {name} first."
+        )

@@ -1,0 +1,219 @@
+"""Quantized models as a folder: weight codes in safetensors, the structure in JSON, nothing that runs code."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
+from lightning_quant.export.build import check_build, construct, deduce
+from lightning_quant.export.folder import Description, check_folder, read_folder, write_folder
+from lightning_quant.functional.grid import decode, encode
+from lightning_quant.functional.packing import pack_bits, unpack_bits
+from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import quantizers_of, rebuild
+from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
+from lightning_quant.quantizers.base import quantizer_of_state
+
+_STATE = "_extra_state"
+
+
+def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any] | None = None) -> Path:
+    """Write a quantized model as a folder with ``model.safetensors`` and ``quantization.json``.
+
+    Weights on a grid are stored as codes of their bit-width without gaps, all else as it is; the float values that
+    were rounded to the codes are not kept. A folder that was written before is replaced once the new one is complete.
+    In a distributed run rank 0 writes.
+
+    Args:
+        model: calibrated, or trained with quantizers; it is not changed.
+        folder: where to; its parents are made.
+        build: how to make the float network again, ``{"class_path": "timm.create_model", "init_args": {...}}`` or the
+            import path of a class of ``nn.Module`` with JSON arguments. None finds it for LightningModules with saved
+            hyperparameters and for networks of timm and torchvision; where nothing is found,
+            :func:`load_quantized` has to be given the float network.
+
+    Returns:
+        the folder.
+
+    Raises:
+        UnsupportedModelError: a model without quantizers.
+        QuantizationError: none of the quantizers has a range yet.
+        ConfigurationError: a folder with other files; a ``build`` that makes another network.
+
+    >>> import tempfile
+    >>> from lightning_quant.nn import swap
+    >>> network, plain = (nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 2)) for _ in range(2))
+    >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
+    >>> layer.weight_quantizer.initialise(layer.weight)
+    >>> with tempfile.TemporaryDirectory() as parent:
+    ...     loaded = load_quantized(save_quantized(network, parent + "/four_bits"), model=plain)
+    >>> x = torch.randn(3, 64)
+    >>> torch.equal(loaded(x), network(x))
+    True
+    """
+    folder = Path(folder)
+    check_folder(folder)
+    _check_started(model)
+    if getattr(rank_zero_only, "rank", 0):
+        return folder
+    found = deduce(model) if build is None else check_build(model, build)
+    if found is None:
+        rank_zero_info(
+            f"How to build this {type(model).__name__} was not found: load_quantized({str(folder)!r}, model=...) will"
+            " need the float network. Or write save_quantized(..., build={'class_path': ..., 'init_args': {...}})."
+        )
+    tensors, tied = _distinct(model)
+    own = tuple(f"{name}." for name, _ in quantizers_of(model))
+    elements = sum(tensor.numel() for key, tensor in tensors.items() if not key.startswith(own))
+    packed = {}
+    for key, quantizer in _coded(model):
+        weight = tensors[key]
+        packed[key] = {"bits": quantizer.bits, "shape": list(weight.shape), "dtype": str(weight.dtype)[6:]}
+        tensors[key] = pack_bits(_codes(quantizer, weight) - quantizer.grid.low, quantizer.bits)
+    on_cpu = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
+    write_folder(folder, on_cpu, Description(_modules(model), packed, tied, found, 4 * elements))
+    return folder
+
+
+def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
+    """The quantized model in a folder that :func:`save_quantized` wrote, in evaluation mode, on the CPU.
+
+    Its outputs are those of the model that was saved, bit for bit. Its weights are on their grids.
+
+    Args:
+        folder: with ``model.safetensors`` and ``quantization.json``.
+        model: the float network to load into, in place; needed where the folder does not say how to build it.
+
+    Raises:
+        CheckpointError: files that are missing, cut off or changed, of an unknown version, or of another network than
+            ``model``; no way to build the network.
+    """
+    folder = Path(folder)
+    tensors, description = read_folder(folder)
+    if model is None and description.build is None:
+        raise CheckpointError(
+            f"{folder} does not say how to build the float network: write load_quantized({str(folder)!r},"
+            " model=network) with the float network that was quantized."
+        )
+    network = construct(description.build or {}) if model is None else model
+    try:
+        state = _state(tensors, description)
+        rebuild(network, state, opened=[name for name, slots in description.modules.items() if not slots])
+        _take_dtypes(network, state)
+        network.load_state_dict(state)
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder} does not fit this {type(network).__name__}: {error}\nGive the float network that was quantized,"
+            " built with the same arguments, as model=."
+        ) from error
+    return network.eval()
+
+
+def _check_started(model: nn.Module) -> None:
+    quantizers = [quantizer for _, quantizer in quantizers_of(model)]
+    if not quantizers:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not quantized: calibrate it with the callback IGQViT, or train it with"
+            " GradientQuantization, before save_quantized(model, folder)."
+        )
+    if not any(quantizer.ready for quantizer in quantizers):
+        raise QuantizationError(
+            f"None of the {len(quantizers)} quantizers of {type(model).__name__} has a range yet: run the calibration"
+            " or the training before save_quantized(model, folder)."
+        )
+
+
+def _modules(model: nn.Module) -> dict[str, dict[str, list[int]]]:
+    """Extra states by module and slot; an opened attention without quantizers has no slots."""
+    found: dict[str, dict[str, list[int]]] = {name: {} for name, _ in opened_attentions(model)}
+    for name, quantizer in quantizers_of(model):
+        owner, _, slot = name.rpartition(".")
+        found.setdefault(owner, {})[slot] = quantizer.get_extra_state().tolist()
+    return found
+
+
+def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of the state dict, each once, and the other names of those that have several."""
+    slots = {f"{name}.{_STATE}" for name, _ in quantizers_of(model)}
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    names: dict[tuple[object, ...], str] = {}
+    for key, value in model.state_dict().items():
+        if key in slots:
+            continue
+        if not isinstance(value, Tensor):
+            raise ConfigurationError(
+                f"{key} in the state dict is a {type(value).__name__}, and a folder holds tensors only: let"
+                " get_extra_state of that module return a tensor."
+            )
+        place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (key,)
+        if names.setdefault(place, key) == key:
+            tensors[key] = value
+        else:
+            tied[key] = names[place]
+    return tensors, tied
+
+
+def _coded(model: nn.Module) -> Iterator[tuple[str, FixedQuantizer | LearnedQuantizer]]:
+    """Name and quantizer of each weight that codes stand for, and that no other module uses as it is."""
+    holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    for name, layer in quantized_layers(model):
+        quantizer = layer.weight_quantizer
+        if not isinstance(quantizer, FixedQuantizer | LearnedQuantizer) or not quantizer.ready:
+            continue
+        codes = _codes(quantizer, layer.weight)
+        again = _codes(quantizer, _real(quantizer, codes, layer.weight.dtype))
+        if holders[id(layer.weight)] == 1 and torch.equal(codes, again):
+            yield f"{name}.weight".lstrip("."), quantizer
+
+
+@torch.no_grad()
+def _codes(quantizer: FixedQuantizer | LearnedQuantizer, weight: Tensor) -> Tensor:
+    scale, zero_point = quantizer.affine(weight.dim())
+    return encode(weight, scale, quantizer.grid, zero_point)
+
+
+@torch.no_grad()
+def _real(quantizer: FixedQuantizer | LearnedQuantizer, codes: Tensor, dtype: torch.dtype) -> Tensor:
+    return decode(codes, *quantizer.affine(codes.dim())).to(dtype)
+
+
+def _state(tensors: Mapping[str, Tensor], description: Description) -> dict[str, Tensor]:
+    """The state dict: codes as real values, each tensor under all of its names, and the extra states."""
+    state = dict(tensors)
+    for owner, slots in description.modules.items():
+        for slot, values in slots.items():
+            state[f"{owner}.{slot}.{_STATE}".lstrip(".")] = torch.tensor(values)
+    state.update({name: tensors[source] for name, source in description.tied.items()})
+    for key, weight in description.packed.items():
+        quantizer = _quantizer(key.removesuffix("weight") + "weight_quantizer.", state)
+        shape = weight["shape"]
+        codes = unpack_bits(tensors[key], weight["bits"], math.prod(shape)).view(shape) + quantizer.grid.low
+        state[key] = _real(quantizer, codes, getattr(torch, weight["dtype"]))
+    state.update({name: state[source] for name, source in description.tied.items()})
+    return state
+
+
+def _quantizer(prefix: str, state: Mapping[str, Tensor]) -> FixedQuantizer | LearnedQuantizer:
+    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    quantizer: Quantizer = quantizer_of_state(own[_STATE])
+    quantizer.load_state_dict(own)
+    assert isinstance(quantizer, FixedQuantizer | LearnedQuantizer)
+    return quantizer
+
+
+def _take_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Cast what was saved in another dtype than the network is built with: BF16 weights round what they are given."""
+    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, tensor in own.items():
+        if name in state and tensor.dtype != state[name].dtype:
+            tensor.data = tensor.data.to(state[name].dtype)

@@ -1,0 +1,119 @@
+"""The two files of an artefact: tensors in safetensors, all else in JSON; written at once or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from lightning_quant.errors import CheckpointError, ConfigurationError
+
+VERSION = 1
+TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What the tensors mean.
+
+    Attributes:
+        modules: of each quantized layer and opened attention, the extra states of its quantizers by slot.
+        packed: bits, shape and dtype of each weight that is stored as codes.
+        tied: names of tensors that are stored under another name.
+        build: how to make the float network, see ``build.construct``; None where the loader has to give it.
+        float32_bytes: size of the weights and buffers of the float network in FP32.
+    """
+
+    modules: dict[str, dict[str, list[int]]]
+    packed: dict[str, dict[str, Any]]
+    tied: dict[str, str]
+    build: dict[str, Any] | None
+    float32_bytes: int
+
+
+def check_folder(folder: Path) -> None:
+    """Raise a ConfigurationError where something else would be overwritten."""
+    if not folder.exists():
+        return
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    ours = DESCRIPTION in found and found <= {TENSORS, DESCRIPTION}
+    if found and not ours:
+        others = sorted(found - {TENSORS, DESCRIPTION}) or sorted(found)
+        raise ConfigurationError(
+            f"{folder} holds {', '.join(others[:4])}, which saving would overwrite: give a new or an empty folder, or"
+            " one that save_quantized wrote."
+        )
+
+
+def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
+    """Write both files beside the folder, then put them in its place."""
+    target = folder.expanduser().resolve()
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        save_file(dict(tensors), new / TENSORS)
+        content = {
+            "format": "lightning_quant",
+            "version": VERSION,
+            "lightning_quant": import_module("lightning_quant").__version__,
+            "sha256": _digest(new / TENSORS),
+            "packed_bytes": (new / TENSORS).stat().st_size,
+            **asdict(description),
+        }
+        (new / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
+    """Tensors on the CPU, and what they mean.
+
+    Raises:
+        CheckpointError: a file that is missing, cut off or changed, or of an unknown version.
+    """
+    missing = [name for name in (TENSORS, DESCRIPTION) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} has no {' and no '.join(missing)}: give a folder that lightning_quant.save_quantized(model,"
+            " folder) wrote."
+        )
+    again = "copy the folder again, or write it again with lightning_quant.save_quantized(model, folder)."
+    try:
+        content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+        version = content["version"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{folder / DESCRIPTION} is cut off or changed ({error}): {again}") from error
+    if version != VERSION:
+        raise CheckpointError(
+            f"{folder / DESCRIPTION} has version {version}, this lightning_quant reads version {VERSION}: load it with"
+            f" lightning_quant {content.get('lightning_quant')}, which wrote it."
+        )
+    try:
+        description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
+        if _digest(folder / TENSORS) != content["sha256"]:
+            raise ValueError("its sha256 is not the one that was written down")
+        return load_file(folder / TENSORS), description
+    except (ValueError, KeyError, SafetensorError) as error:
+        raise CheckpointError(f"{folder / TENSORS} is cut off or changed ({error}): {again}") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,199 @@
+"""IGQ-ViT as a Lightning callback: what is evaluated is calibrated first."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_quant.data.calibration import calibration_images, fingerprint
+from lightning_quant.data.calibration_source import CalibrationData, from_trainer
+from lightning_quant.errors import QuantizationError
+from lightning_quant.igq_vit.cache import Cache
+from lightning_quant.igq_vit.perturbation import log_posteriors
+from lightning_quant.igq_vit.progress import CalibrationBar, estimate
+from lightning_quant.igq_vit.session import Calibration, Source, prepare
+from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
+from lightning_quant.igq_vit.summary import summarise
+from lightning_quant.nn import strip
+from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
+
+
+class IGQViT(pl.Callback):
+    """Evaluate a vision transformer quantized, its activation channels regrouped for each image.
+
+    Before the first ``validate``, ``test`` or ``predict`` it calibrates on unlabelled images of the user's own train
+    split; ``fit`` stays in float. Products are simulated in floating point.
+
+    Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
+
+    Args:
+        weight_bits: 2..16, of all weights, one range for each output channel.
+        activation_bits: 2..16, of the inputs of fully connected layers, of Q, K, V and of the softmax.
+        groups: quantizers that the channels of an input are divided among, or their average with ``allocate``.
+        softmax_groups: of the rows of a softmax; None takes ``groups``.
+        allocate: find the number of groups of each layer under the budget of bit operations of ``groups`` everywhere.
+        calibration_images: how many, over all ranks.
+        literal_zero_point: clip zero points to the codes as the paper writes it, which moves ranges of one sign to 0.
+        scheme: "igq", or to compare with: "layer_wise", "per_token", "repq" (a range for each channel after a LayerNorm,
+            reparameterized), "upper_bound" (each channel and row of each image its own).
+        group_ranges: range of a group: "mean" of its channels' (the paper), "envelope" of them, or "searched" between
+            both for the least error.
+        layer_range: where one range serves a whole tensor: "percentile", by least error, or "min_max".
+        sequential: calibrate each layer on inputs that are already quantized upstream; False on float inputs.
+        exclude: fnmatch patterns of modules to leave in float.
+        seed: of the draw of calibration images.
+        calibration_data: Dataset, DataLoader or images (N, C, H, W), in place of the Trainer's train split.
+        cache_dir: folder of the state of calibrations, by which a stopped one goes on and a finished one is not
+            repeated; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
+
+    Raises:
+        ConfigurationError: an argument out of its range; for layers and images when the Trainer starts.
+        UnsupportedModelError: a network without attention, or with one that is not known.
+
+    >>> callback = IGQViT(4, 4, groups=8)
+    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    """
+
+    calibrates = True
+
+    def __init__(
+        self,
+        weight_bits: int = 4,
+        activation_bits: int = 4,
+        groups: int = 8,
+        softmax_groups: int | None = None,
+        allocate: bool = True,
+        calibration_images: int = 32,
+        literal_zero_point: bool = False,
+        scheme: Scheme = "igq",
+        group_ranges: GroupRanges = "searched",
+        layer_range: LayerRange = "percentile",
+        sequential: bool = True,
+        exclude: Sequence[str] = (),
+        seed: int = 0,
+        calibration_data: CalibrationData | None = None,
+        cache_dir: str | None = None,
+    ) -> None:
+        self.settings = Settings(
+            weight_bits=weight_bits,
+            activation_bits=activation_bits,
+            groups=groups,
+            softmax_groups=softmax_groups,
+            allocate=allocate,
+            calibration_images=calibration_images,
+            literal_zero_point=literal_zero_point,
+            scheme=scheme,
+            group_ranges=group_ranges,
+            layer_range=layer_range,
+            sequential=sequential,
+            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+            seed=seed,
+        )
+        self.calibration_data = calibration_data
+        self.cache_dir = cache_dir
+        self.calibration: Calibration | None = None
+
+    # -- override points ------------------------------------------------------------------------------------------
+
+    def run(self, pl_module: pl.LightningModule, images: Tensor) -> Any:
+        """The forward that is calibrated, of images (n, C, H, W)."""
+        return pl_module(images)
+
+    def log_posteriors(self, outputs: Any) -> Tensor:
+        """Log-probabilities (items, classes) of what :meth:`run` returns; ``allocate`` needs them."""
+        return log_posteriors(outputs)
+
+    # -- Lightning --------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check the network before anything is loaded, and let it take the structure of a quantized checkpoint."""
+        if stage == "fit":
+            if is_quantized(pl_module):
+                rank_zero_info("IGQViT: back to float for fit; the next evaluation calibrates anew.")
+                strip(pl_module)
+            return
+        check_attentions(pl_module, self.settings.exclude)
+        rebuild_when_loading(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.validate``; validation within fit is of the float network."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._ensure(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.test``."""
+        self._ensure(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.predict``."""
+        self._ensure(trainer, pl_module)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in a quantized checkpoint what to do where it does not fit."""
+        if is_quantized(pl_module):
+            mark(checkpoint["state_dict"], "IGQViT")
+
+    # -- calibration ------------------------------------------------------------------------------------------------
+
+    def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_calibrated(pl_module):
+            self._check_bits(pl_module)
+            rank_zero_info("IGQViT: the network is calibrated already.")
+            return
+        start = time.perf_counter()
+        source = from_trainer(trainer, pl_module, self.calibration_data)
+        share = {"rank": trainer.global_rank, "ranks": trainer.world_size}
+        images = calibration_images(source, self.settings.calibration_images, self.settings.seed, **share)
+        calibration = self.start(trainer, pl_module, images)
+        cache = Cache(trainer, self.cache_dir, calibration, fingerprint(images))
+        cache.load()
+        with CalibrationBar(trainer, calibration) as bar:
+            while not calibration.finished:
+                bar.done(calibration.step(bar.module_done))
+                cache.save()
+        rank_zero_info(summarise(calibration, time.perf_counter() - start))
+
+    def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
+        """Prepare the module and print plan and estimate; ``images`` are this rank's."""
+        images = images.to(pl_module.device)
+        context = trainer.precision_plugin.forward_context
+
+        def forward(batch: Tensor) -> Any:
+            with torch.no_grad(), context():
+                return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
+
+        training = pl_module.training
+        pl_module.eval()
+        begin = time.perf_counter()
+        plan = prepare(pl_module, self.settings, images[:1], forward)
+        seconds = time.perf_counter() - begin
+        pl_module.train(training)
+        rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
+        self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors))
+        return self.calibration
+
+    def _check_bits(self, pl_module: pl.LightningModule) -> None:
+        found = {layer.weight_quantizer.bits for _, layer in quantized_layers(pl_module) if layer.weight_quantizer}
+        if found != {self.settings.weight_bits}:
+            raise QuantizationError(
+                f"The module is already quantized, with {sorted(found)} bit weights, and the callback says"
+                f" weight_bits={self.settings.weight_bits}: call lightning_quant.strip(module) first, or give the"
+                " callback the arguments it was calibrated with."
+            )
+
+
+def is_calibrated(module: torch.nn.Module) -> bool:
+    """Whether all weight quantizers of a module have ranges."""
+    quantizers = [layer.weight_quantizer for _, layer in quantized_layers(module)]
+    return bool(quantizers) and all(quantizer is not None and quantizer.ready for quantizer in quantizers)

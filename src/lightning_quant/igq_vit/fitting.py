@@ -1,0 +1,220 @@
+"""Ranges fitted to the tensors of the calibration images, over the images of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_quant.functional.groups import affine_parameters, channel_ranges, quantize_affine, row_maxima
+from lightning_quant.igq_vit.clustering import kmeans
+from lightning_quant.igq_vit.settings import GroupRanges
+from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
+from lightning_quant.quantizers.statistics import all_reduce_sum, gather, several_ranks
+
+# Errors are compared on about so many values of an image, and rows grouped by about so many.
+SEARCHED_VALUES = 2**15
+GROUPED_ROWS = 2**10
+# Shares of the way from the mean of a group's bounds to the outermost one.
+EXTENSIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+
+
+def thinned(x: Tensor, axis: int, images: int, values: int = SEARCHED_VALUES) -> Tensor:
+    """Every n-th slice of an axis, so that about ``values`` numbers an image are left, however the images are split.
+
+    >>> thinned(torch.arange(8), 0, images=2, values=2).tolist()
+    [0, 2, 4, 6]
+    """
+    step = min(max(1, x.numel() // images // values), x.shape[axis])
+    return x[(slice(None),) * (axis % x.dim()) + (slice(None, None, step),)]
+
+
+def tail_bounds(x: Tensor, tails: Sequence[float]) -> Tensor:
+    """Bounds that leave a share of the values of all ranks out at each end, by nearest rank.
+
+    Args:
+        x: any shape.
+        tails: per cent at each end, in [0, 50).
+
+    Returns:
+        (tails, 2).
+
+    >>> tail_bounds(torch.arange(101.0), [0.0, 5.0]).tolist()
+    [[0.0, 100.0], [5.0, 95.0]]
+    """
+    flat = x.detach().float().flatten()
+    count = int(all_reduce_sum(torch.tensor([flat.numel()], device=flat.device)))
+    cuts = [int(count * tail / 100) for tail in tails]
+    deepest = min(max(cuts) + 1, flat.numel())
+    ends = []
+    for largest in (False, True):
+        extremes = gather(flat.topk(deepest, largest=largest).values).sort(descending=largest).values
+        ends.append(extremes[cuts])
+    return torch.stack(ends, dim=1)
+
+
+def layer_wise_range(x: Tensor, bits: int, tails: Sequence[float], images: int = 1) -> tuple[Tensor, Tensor]:
+    """The bounds among those of :func:`tail_bounds` whose quantization error has the least mean square.
+
+    Args:
+        x: any shape; the union over ranks counts.
+        bits: 2..16.
+        tails: per cent at each end.
+        images: how many ``x`` holds.
+
+    Returns:
+        lower and upper bound, 0-dim.
+    """
+    bounds = tail_bounds(x, tails)
+    if len(bounds) == 1:
+        return bounds[0, 0], bounds[0, 1]
+    few = thinned(x.float(), max(0, x.dim() - 2), images)
+    errors = [(quantize_affine(few, *affine_parameters(*b, bits), bits) - few).square_().sum().double() for b in bounds]
+    best = int(all_reduce_sum(torch.stack(errors)).argmin())
+    return bounds[best, 0], bounds[best, 1]
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """Sum over all inputs of all ranks of ``x x^T``, (channels, channels), for :func:`weight_range`."""
+    flat = x.detach().flatten(0, -2).float()
+    return all_reduce_sum(flat.T @ flat)
+
+
+def weight_range(
+    weight: Tensor, gram: Tensor | None, bits: int, tails: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """For each output channel, the percentiles that give the layer's output the least mean square error.
+
+    With ``d`` the change of a row of the weight, the error of its outputs is ``d^T G d``, G the Gram matrix of the
+    inputs: the search needs the inputs once.
+
+    Args:
+        weight: (out, ...).
+        gram: (in, in) of :func:`gram_matrix`; None takes the error of the weight itself.
+        bits: 2..16.
+        tails: per cent at each end, interpolated linearly.
+
+    Returns:
+        lower and upper bounds, (out,) each.
+    """
+    rows = weight.detach().flatten(1).float()
+    shares = torch.tensor(tails, dtype=torch.float32, device=rows.device) / 100
+    low, high = torch.quantile(rows, shares, dim=1), torch.quantile(rows, 1 - shares, dim=1)
+    errors = []
+    for bounds in zip(low, high, strict=True):
+        scale, zero_point = affine_parameters(*bounds, bits)
+        moved = quantize_affine(rows, scale[:, None], zero_point[:, None], bits) - rows
+        errors.append(moved.square().sum(1) if gram is None else ((moved @ gram) * moved).sum(1))
+    best = torch.stack(errors).argmin(dim=0, keepdim=True)
+    return low.gather(0, best)[0], high.gather(0, best)[0]
+
+
+def fit_channel_groups(
+    x: Tensor, bits: int, groups: Iterable[int], how: GroupRanges, clip_zero_point: bool = False, *, importance: Tensor
+) -> dict[int, GroupQuantizer]:
+    """Quantizers of the channels of the calibration images, one for each number of groups asked for.
+
+    Args:
+        x: (images, tokens, channels) of this rank.
+        bits: 2..16.
+        groups: numbers of groups.
+        how: range of a group: "mean" of its channels' bounds (the paper), their "envelope", or "searched" in between.
+        clip_zero_point: the zero point as the paper writes it.
+        importance: (channels,) weight of a channel's error in the search.
+    """
+    ranges = channel_ranges(x.float())
+    points = gather(ranges.flatten(0, 1))
+    own = _own_part(ranges.shape[:2].numel())
+    fitted = {}
+    for count in groups:
+        found = kmeans(points, count)
+        assignment = found.assignment[own].view(ranges.shape[:2])
+        mean, envelope = found.centres.float(), _envelope(points, found.assignment, count)
+        if how == "mean":
+            chosen = mean
+        elif how == "envelope":
+            chosen = envelope
+        else:
+            chosen = _searched(thinned(x.float(), 1, len(x)), assignment, mean, envelope, bits, importance)
+        fitted[count] = GroupQuantizer(bits, count).to(x.device)
+        fitted[count].set_ranges(mean, chosen, clip_zero_point)
+    return fitted
+
+
+def _own_part(count: int) -> slice:
+    """Where this rank's points lie among those of all ranks."""
+    if not several_ranks():
+        return slice(0, count)
+    before = sum(gather(torch.tensor([count])).tolist()[: dist.get_rank()])
+    return slice(before, before + count)
+
+
+def _envelope(points: Tensor, assignment: Tensor, groups: int) -> Tensor:
+    low = torch.full((groups,), float("inf"), device=points.device)
+    low.scatter_reduce_(0, assignment, points[:, 0].float(), "amin")
+    high = torch.full((groups,), float("-inf"), device=points.device)
+    high.scatter_reduce_(0, assignment, points[:, 1].float(), "amax")
+    return torch.stack([low, high], dim=1)
+
+
+def _searched(
+    x: Tensor, assignment: Tensor, mean: Tensor, envelope: Tensor, bits: int, importance: Tensor
+) -> Tensor:
+    """Per group, the range between mean and envelope with the least weighted square error of the values."""
+    candidates, errors = [], []
+    for share in EXTENSIONS:
+        bounds = torch.lerp(mean, envelope, share)
+        scale, zero_point = affine_parameters(bounds[:, 0], bounds[:, 1], bits)
+        moved = quantize_affine(x, scale[assignment][:, None], zero_point[assignment][:, None], bits)
+        error = (moved - x).square_().sum(dim=1).double() * importance
+        candidates.append(bounds)
+        errors.append(torch.zeros(len(mean), dtype=torch.float64, device=x.device).index_add_(
+            0, assignment.flatten(), error.flatten()
+        ))
+    best = all_reduce_sum(torch.stack(errors)).argmin(dim=0)
+    return torch.stack(candidates)[best, torch.arange(len(mean), device=x.device)]
+
+
+def fit_row_groups(
+    attention: Tensor, bits: int, groups: Iterable[int], how: GroupRanges, images: int
+) -> dict[int, RowGroupQuantizer]:
+    """Quantizers of the rows of the softmax of the calibration images, one for each number of groups asked for.
+
+    Args:
+        attention: (..., rows, keys) of this rank.
+        bits: 2..16.
+        groups: numbers of groups.
+        how: upper bound of a group: "mean" of its rows' maxima (the paper), their "envelope", or "searched".
+        images: how many of them ``attention`` is of.
+    """
+    attention = thinned(attention.float(), -2, images, GROUPED_ROWS * attention.shape[-1])
+    own = row_maxima(attention)
+    points = gather(own.flatten()[:, None])
+    part = _own_part(own.numel())
+    fitted = {}
+    for count in groups:
+        found = kmeans(points, count)
+        mean = found.centres[:, 0].float()
+        widest = torch.full_like(mean, float("-inf")).scatter_reduce_(0, found.assignment, points[:, 0], "amax")
+        chosen = {"mean": mean, "envelope": widest}.get(how)
+        if chosen is None:
+            chosen = _searched_rows(attention, found.assignment[part].view(own.shape), mean, widest, bits)
+        fitted[count] = RowGroupQuantizer(bits, count).to(attention.device)
+        fitted[count].set_ranges(mean, chosen)
+    return fitted
+
+
+def _searched_rows(attention: Tensor, assignment: Tensor, mean: Tensor, widest: Tensor, bits: int) -> Tensor:
+    candidates = [torch.lerp(mean, widest, share) for share in EXTENSIONS]
+    errors = []
+    for high in candidates:
+        scale, _ = affine_parameters(torch.zeros_like(high), high, bits)
+        moved = quantize_affine(attention, scale[assignment], None, bits)
+        error = (moved - attention).square_().sum(dim=-1).double()
+        errors.append(torch.zeros(len(mean), dtype=torch.float64, device=attention.device).index_add_(
+            0, assignment.flatten(), error.flatten()
+        ))
+    best = all_reduce_sum(torch.stack(errors)).argmin(dim=0)
+    return torch.stack(candidates)[best, torch.arange(len(mean), device=mean.device)]

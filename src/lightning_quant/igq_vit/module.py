@@ -1,0 +1,149 @@
+"""IGQ-ViT as a LightningModule whose fit is the calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_quant.data.calibration import calibration_images
+from lightning_quant.data.calibration_source import calibration_source
+from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.igq_vit.callback import IGQViT, is_calibrated
+from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.igq_vit.summary import summarise
+from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.structure import mark
+from lightning_quant.tasks import ImageClassifier
+
+
+class IGQViTModule(ImageClassifier):
+    """A vision transformer of timm or torchvision whose ``fit`` calibrates it; then it validates, tests and predicts.
+
+    Each training step is one step of the calibration: all quantizers first, then the perturbation of a layer each,
+    then the allocation of groups. Lightning's progress bar, checkpoints and ``ckpt_path=`` work as in a training; a
+    checkpoint holds the calibration so far, and the quantized network.
+
+    Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
+
+    Args:
+        model: as :class:`lightning_quant.ImageClassifier`, like the next four.
+        num_classes: width of the classifier.
+        pretrained: start from published weights (a download).
+        checkpoint_path: start from a local file of float weights.
+        model_kwargs: further arguments of the network.
+        quantization: the arguments of the calibration, as the callback's or as a mapping of them.
+
+    Raises:
+        ConfigurationError: see :class:`lightning_quant.ImageClassifier` and :class:`lightning_quant.IGQViT`.
+        UnsupportedModelError: a network without attention, or with one that is not known.
+
+    >>> module = IGQViTModule("vit_tiny_patch16_224", 10, quantization=IGQViT(4, 4, groups=8))
+    >>> module.quantization.settings.groups
+    8
+    """
+
+    fit_is_calibration = True
+
+    def __init__(
+        self,
+        model: str | nn.Module = "deit_small_patch16_224",
+        num_classes: int = 1000,
+        pretrained: bool = False,
+        checkpoint_path: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        quantization: IGQViT | dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(model, num_classes, pretrained, checkpoint_path, model_kwargs)
+        self.quantization = IGQViT(**quantization) if isinstance(quantization, Mapping) else quantization or IGQViT()
+        settings = self.quantization.settings
+        # Without the arguments of training, which this class does not have.
+        kept = {key: self.hparams[key] for key in ("model", "num_classes", "model_kwargs") if key in self.hparams}
+        self.hparams.clear()
+        self.hparams.update(kept, quantization=settings.as_dict())
+        self._hparams_initial = dict(self.hparams)
+        check_attentions(self.network, settings.exclude)
+        self.automatic_optimization = False
+        self.calibration: Calibration | None = None
+        self._resumed: dict[str, torch.Tensor] = {}
+
+    # -- fit ----------------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if stage == "fit":
+            # The steps take the place of the user's training batches, of which the draw of images takes what it needs.
+            self.trainer.fit_loop._data_source.instance = self
+            self.trainer.fit_loop.max_epochs = 1
+        elif stage in ("test", "predict") and not is_calibrated(self) and self.trainer.ckpt_path is None:
+            raise QuantizationError(
+                "The network is not calibrated: call trainer.fit(module, datamodule) first, or pass ckpt_path= with a"
+                " checkpoint of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
+            )
+
+    def on_fit_start(self) -> None:
+        """Draw the images and prepare the network; continue where a checkpoint ended."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        data = self.quantization.calibration_data
+        if datamodule is None and data is None:
+            raise ConfigurationError(
+                "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or give"
+                " IGQViT(calibration_data=...)."
+            )
+        settings = self.quantization.settings
+        images = calibration_images(
+            calibration_source(data, datamodule),
+            settings.calibration_images,
+            settings.seed,
+            self.trainer.global_rank,
+            self.trainer.world_size,
+        )
+        self.calibration = self.quantization.start(self.trainer, self, images)
+        if self._resumed:
+            self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """The steps that are left."""
+        assert self.calibration is not None
+        return DataLoader(range(self.calibration.done, self.calibration.total), batch_size=None)  # type: ignore[arg-type]
+
+    def training_step(self, batch: int, batch_idx: int) -> STEP_OUTPUT:  # type: ignore[override]
+        """One step of the calibration."""
+        assert self.calibration is not None
+        before = set(self.calibration.omega)
+        self.calibration.step()
+        for slot in set(self.calibration.omega) - before:
+            table = self.calibration.omega[slot]
+            self.log("calibration/kl", min(table.values()), prog_bar=True)
+        # Counts the step: checkpoints are made by the number of optimizer steps.
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        optimizer.step()
+        return None
+
+    def on_train_end(self) -> None:
+        """Say what came out."""
+        if self.calibration is not None and self.calibration.finished:
+            rank_zero_info(summarise(self.calibration))
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.calibration is not None:
+            checkpoint["igq_vit"] = self.calibration.state_dict()
+        elif self._resumed:
+            checkpoint["igq_vit"] = self._resumed
+        mark(checkpoint["state_dict"], "IGQViT")
+        super().on_save_checkpoint(checkpoint)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        self._resumed = checkpoint.get("igq_vit", {})

@@ -1,0 +1,192 @@
+"""What a calibration will quantize, tensor by tensor, and what not and why: shown before it starts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import nn
+
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.igq_vit.schemes import PATCH_BITS
+from lightning_quant.igq_vit.settings import Settings
+from lightning_quant.metrics.bops import LayerShape, ModelBops, fully_connected_bops, model_bops
+from lightning_quant.nn import Bits, plan_layers
+from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.layers import LAYERS
+from lightning_quant.nn.selection import check_patterns
+
+Role = Literal["grouped", "one token", "patch", "attention", "float"]
+_INPUTS = {
+    "igq": "{a} bit, channels in {groups} groups an image",
+    "layer_wise": "{a} bit layer-wise",
+    "repq": "{a} bit layer-wise, after LayerNorm reparameterized",
+    "per_token": "{a} bit, each token its own",
+    "upper_bound": "{a} bit, each channel of each image its own",
+}
+_SOFTMAX = {
+    "igq": "{a} bit, rows in {rows} groups",
+    "layer_wise": "{a} bit layer-wise",
+    "repq": "{a} bit log sqrt 2",
+    "per_token": "{a} bit, each row its own",
+    "upper_bound": "{a} bit, each row its own",
+}
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One row: a layer or an attention, its part in the method, and why it is left in float where it is."""
+
+    name: str
+    kind: str
+    role: Role
+    shape: LayerShape | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class VitPlan:
+    """All layers and attentions of a network. Prints as a table."""
+
+    rows: tuple[PlannedModule, ...]
+    settings: Settings
+
+    def names(self, *roles: Role) -> list[str]:
+        """Names of the modules of these roles, in the order of registration."""
+        return [row.name for row in self.rows if row.role in roles]
+
+    def shape(self, name: str) -> LayerShape:
+        """Sizes of a module that the forward calls."""
+        found = next(row.shape for row in self.rows if row.name == name)
+        assert found is not None
+        return found
+
+    def bops(self, groups: Mapping[str, int] | int) -> ModelBops:
+        """Bit operations of one image in what is quantized, for groups by layer or the same for all."""
+        shapes = [row.shape for row in self.rows if row.shape is not None and row.role != "float"]
+        return model_bops(shapes, self.settings.weight_bits, self.settings.activation_bits, groups, PATCH_BITS)
+
+    def layer_bops(self, name: str, groups: int) -> int:
+        """Bit operations of one image in one fully connected layer."""
+        shape, s = self.shape(name), self.settings
+        sizes = (shape.tokens, shape.in_features, shape.out_features)
+        return fully_connected_bops(*sizes, s.weight_bits, s.activation_bits, groups)
+
+    def summary(self) -> str:
+        """One sentence on what is quantized."""
+        layers, attentions = len(self.names("grouped", "one token", "patch")), len(self.names("attention"))
+        floats = len(self.names("float"))
+        return (
+            f"{layers} layers and {attentions} attentions to {self.settings.weight_bits}-bit weights and"
+            f" {self.settings.activation_bits}-bit activations, {floats} left in float. Norms, GELU, softmax itself,"
+            " residuals, biases and position embeddings stay in float."
+        )
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("module", "kind", "weight", "input or operands", "note", box=None)
+        for row in self.rows:
+            weight = "" if row.role in ("attention", "float") else f"{self.settings.weight_bits} bit"
+            table.add_row(row.name, row.kind, weight, self._input(row), row.note)
+        console = Console(file=io.StringIO(), width=160, color_system=None)
+        console.print(table)
+        text: str = console.file.getvalue()  # type: ignore[attr-defined]
+        return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()
+
+    def _input(self, row: PlannedModule) -> str:
+        s = self.settings
+        words = {"a": s.activation_bits, "groups": s.groups, "rows": s.row_groups}
+        match row.role:
+            case "grouped":
+                return _INPUTS[s.scheme].format(**words)
+            case "one token":
+                return f"{s.activation_bits} bit layer-wise (one token)"
+            case "patch":
+                return f"{PATCH_BITS} bit layer-wise"
+            case "attention":
+                softmax = _SOFTMAX[s.scheme].format(**words)
+                return f"Q, K, V {s.activation_bits} bit layer-wise; softmax {softmax}"
+            case _:
+                return "float"
+
+
+def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Settings) -> VitPlan:
+    """Give each layer and each attention its part.
+
+    Args:
+        network: its attentions opened.
+        shapes: of the layers that a forward calls, from :func:`lightning_quant.metrics.measure_shapes`.
+        settings: which scheme, how many groups, what to leave out.
+
+    Raises:
+        UnsupportedModelError: no layer to quantize.
+        ConfigurationError: more groups than a layer has channels; a pattern of ``exclude`` that matches nothing.
+    """
+    known = {shape.name: shape for shape in shapes}
+    bits = Bits(settings.weight_bits, settings.activation_bits)
+    attentions = [name for name, _ in opened_attentions(network)]
+    order = [name for name, _ in network.named_modules()]
+    first_attention = min(map(order.index, attentions))
+    rows = []
+    for layer in plan_layers(network, bits, "same", exclude=_left_out(network, settings.exclude)).layers:
+        shape, note = known.get(layer.name), layer.note
+        if not note and shape is None:
+            note = "not called by the forward"
+        if not note and "Conv" in layer.kind and order.index(layer.name) > first_attention:
+            note = "convolution behind the patch embedding: not part of the method"
+        rows.append(PlannedModule(layer.name, layer.kind, _role(shape, note), shape, note))
+    for name in attentions:
+        called = name in known
+        role: Role = "attention" if called else "float"
+        note = "" if called else "not called by the forward"
+        kind = network.get_submodule(name).float_class.__name__  # type: ignore[union-attr]
+        rows.append(PlannedModule(name, kind, role, known.get(name), note))
+    plan = VitPlan(tuple(sorted(rows, key=lambda row: order.index(row.name))), settings)
+    if not plan.names("grouped", "one token"):
+        raise UnsupportedModelError(
+            f"No fully connected layer of {type(network).__name__} is left to quantize: take patterns out of exclude."
+        )
+    _check_groups(plan)
+    return plan
+
+
+def _left_out(network: nn.Module, exclude: Sequence[str]) -> list[str] | None:
+    """Names of the layers that the patterns match, or that lie within a module that they match."""
+    names = [name for name, _ in network.named_modules() if name]
+    check_patterns(list(exclude), "exclude", names)
+    patterns = [each for pattern in exclude for each in (pattern, f"{pattern}.*")]
+    layers = [name for name, module in network.named_modules() if isinstance(module, tuple(LAYERS))]
+    return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)] or None
+
+
+def _role(shape: LayerShape | None, note: str) -> Role:
+    if note or shape is None:
+        return "float"
+    if shape.kind == "convolution":
+        return "patch"
+    return "grouped" if shape.tokens > 1 else "one token"
+
+
+def _check_groups(plan: VitPlan) -> None:
+    if plan.settings.scheme != "igq":
+        return
+    for name in plan.names("grouped"):
+        channels = plan.shape(name).in_features
+        if plan.settings.groups > channels:
+            raise ConfigurationError(
+                f"groups={plan.settings.groups}, but the input of {name} has {channels} channels: write"
+                f" groups={channels} or less, or exclude=[{name!r}]."
+            )
+    for name in plan.names("attention"):
+        shape = plan.shape(name)
+        rows = shape.tokens * shape.windows
+        if plan.settings.row_groups > rows:
+            raise ConfigurationError(
+                f"softmax_groups={plan.settings.row_groups}, but the softmax of {name} has {rows} rows an image and head:"
+                f" write softmax_groups={rows} or less."
+            )

@@ -1,0 +1,241 @@
+"""A calibration as a row of steps, each of which can be the last one of a process: quantizers, perturbations, allocation."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError
+from lightning_quant.igq_vit.allocation import allocate, budget_at, budget_curve
+from lightning_quant.igq_vit.calibration import Advance, Slot, calibrate, fill
+from lightning_quant.igq_vit.perturbation import Replay, emptied, perturbations
+from lightning_quant.igq_vit.plan import VitPlan, plan_vit
+from lightning_quant.igq_vit.schemes import Candidates
+from lightning_quant.igq_vit.settings import Settings
+from lightning_quant.metrics.bops import measure_shapes
+from lightning_quant.nn import strip, swap
+from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
+from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.structure import guard_loading, quantizers_of
+from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers.base import quantizer_of_state
+
+INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a calibration works on.
+
+    Attributes:
+        network: attentions opened and layers swapped.
+        plan: what to quantize.
+        forward: runs the network on the calibration images of this rank.
+        posteriors: from its outputs to log-probabilities (items, classes).
+    """
+
+    network: nn.Module
+    plan: VitPlan
+    forward: Callable[[], Any]
+    posteriors: Callable[[Any], Tensor]
+
+
+def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable[[Tensor], object]) -> VitPlan:
+    """Open the attentions and swap the layers of a network, all quantizers still missing: a float network.
+
+    Args:
+        network: in float, or quantized before, which is undone.
+        settings: what to quantize.
+        image: (1, C, H, W), to measure shapes.
+        run: the forward of the network.
+
+    Raises:
+        UnsupportedModelError, ConfigurationError: see :func:`plan_vit` and ``check_attentions``; the network is then
+            as it was.
+    """
+    strip(network)
+    try:
+        for name in check_attentions(network, settings.exclude):
+            open_attention(network.get_submodule(name), parent=network.get_submodule(name.rpartition(".")[0]))
+        plan = plan_vit(network, measure_shapes(network, image, run=run), settings)
+    except Exception:
+        strip(network)
+        raise
+    for name in plan.names("grouped", "one token", "patch"):
+        swap(network.get_submodule(name))
+    for name, _ in list(opened_attentions(network)):
+        if name not in plan.names("attention"):
+            close_attention(network.get_submodule(name))
+    guard_loading(network)
+    return plan
+
+
+class Calibration:
+    """Calibrates a network step by step: first all quantizers, then the perturbations of a layer each, then the groups.
+
+    Args:
+        source: network, plan and images.
+
+    >>> # see lightning_quant.igq_vit.callback and lightning_quant.igq_vit.module, which run it
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.candidates: dict[Slot, Candidates] = {}
+        self.omega: dict[Slot, dict[int, float]] = {}
+        self.groups: dict[Slot, int] = {}
+        self._replay: Replay | None = None
+
+    # -- steps ----------------------------------------------------------------------------------------------------
+
+    @property
+    def allocated(self) -> list[Slot]:
+        """The slots whose groups are chosen under the budget, in order."""
+        if not self.source.plan.settings.allocates:
+            return []
+        inputs = [(name, INPUT) for name in self.source.plan.names("grouped")]
+        return [*inputs, *((name, SOFTMAX) for name in self.source.plan.names("attention"))]
+
+    @property
+    def total(self) -> int:
+        """How many steps there are."""
+        return 1 + (len(self.allocated) + 1 if self.allocated else 0)
+
+    @property
+    def done(self) -> int:
+        """How many steps are done."""
+        return bool(self.candidates) + len(self.omega) + bool(self.allocated and self.groups)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.done == self.total
+
+    def step(self, advance: Advance = lambda name: None) -> str:
+        """Do the next step.
+
+        Args:
+            advance: called with the name of each module that the first step is done with.
+
+        Returns:
+            what was done, in a few words.
+        """
+        training = self.source.network.training
+        self.source.network.eval()
+        try:
+            if not self.candidates:
+                self.candidates = calibrate(self.source.network, self.source.plan, self.source.forward, advance)
+                return "quantizers"
+            missing = [slot for slot in self.allocated if slot not in self.omega]
+            if missing:
+                self.omega[missing[0]] = self._perturb(missing[0])
+                return f"perturbation of {missing[0][0]}"
+            self._allocate()
+            return "allocation"
+        finally:
+            self.source.network.train(training)
+
+    def _perturb(self, slot: Slot) -> dict[int, float]:
+        slots = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name, _ in quantizers_of(self.source.network)]
+        with emptied(self.source.network, slots):
+            if self._replay is None:
+                names = [name for name, _ in self.allocated]
+                self._replay = Replay(self.source.network, self.source.forward, names)
+            reference = self.source.posteriors(self._replay.outputs)
+            return perturbations(self._replay, reference, slot, self.candidates[slot], self.source.posteriors)
+
+    def _allocate(self) -> None:
+        self._replay = None
+        settings = self.source.plan.settings
+        for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
+            slots, costs = self.costs(kind)
+            choice = allocate([self.omega[slot] for slot in slots], costs, budget_at(costs, target))
+            self.groups.update(zip(slots, choice, strict=True))
+        fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
+
+    def costs(self, kind: str) -> tuple[list[Slot], list[dict[int, int]]]:
+        """The slots of a kind, and what each number of groups costs there: BOPs for inputs, 1 a group for softmax."""
+        slots = [slot for slot in self.allocated if slot[1] == kind]
+        if kind == SOFTMAX:
+            return slots, [{groups: groups for groups in self.candidates[slot]} for slot in slots]
+        plan = self.source.plan
+        return slots, [{g: plan.layer_bops(name, g) for g in self.candidates[name, INPUT]} for name, _ in slots]
+
+    def curve(self, kind: str = INPUT) -> list[Any]:
+        """Points of the budget curve, see :func:`lightning_quant.igq_vit.allocation.budget_curve`."""
+        slots, costs = self.costs(kind)
+        return budget_curve([self.omega[slot] for slot in slots], costs)
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was computed, as tensors by flat names."""
+        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True)}
+        for name, quantizer in quantizers_of(self.source.network):
+            state.update(_write(f"filled/{name}", quantizer))
+        for (name, slot), quantizers in self.candidates.items():
+            for groups, quantizer in quantizers.items():
+                state.update(_write(f"candidate/{name}.{slot}/{groups}", quantizer))
+        for (name, slot), values in self.omega.items():
+            table = [list(map(float, values)), list(values.values())]
+            state[f"omega/{name}.{slot}"] = torch.tensor(table, dtype=torch.float64)
+        for (name, slot), groups in self.groups.items():
+            state[f"groups/{name}.{slot}"] = torch.tensor(groups)
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state.
+
+        Raises:
+            CheckpointError: of another network, other settings or other images.
+        """
+        if f"fingerprint/{self.fingerprint()}" not in state:
+            raise CheckpointError(
+                "The calibration that is to be continued was of other weights or settings: calibrate anew, without"
+                " ckpt_path or with another cache_dir."
+            )
+        for key, quantizer in _read(state, "filled/").items():
+            name, _, slot = key.rpartition(".")
+            fill(self.source.network, {(name, slot): quantizer})
+        for key, quantizer in _read(state, "candidate/").items():
+            path, _, groups = key.rpartition("/")
+            name, _, slot = path.rpartition(".")
+            self.candidates.setdefault((name, slot), {})[int(groups)] = quantizer
+        for key, value in state.items():
+            kind, _, path = key.partition("/")
+            name, _, slot = path.rpartition(".")
+            if kind == "omega":
+                self.omega[name, slot] = {int(g): float(o) for g, o in value.T.tolist()}
+            elif kind == "groups":
+                self.groups[name, slot] = int(value)
+
+    def fingerprint(self) -> str:
+        """Hash of the settings and of what is quantized; the images are the caller's to compare."""
+        rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
+        return hashlib.sha256(repr((sorted(self.source.plan.settings.as_dict().items()), rows)).encode()).hexdigest()[:16]
+
+
+def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    # Copies: one quantizer may stand in a slot and among the candidates, and a file holds no tensor twice.
+    return {f"{prefix}/{key}": value.detach().clone() for key, value in quantizer.state_dict().items()}
+
+
+def _read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Quantizer]:
+    """Quantizers by path, of keys ``prefix path / buffer``."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            path, _, buffer = key.removeprefix(prefix).rpartition("/")
+            parts.setdefault(path, {})[buffer] = value
+    quantizers = {}
+    for path, tensors in parts.items():
+        quantizer = quantizer_of_state(tensors["_extra_state"])
+        device = next((t.device for k, t in tensors.items() if k != "_extra_state"), None)
+        quantizer.to(device).load_state_dict(tensors)
+        quantizers[path] = quantizer
+    return quantizers

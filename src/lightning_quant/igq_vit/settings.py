@@ -1,0 +1,64 @@
+"""What can be chosen about a calibration, checked before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.functional.grid import check_bits
+
+Scheme = Literal["igq", "layer_wise", "per_token", "repq", "upper_bound"]
+GroupRanges = Literal["mean", "envelope", "searched"]
+LayerRange = Literal["percentile", "min_max"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of :class:`lightning_quant.IGQViT` that decide what the quantized network computes.
+
+    Raises:
+        ConfigurationError: one that is out of range.
+    """
+
+    weight_bits: int = 4
+    activation_bits: int = 4
+    groups: int = 8
+    softmax_groups: int | None = None
+    allocate: bool = True
+    calibration_images: int = 32
+    literal_zero_point: bool = False
+    scheme: Scheme = "igq"
+    group_ranges: GroupRanges = "searched"
+    layer_range: LayerRange = "percentile"
+    activation_tails: tuple[float, ...] = (0.1, 0.01, 0.001)
+    weight_tails: tuple[float, ...] = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0)
+    sequential: bool = True
+    exclude: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight_bits")
+        check_bits(self.activation_bits, "activation_bits")
+        for name in ("groups", "softmax_groups", "calibration_images"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least 1.")
+        for name, allowed in (("scheme", Scheme), ("group_ranges", GroupRanges), ("layer_range", LayerRange)):
+            if getattr(self, name) not in get_args(allowed):
+                known = ", ".join(map(repr, get_args(allowed)))
+                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {known}.")
+
+    @property
+    def row_groups(self) -> int:
+        """Groups of the rows of a softmax."""
+        return self.groups if self.softmax_groups is None else self.softmax_groups
+
+    @property
+    def allocates(self) -> bool:
+        """Whether groups are distributed over layers; only groups can be."""
+        return self.allocate and self.scheme == "igq"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for fingerprints and JSON."""
+        return asdict(self)

@@ -1,0 +1,204 @@
+"""Attention with its softmax in the open, by a change of class.
+
+A fused attention computes softmax(q k^T) v in one kernel, where nothing between can be quantized. An opened attention
+runs the library's own forward, but its call of ``F.scaled_dot_product_attention`` comes to ``attend``, which
+computes it step by step and lets four quantizers act: on query, key, value and softmax. As with layers, only the class
+of the module is exchanged, and exchanged back by :func:`close_attention`.
+
+Which classes of timm, torchvision and PyTorch are known stands in ``attention_forms``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+from torch import nn
+
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.nn.attention_mixin import SLOTS, QuantizedAttention
+
+__all__ = [
+    "ATTENTIONS",
+    "SLOTS",
+    "QuantizedAttention",
+    "attention_form",
+    "close_attention",
+    "open_attention",
+    "opened_attentions",
+    "register_attention",
+]
+
+ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {}
+# Forms of classes by their full name: a network that has one of them has imported its library, nobody else needs to.
+NAMED: dict[str, type[QuantizedAttention]] = {}
+# Where an opened attention keeps the library's switches as they were.
+SWITCHES = "_switches_when_closed"
+
+
+def register_attention(
+    *classes: type[nn.Module] | str,
+) -> Callable[[type[QuantizedAttention]], type[QuantizedAttention]]:
+    """Make attention classes known, exactly these and not their subclasses.
+
+    A class whose forward calls ``F.scaled_dot_product_attention`` once needs this line and no more; a subclass of a
+    known one gets the form of that. As a decorator the line gives another form: a :class:`QuantizedAttention` with a
+    forward of its own, or ``WindowedAttention`` for a class that gets windows, by
+    ``register_attention(MyAttention)(WindowedAttention)``.
+
+    Args:
+        classes: attention classes, or their full names, ``"package.module.Class"``.
+
+    >>> import torch.nn.functional as F
+    >>> class MyAttention(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.qkv = nn.Linear(4, 12)
+    ...     def forward(self, x):
+    ...         return F.scaled_dot_product_attention(*self.qkv(x).unsqueeze(1).chunk(3, -1)).squeeze(1)
+    >>> _ = register_attention(MyAttention)
+    >>> open_attention(MyAttention()).observer is None
+    True
+    """
+
+    def add(form: type[QuantizedAttention]) -> type[QuantizedAttention]:
+        for kind in classes:
+            if isinstance(kind, str):
+                NAMED[kind] = form
+            else:
+                ATTENTIONS[kind] = _form_for(kind, form)
+        return form
+
+    for kind in classes:
+        if isinstance(kind, str):
+            NAMED[kind] = QuantizedAttention
+        else:
+            inherited = (attention_form(base) for base in kind.__mro__[1:])
+            ATTENTIONS[kind] = _form_for(kind, next(filter(None, inherited), QuantizedAttention))
+    return add
+
+
+def attention_form(kind: type[nn.Module]) -> type[QuantizedAttention] | None:
+    """The quantized form of an attention class; None where it is not known."""
+    named = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
+    if named is not None and kind not in ATTENTIONS:
+        ATTENTIONS[kind] = _form_for(kind, named)
+    return ATTENTIONS.get(kind)
+
+
+def _form_for(kind: type[nn.Module], form: type[QuantizedAttention]) -> type[QuantizedAttention]:
+    """``form`` itself where it is a subclass of ``kind``, else a class that is both."""
+    if not issubclass(form, kind):
+        name = f"Quantized{kind.__name__}"
+        # No name that pickle could look up.
+        own = {"__module__": __name__, "__doc__": form.__doc__, "__reduce_ex__": _reduce}
+        form = cast("type[QuantizedAttention]", type(name, (form, kind), own))
+    form.float_class = kind
+    return form
+
+
+def _reduce(attention: QuantizedAttention, protocol: Any) -> Any:
+    return (_made_again, (attention.float_class,), *object.__reduce_ex__(attention, protocol)[2:])
+
+
+def _made_again(kind: type[nn.Module]) -> QuantizedAttention:
+    """An empty opened attention, for pickle and deepcopy to fill."""
+    form = attention_form(kind)
+    if form is None:
+        raise UnsupportedModelError(
+            f"The opened attention is of {kind.__module__}.{kind.__qualname__}, which is not known here: register it"
+            " before it is loaded, as it was when it was saved."
+        )
+    return form.__new__(form)
+
+
+def open_attention(
+    module: nn.Module,
+    query_quantizer: nn.Module | None = None,
+    key_quantizer: nn.Module | None = None,
+    value_quantizer: nn.Module | None = None,
+    softmax_quantizer: nn.Module | None = None,
+    parent: nn.Module | None = None,
+) -> QuantizedAttention:
+    """Open an attention, in place.
+
+    Args:
+        module: of one of the known classes exactly.
+        query_quantizer: acts on [B, heads, N, d]; None leaves the query in float, and so for the others.
+        key_quantizer: see above.
+        value_quantizer: see above.
+        softmax_quantizer: acts on [B, heads, N, N], rows sum to 1.
+        parent: the module that has ``module`` as a child and gets whole images; only windowed attention needs it.
+
+    Raises:
+        UnsupportedModelError: a class that is not known, or a setting of it that cannot be opened.
+        ConfigurationError: an attention that is open already; a windowed one without its parent.
+
+    >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    >>> open_attention(attention) is attention
+    True
+    >>> type(attention).__name__, type(close_attention(attention)).__name__
+    ('QuantizedMultiheadAttention', 'MultiheadAttention')
+    """
+    kind = type(module)
+    if isinstance(module, QuantizedAttention):
+        raise ConfigurationError(
+            f"This {module.float_class.__name__} is open already: write close_attention(module) first."
+        )
+    form = attention_form(kind)
+    if form is None:
+        raise UnsupportedModelError(unknown_class(kind, kind.__name__))
+    if form.obstacle(module):
+        raise UnsupportedModelError(f"This {kind.__name__} {form.obstacle(module)}: it cannot be opened.")
+    module.__class__ = form
+    attention = cast(QuantizedAttention, module)
+    try:
+        attention.when_opened(parent)
+    except Exception:
+        module.__class__ = kind
+        raise
+    old = {name: getattr(module, name) for name in form.switches_when_open if hasattr(module, name)}
+    vars(module)[SWITCHES] = old
+    vars(module).update({name: form.switches_when_open[name] for name in old})
+    device = next((parameter.device for parameter in module.parameters()), None)
+    quantizers = (query_quantizer, key_quantizer, value_quantizer, softmax_quantizer)
+    for slot, quantizer in zip(SLOTS, quantizers, strict=True):
+        module.register_module(slot, quantizer)
+        if quantizer is not None:
+            quantizer.to(device).train(module.training)
+    return attention
+
+
+def close_attention(module: nn.Module) -> nn.Module:
+    """Turn an opened attention back into the float attention it was, with the weights it has now.
+
+    Raises:
+        ConfigurationError: a module that is not open.
+    """
+    if not isinstance(module, QuantizedAttention):
+        raise ConfigurationError(f"This {type(module).__name__} is not an opened attention: nothing to close.")
+    module.when_closing()
+    for slot in SLOTS:
+        delattr(module, slot)
+    vars(module).update(vars(module).pop(SWITCHES))
+    vars(module).pop("observer", None)
+    module.__class__ = module.float_class  # type: ignore[assignment]
+    return module
+
+
+def opened_attentions(module: nn.Module) -> Iterator[tuple[str, QuantizedAttention]]:
+    """Name and module of each opened attention, each once."""
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedAttention):
+            yield name, child
+
+
+def unknown_class(kind: type[nn.Module], name: str) -> str:
+    """The sentence on an attention class that is not registered."""
+    line = f"lightning_quant.nn.register_attention({kind.__name__})"
+    return (
+        f"{name} is a {kind.__module__}.{kind.__qualname__}, an attention that is not known. If its forward calls"
+        f" F.scaled_dot_product_attention once, write {line} first; if not, give the line as a decorator to a"
+        " QuantizedAttention whose forward calls self.attend; or leave it in float with"
+        f' exclude=["{name}"].'
+    )

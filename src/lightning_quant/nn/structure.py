@@ -1,0 +1,149 @@
+"""The quantized structure of a module in its state dict: written beside the weights, rebuilt from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_quant.errors import CheckpointError
+from lightning_quant.nn.attention import attention_form, open_attention, opened_attentions
+from lightning_quant.nn.attention_mixin import SLOTS
+from lightning_quant.nn.layers import LAYERS, QUANTIZERS, swap
+from lightning_quant.nn.strip import LOADING_HOOK, quantized_layers
+from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers.base import quantizer_of_state
+
+# Strict loading into a float module names the keys that it did not expect: this one says what to do.
+HINT = "lightning_quant: this checkpoint is quantized; "
+_STATE = "._extra_state"
+REBUILDING_HOOK = "_rebuilds_when_loading"
+# The layer that an opened nn.MultiheadAttention has and a closed one has not.
+_UNPACKED = ".in_proj.weight"
+
+
+def mark(state_dict: dict[str, Tensor], callback: str) -> None:
+    """Add the key that tells a float module what to do with this state dict.
+
+    Args:
+        state_dict: of a quantized module.
+        callback: name of the callback that quantized it.
+
+    >>> state = {}
+    >>> mark(state, "IGQViT")
+    >>> list(state)
+    ["lightning_quant: this checkpoint is quantized; add IGQViT to the Trainer's callbacks, or load it with
+      lightning_quant.load_from_checkpoint(YourModule, path)"]
+    """
+    what = f"add {callback} to the Trainer's callbacks, or load it with"
+    state_dict[f"{HINT}{what} lightning_quant.load_from_checkpoint(YourModule, path)"] = torch.tensor(True)
+
+
+def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
+    """Name and quantizer of every slot that is filled, under each name that the module has for it."""
+    for name, child in module.named_modules(remove_duplicate=False):
+        if isinstance(child, Quantizer) and name.rpartition(".")[2] in (*QUANTIZERS, *SLOTS):
+            yield name, child
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether any layer is quantized or any attention opened."""
+    found = (*quantized_layers(module), *opened_attentions(module))
+    return bool(found)
+
+
+def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterable[str] = ()) -> None:
+    """Give a float module the quantized structure of a state dict; leaves a quantized module as it is.
+
+    Args:
+        module: with the layers and attentions that the state dict's module had.
+        state_dict: of a quantized module.
+        opened: names of attentions to open beside those that the state dict tells, which are the ones that
+            have a quantizer and all of ``nn.MultiheadAttention``.
+
+    Raises:
+        CheckpointError: quantized layers that the module does not have, an unknown version or kind of quantizer.
+
+    >>> from lightning_quant.quantizers import FixedQuantizer
+    >>> quantized, plain = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+    >>> _ = swap(quantized[0], weight_quantizer=FixedQuantizer(6, axis=0))
+    >>> rebuild(plain, quantized.state_dict())
+    >>> plain[0].weight_quantizer
+    FixedQuantizer(bits=6, ready=False)
+    """
+    found: dict[str, dict[str, Tensor]] = {name: {} for name in opened}
+    for key, value in state_dict.items():
+        owner, _, slot = key.removesuffix(_STATE).rpartition(".")
+        if key.endswith(_STATE) and slot in (*QUANTIZERS, *SLOTS):
+            found.setdefault(owner, {})[slot] = value
+    known = dict(module.named_modules(remove_duplicate=False))
+    unpacked = (key.removesuffix(_UNPACKED) for key in state_dict if key.endswith(_UNPACKED))
+    found.update({name: found.get(name, {}) for name in unpacked if type(known.get(name)) is nn.MultiheadAttention})
+    if not found or is_quantized(module):
+        return
+    # Attentions first: opening one may give it layers.
+    layers = {name: slots for name, slots in found.items() if slots and slots.keys() <= {*QUANTIZERS}}
+    attentions = {name: slots for name, slots in found.items() if name not in layers}
+    for name, slots in _once(module, attentions, attention_form):
+        parent = module.get_submodule(name.rpartition(".")[0]) if name else None
+        open_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
+    for name, slots in _once(module, layers, LAYERS.get):
+        swap(module.get_submodule(name), **_quantizers(slots))
+    guard_loading(module)
+
+
+def _quantizers(slots: Mapping[str, Tensor]) -> dict[str, Any]:
+    return {slot: quantizer_of_state(state) for slot, state in slots.items()}
+
+
+def _once(
+    module: nn.Module, found: dict[str, dict[str, Tensor]], form: Callable[[type[nn.Module]], object]
+) -> list[tuple[str, dict[str, Tensor]]]:
+    """Name and slots of each module once: one that is held under several names is in the state dict under each."""
+    known = dict(module.named_modules(remove_duplicate=False))
+    missing = [name for name in found if name not in known or form(type(known[name])) is None]
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
+            " does not have: build the module with the arguments it was trained with."
+        )
+    return list({id(known[name]): (name, slots) for name, slots in reversed(found.items())}.values())
+
+
+def guard_loading(module: nn.Module) -> None:
+    """Let a quantized module load quantized and float state dicts, each strictly."""
+    if LOADING_HOOK not in vars(module):
+        handle = module.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
+        setattr(module, LOADING_HOOK, handle)
+
+
+def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(prefix + HINT)]:
+        del state_dict[key]
+    own = {f"{prefix}{name}.": quantizer for name, quantizer in quantizers_of(module)}
+    if not own or any(f".{slot}." in key for key in state_dict for slot in (*QUANTIZERS, *SLOTS)):
+        return
+    rank_zero_info(
+        "A float checkpoint is loaded into a quantized module: its ranges start from the first batch of training, or"
+        " are to be calibrated."
+    )
+    for name, quantizer in own.items():
+        state_dict.update({name + key: value for key, value in quantizer.unstarted_state().items()})
+
+
+def rebuild_when_loading(module: nn.Module) -> None:
+    """Let a float module take the structure of a quantized state dict when it is loaded."""
+    if REBUILDING_HOOK not in vars(module):
+        handle = module.register_load_state_dict_pre_hook(_rebuild_first)  # type: ignore[no-untyped-call]
+        setattr(module, REBUILDING_HOOK, handle)
+
+
+def _rebuild_first(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if prefix or is_quantized(module):
+        return
+    rebuild(module, state_dict)
+    # The guard that this registered comes too late for the loading that is going on.
+    _prepare_state(module, state_dict, prefix)

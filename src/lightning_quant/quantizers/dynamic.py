@@ -1,0 +1,102 @@
+"""Quantizers without fixed ranges: each token, or each channel of each image, has its own, found when it is seen.
+
+No integer unit runs them as cheaply as fixed ranges. They are baselines and the bound of what grouping can reach.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_quant.functional.groups import affine_parameters, quantize_affine
+from lightning_quant.quantizers.grouped import InstanceQuantizer
+
+
+class TokenQuantizer(InstanceQuantizer, kind=6):
+    """One quantizer for each token, or for each row of a softmax: from the minimum to the maximum of the last axis.
+
+    Args:
+        bits: 2..16.
+        from_zero: the range starts at 0, as that of a softmax.
+
+    Shape:
+        (..., channels).
+
+    >>> TokenQuantizer(2)(torch.tensor([[0.0, 1.1, 3.0], [0.0, 0.4, 0.3]]))
+    tensor([[0.0000, 1.0000, 3.0000],
+            [0.0000, 0.4000, 0.2667]])
+    """
+
+    def __init__(self, bits: int, from_zero: bool = False) -> None:
+        super().__init__(bits)
+        self.from_zero = from_zero
+        self.ready = True
+
+    @classmethod
+    def from_signature(cls, signature: list[int]) -> TokenQuantizer:
+        return cls(signature[0], bool(signature[1]))
+
+    def _signature(self) -> list[int]:
+        return [self.bits, int(self.from_zero)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grids, in the shape and dtype of ``x``."""
+        low, high = x.float().aminmax(dim=-1, keepdim=True)
+        low = torch.zeros_like(low) if self.from_zero else low
+        return quantize_affine(x, *affine_parameters(low, high, self.bits), self.bits)
+
+
+class ChannelQuantizer(InstanceQuantizer, kind=7):
+    """One quantizer for each channel of each image: the upper bound of grouping.
+
+    Args:
+        bits: 2..16.
+
+    Shape:
+        (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
+
+    >>> ChannelQuantizer(2)(torch.tensor([[[0.0, -3.0], [0.9, 0.1], [3.0, 0.0]]])).tolist()
+    [[[0.0, -3.0], [1.0, 0.0], [3.0, 0.0]]]
+    """
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.ready = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grids, in the shape and dtype of ``x``."""
+        tokens = self.per_image(x)
+        low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
+        return quantize_affine(tokens, *affine_parameters(low, high, self.bits), self.bits).view(x.shape)
+
+
+class LogQuantizer(InstanceQuantizer, kind=9):
+    """Powers of the square root of 2 below the largest value, for a softmax: ``s 2^(-code / 2)``, the last code is 0.
+
+    Source: Li et al., "RepQ-ViT", ICCV 2023 (arXiv 2212.08254), section 3.3.
+
+    Args:
+        bits: 2..16.
+
+    Shape:
+        any, not negative.
+
+    >>> quantizer = LogQuantizer(3)
+    >>> quantizer.scale, quantizer.ready = torch.tensor(1.0), True
+    >>> quantizer(torch.tensor([1.0, 0.26, 0.001]))
+    tensor([1.0000, 0.2500, 0.0000])
+    """
+
+    scale: Tensor
+
+    def __init__(self, bits: int) -> None:
+        super().__init__(bits)
+        self.register_buffer("scale", torch.tensor(float("nan")))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Values on the grid, in the shape and dtype of ``x``; the identity before a scale is set."""
+        if not self.ready:
+            return x
+        codes = (-2 * torch.log2(x.float() / self.scale)).round_().clamp_min_(0)
+        values = self.scale * torch.exp2(-codes / 2)
+        return values.masked_fill_(codes >= self.grid.high, 0.0).to(x.dtype)
