@@ -157,10 +157,12 @@ def main() -> None:
     head = probe(options.assets, options.output)
     done = {(e["row"], e["bits"], e["draw"]) for e in map(json.loads, path.read_text().splitlines())}
     jobs: list[tuple[str, int, int, dict[str, Any] | None]] = [("float", 32, 0, None)]
-    for draw in range(options.draws):
-        for bits in options.bits:
-            for row in options.rows:
-                jobs.append((row, bits, draw, {**ROWS[row], "weight_bits": bits, "activation_bits": bits, "seed": draw}))
+    # The long ones last.
+    for row in sorted(options.rows, key=lambda row: "allocated" in row):
+        for draw in range(options.draws):
+            for bits in options.bits:
+                bit_widths = {"weight_bits": bits, "activation_bits": bits}
+                jobs.append((row, bits, draw, {**ROWS[row], **bit_widths, "seed": draw}))
     for row, bits, draw, arguments in jobs:
         if (row, bits, draw) in done:
             continue

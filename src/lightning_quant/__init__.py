@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_quant.data import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
     from lightning_quant.errors import QuantizationError
-    from lightning_quant.export import load_from_checkpoint, load_quantized, save_quantized
+    from lightning_quant.export import SaveQuantized, load_from_checkpoint, load_quantized, save_quantized
     from lightning_quant.gradient import (
         FixedInterval,
         GradientQuantization,
@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     )
     from lightning_quant.igq_vit import IGQViT, IGQViTModule
     from lightning_quant.nn import strip
+    from lightning_quant.report import CalibrationPictures
     from lightning_quant.tasks import ImageClassifier
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CIFARDataModule",
+    "CalibrationPictures",
     "DigitsDataModule",
     "FixedInterval",
     "GradientQuantization",
@@ -40,6 +42,7 @@ __all__ = [
     "MinMaxInterval",
     "MinimumErrorInterval",
     "QuantizationError",
+    "SaveQuantized",
     "__version__",
     "load_from_checkpoint",
     "load_quantized",
@@ -49,6 +52,7 @@ __all__ = [
 
 _HOME = {
     "CIFARDataModule": "data",
+    "CalibrationPictures": "report",
     "DigitsDataModule": "data",
     "FixedInterval": "gradient",
     "GradientQuantization": "gradient",
@@ -60,6 +64,7 @@ _HOME = {
     "MinMaxInterval": "gradient",
     "MinimumErrorInterval": "gradient",
     "QuantizationError": "errors",
+    "SaveQuantized": "export",
     "load_from_checkpoint": "export",
     "load_quantized": "export",
     "save_quantized": "export",

@@ -25,7 +25,7 @@ def slow_code(x: float, low: float, high: float, bits: int) -> float:
     top = 2**bits - 1
     scale = max((high - low) / top, 1e-8)
     zero = round(-low / scale)
-    return scale * (min(max(round(x / scale) + zero, 0), top) - zero)
+    return float(scale * (min(max(round(x / scale) + zero, 0), top) - zero))
 
 
 def slow_channels(x: Tensor, centres: Tensor, bits: int) -> Tensor:
@@ -45,7 +45,7 @@ def test_channels_are_those_of_the_slow_loop(bits: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(3, 7, 12, generator=generator) * torch.rand(12, generator=generator) * 5 + 1
     centres = torch.tensor([[-1.0, 2.0], [0.25, 1.75], [-6.0, 8.0]])
-    parameters = affine_parameters(*centres.unbind(1), bits)
+    parameters = affine_parameters(centres[:, 0], centres[:, 1], bits)
     found = quantize_channels(x, centres, *parameters, bits)
     slow = slow_channels(x, centres, bits)
     # FP32 and FP64 may round a value in the middle of two codes differently.
@@ -93,15 +93,16 @@ def test_the_literal_zero_point_loses_a_range_of_one_sign() -> None:
 def test_moving_the_input_and_all_ranges_moves_the_output() -> None:
     x = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(1))
     centres = torch.tensor([[-1.0, 1.0], [-3.0, 2.0]])
-    scale, zero_point = affine_parameters(*centres.unbind(1), 4)
-    negated = quantize_channels(-x, -centres.flip(1), *affine_parameters(*(-centres.flip(1)).unbind(1), 4), 4)
+    scale, zero_point = affine_parameters(centres[:, 0], centres[:, 1], 4)
+    mirrored = -centres.flip(1)
+    negated = quantize_channels(-x, mirrored, *affine_parameters(mirrored[:, 0], mirrored[:, 1], 4), 4)
     assert torch.allclose(negated, -quantize_channels(x, centres, scale, zero_point, 4), atol=float(scale.max()) * 1.01)
 
 
 def test_images_do_not_know_each_other() -> None:
     x = torch.randn(5, 9, 16, generator=torch.Generator().manual_seed(2)) * torch.arange(1, 17) / 4
     centres = torch.tensor([[-1.0, 1.0], [-3.0, 3.0], [-8.0, 8.0]])
-    parameters = affine_parameters(*centres.unbind(1), 4)
+    parameters = affine_parameters(centres[:, 0], centres[:, 1], 4)
     whole = quantize_channels(x, centres, *parameters, 4)
     each = torch.cat([quantize_channels(x[i : i + 1], centres, *parameters, 4) for i in range(5)])
     assert torch.equal(whole, each)

@@ -29,7 +29,11 @@ class LinearProduct:
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
         """The output, without bias."""
-        return F.linear(x, weight)
+        if x.numel() != x.shape[-1]:
+            return F.linear(x, weight)
+        # A row alone goes to another kernel, whose sums round differently than those of the same row in a batch.
+        pair = F.linear(x.reshape(1, -1).expand(2, -1), weight)
+        return pair[0].view(*x.shape[:-1], -1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
         """Gradient of the input, of shape ``x_shape``."""

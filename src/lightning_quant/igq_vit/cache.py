@@ -70,7 +70,7 @@ def weights_hash(network: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in network.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -132,7 +132,7 @@ class _Pass:
         self._finish(name, fixed(low, high, self.settings.weight_bits, 0, self.settings.literal_zero_point))
         return x
 
-    def _fit_convolution(self, name: str, layer: nn.Conv2d, x: Tensor) -> Tensor:
+    def _fit_convolution(self, name: str, layer: Any, x: Tensor) -> Tensor:
         check_finite(x, name)
         self._put((name, "input_quantizer"), {UNGROUPED: layer_wise(x, PATCH_BITS, self.settings, len(x))})
         gram = None
@@ -162,7 +162,7 @@ class _Pass:
         return self.settings.activation_bits
 
     def _sizes(self, groups: int, limit: int) -> list[int]:
-        return candidates(limit, also=groups) if self.settings.allocates else [groups]
+        return list(candidates(limit, also=groups)) if self.settings.allocates else [groups]
 
     def _put(self, slot: Slot, quantizers: Candidates, images: int | None = None) -> None:
         if slot in self.found:

@@ -41,6 +41,7 @@ class IGQViT(pl.Callback):
         groups: quantizers that the channels of an input are divided among, or their average with ``allocate``.
         softmax_groups: of the rows of a softmax; None takes ``groups``.
         allocate: find the number of groups of each layer under the budget of bit operations of ``groups`` everywhere.
+        budget: another budget, in giga bit operations of all that is quantized, an image.
         calibration_images: how many, over all ranks.
         literal_zero_point: clip zero points to the codes as the paper writes it, which moves ranges of one sign to 0.
         scheme: "igq", or to compare with: "layer_wise", "per_token", "repq" (a range for each channel after a LayerNorm,
@@ -72,6 +73,7 @@ class IGQViT(pl.Callback):
         groups: int = 8,
         softmax_groups: int | None = None,
         allocate: bool = True,
+        budget: float | None = None,
         calibration_images: int = 32,
         literal_zero_point: bool = False,
         scheme: Scheme = "igq",
@@ -89,6 +91,7 @@ class IGQViT(pl.Callback):
             groups=groups,
             softmax_groups=softmax_groups,
             allocate=allocate,
+            budget=budget,
             calibration_images=calibration_images,
             literal_zero_point=literal_zero_point,
             scheme=scheme,
@@ -151,10 +154,15 @@ class IGQViT(pl.Callback):
             self._check_bits(pl_module)
             rank_zero_info("IGQViT: the network is calibrated already.")
             return
+        # Ranges made in the Trainer's inference mode could be used nowhere else.
+        with torch.inference_mode(False), torch.no_grad():
+            self._calibrate(trainer, pl_module)
+
+    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
         source = from_trainer(trainer, pl_module, self.calibration_data)
-        share = {"rank": trainer.global_rank, "ranks": trainer.world_size}
-        images = calibration_images(source, self.settings.calibration_images, self.settings.seed, **share)
+        count, seed = self.settings.calibration_images, self.settings.seed
+        images = calibration_images(source, count, seed, trainer.global_rank, trainer.world_size)
         calibration = self.start(trainer, pl_module, images)
         cache = Cache(trainer, self.cache_dir, calibration, fingerprint(images))
         cache.load()

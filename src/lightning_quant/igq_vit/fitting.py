@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ SEARCHED_VALUES = 2**15
 GROUPED_ROWS = 2**10
 # Shares of the way from the mean of a group's bounds to the outermost one.
 EXTENSIONS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+SINGLE_EXTENSIONS = (-0.15, -0.05, 0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 
 
 def thinned(x: Tensor, axis: int, images: int, values: int = SEARCHED_VALUES) -> Tensor:
@@ -71,7 +72,10 @@ def layer_wise_range(x: Tensor, bits: int, tails: Sequence[float], images: int =
     if len(bounds) == 1:
         return bounds[0, 0], bounds[0, 1]
     few = thinned(x.float(), max(0, x.dim() - 2), images)
-    errors = [(quantize_affine(few, *affine_parameters(*b, bits), bits) - few).square_().sum().double() for b in bounds]
+    errors = []
+    for low, high in bounds:
+        moved = quantize_affine(few, *affine_parameters(low, high, bits), bits)
+        errors.append((moved - few).square_().sum().double())
     best = int(all_reduce_sum(torch.stack(errors)).argmin())
     return bounds[best, 0], bounds[best, 1]
 
@@ -101,7 +105,8 @@ def weight_range(
     """
     rows = weight.detach().flatten(1).float()
     shares = torch.tensor(tails, dtype=torch.float32, device=rows.device) / 100
-    low, high = torch.quantile(rows, shares, dim=1), torch.quantile(rows, 1 - shares, dim=1)
+    # One call, which sorts once.
+    low, high = torch.quantile(rows, torch.cat([shares, 1 - shares]), dim=1).chunk(2)
     errors = []
     for bounds in zip(low, high, strict=True):
         scale, zero_point = affine_parameters(*bounds, bits)
@@ -162,19 +167,36 @@ def _envelope(points: Tensor, assignment: Tensor, groups: int) -> Tensor:
 def _searched(
     x: Tensor, assignment: Tensor, mean: Tensor, envelope: Tensor, bits: int, importance: Tensor
 ) -> Tensor:
-    """Per group, the range between mean and envelope with the least weighted square error of the values."""
-    candidates, errors = [], []
-    for share in EXTENSIONS:
-        bounds = torch.lerp(mean, envelope, share)
+    """Per group, the range around the mean with the least weighted square error of the values.
+
+    First both ends together on the way to the envelope, then the upper and the lower one each for itself.
+    """
+
+    def errors(bounds: Tensor) -> Tensor:
         scale, zero_point = affine_parameters(bounds[:, 0], bounds[:, 1], bits)
         moved = quantize_affine(x, scale[assignment][:, None], zero_point[assignment][:, None], bits)
-        error = (moved - x).square_().sum(dim=1).double() * importance
-        candidates.append(bounds)
-        errors.append(torch.zeros(len(mean), dtype=torch.float64, device=x.device).index_add_(
-            0, assignment.flatten(), error.flatten()
-        ))
-    best = all_reduce_sum(torch.stack(errors)).argmin(dim=0)
-    return torch.stack(candidates)[best, torch.arange(len(mean), device=x.device)]
+        return _sum_by_group((moved - x).square_().sum(dim=1).double() * importance, assignment, len(mean))
+
+    best = _best([torch.lerp(mean, envelope, share) for share in EXTENSIONS], errors)
+    for end in (1, 0):
+        moved = []
+        for share in SINGLE_EXTENSIONS:
+            bounds = best.clone()
+            bounds[:, end] = torch.lerp(mean[:, end], envelope[:, end], share)
+            moved.append(bounds)
+        best = _best([best, *moved], errors)
+    return best
+
+
+def _best(candidates: list[Tensor], errors: Callable[[Tensor], Tensor]) -> Tensor:
+    """For each group the candidate with the least error over all ranks, the first of equal ones."""
+    least = all_reduce_sum(torch.stack([errors(bounds) for bounds in candidates])).argmin(dim=0)
+    return torch.stack(candidates)[least, torch.arange(len(least), device=least.device)]
+
+
+def _sum_by_group(values: Tensor, assignment: Tensor, groups: int) -> Tensor:
+    sums = torch.zeros(groups, dtype=torch.float64, device=values.device)
+    return sums.index_add_(0, assignment.flatten(), values.flatten())
 
 
 def fit_row_groups(
@@ -207,14 +229,9 @@ def fit_row_groups(
 
 
 def _searched_rows(attention: Tensor, assignment: Tensor, mean: Tensor, widest: Tensor, bits: int) -> Tensor:
-    candidates = [torch.lerp(mean, widest, share) for share in EXTENSIONS]
-    errors = []
-    for high in candidates:
+    def errors(high: Tensor) -> Tensor:
         scale, _ = affine_parameters(torch.zeros_like(high), high, bits)
         moved = quantize_affine(attention, scale[assignment], None, bits)
-        error = (moved - attention).square_().sum(dim=-1).double()
-        errors.append(torch.zeros(len(mean), dtype=torch.float64, device=attention.device).index_add_(
-            0, assignment.flatten(), error.flatten()
-        ))
-    best = all_reduce_sum(torch.stack(errors)).argmin(dim=0)
-    return torch.stack(candidates)[best, torch.arange(len(mean), device=mean.device)]
+        return _sum_by_group((moved - attention).square_().sum(dim=-1).double(), assignment, len(mean))
+
+    return _best([torch.lerp(mean, widest, share) for share in EXTENSIONS], errors)

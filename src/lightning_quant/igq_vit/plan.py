@@ -75,6 +75,19 @@ class VitPlan:
         sizes = (shape.tokens, shape.in_features, shape.out_features)
         return fully_connected_bops(*sizes, s.weight_bits, s.activation_bits, groups)
 
+    def input_budget(self) -> int:
+        """What the grouped layers may cost together, of ``settings.budget``."""
+        assert self.settings.budget is not None
+        return int(self.settings.budget * 1e9) - self._rest()
+
+    def _rest(self) -> int:
+        """Bit operations in all but the grouped layers."""
+        return self.bops(0).total - sum(self.layer_bops(name, 0) for name in self.names("grouped"))
+
+    def least(self) -> int:
+        """Bit operations of an image with one group everywhere."""
+        return self._rest() + sum(self.layer_bops(name, 1) for name in self.names("grouped"))
+
     def summary(self) -> str:
         """One sentence on what is quantized."""
         layers, attentions = len(self.names("grouped", "one token", "patch")), len(self.names("attention"))
@@ -129,9 +142,9 @@ def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Setting
     """
     known = {shape.name: shape for shape in shapes}
     bits = Bits(settings.weight_bits, settings.activation_bits)
-    attentions = [name for name, _ in opened_attentions(network)]
+    opened = dict(opened_attentions(network))
     order = [name for name, _ in network.named_modules()]
-    first_attention = min(map(order.index, attentions))
+    first_attention = min(map(order.index, opened))
     rows = []
     for layer in plan_layers(network, bits, "same", exclude=_left_out(network, settings.exclude)).layers:
         shape, note = known.get(layer.name), layer.note
@@ -140,11 +153,11 @@ def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Setting
         if not note and "Conv" in layer.kind and order.index(layer.name) > first_attention:
             note = "convolution behind the patch embedding: not part of the method"
         rows.append(PlannedModule(layer.name, layer.kind, _role(shape, note), shape, note))
-    for name in attentions:
+    for name in opened:
         called = name in known
         role: Role = "attention" if called else "float"
         note = "" if called else "not called by the forward"
-        kind = network.get_submodule(name).float_class.__name__  # type: ignore[union-attr]
+        kind = opened[name].float_class.__name__
         rows.append(PlannedModule(name, kind, role, known.get(name), note))
     plan = VitPlan(tuple(sorted(rows, key=lambda row: order.index(row.name))), settings)
     if not plan.names("grouped", "one token"):
@@ -152,6 +165,12 @@ def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Setting
             f"No fully connected layer of {type(network).__name__} is left to quantize: take patterns out of exclude."
         )
     _check_groups(plan)
+    if settings.budget is not None and plan.least() > settings.budget * 1e9:
+        least, usual = plan.least() / 1e9, plan.bops(settings.groups).total / 1e9
+        raise ConfigurationError(
+            f"budget={settings.budget} giga bit operations, but one group in every layer needs {least:.4g} already:"
+            f" write budget={least * 1.001:.4g} or more ({settings.groups} groups everywhere are {usual:.4g})."
+        )
     return plan
 
 

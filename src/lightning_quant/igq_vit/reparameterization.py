@@ -72,7 +72,7 @@ class Reparameterization:
             the input as the changed norm gives it, and its quantizer; ``x`` and None where no norm is before it.
         """
         norm, self.last = self.last, None
-        if norm is None or layer.bias is None or norm.norm.weight.shape != x.shape[-1:]:
+        if norm is None or getattr(layer, "bias", None) is None or norm.norm.weight.shape != x.shape[-1:]:
             return x, None
         if not torch.allclose(norm.sums, _sums(x), rtol=1e-6, atol=1e-6 * float(norm.sums[1].max())):
             return x, None

@@ -154,7 +154,10 @@ class Calibration:
         settings = self.source.plan.settings
         for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
             slots, costs = self.costs(kind)
-            choice = allocate([self.omega[slot] for slot in slots], costs, budget_at(costs, target))
+            budget = budget_at(costs, target)
+            if kind == INPUT and settings.budget is not None:
+                budget = self.source.plan.input_budget()
+            choice = allocate([self.omega[slot] for slot in slots], costs, budget)
             self.groups.update(zip(slots, choice, strict=True))
         fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
 

@@ -26,6 +26,7 @@ class Settings:
     groups: int = 8
     softmax_groups: int | None = None
     allocate: bool = True
+    budget: float | None = None
     calibration_images: int = 32
     literal_zero_point: bool = False
     scheme: Scheme = "igq"
@@ -44,6 +45,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least 1.")
+        if self.budget is not None and not self.allocates:
+            raise ConfigurationError(
+                f"budget={self.budget}: a budget is divided among layers, write allocate=True and scheme='igq' too."
+            )
         for name, allowed in (("scheme", Scheme), ("group_ranges", GroupRanges), ("layer_range", LayerRange)):
             if getattr(self, name) not in get_args(allowed):
                 known = ", ".join(map(repr, get_args(allowed)))

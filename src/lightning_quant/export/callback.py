@@ -1,0 +1,44 @@
+"""Writing the quantized module at the end of a run, from the command line as from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_quant.export.artifact import save_quantized
+from lightning_quant.export.folder import check_folder
+from lightning_quant.nn.structure import is_quantized
+
+
+class SaveQuantized(pl.Callback):
+    """Save the quantized module to a folder when ``fit`` or ``test`` ends, for :func:`lightning_quant.load_quantized`.
+
+    Args:
+        folder: where to; an earlier one of the same kind is replaced.
+
+    >>> from lightning_quant import IGQViT
+    >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), SaveQuantized("vit_4bit")], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder with other files before anything starts."""
+        check_folder(Path(self.folder))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was calibrated or trained."""
+        self._save(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save what was tested."""
+        self._save(trainer, pl_module)
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not is_quantized(pl_module):
+            return
+        folder = save_quantized(pl_module, self.folder)
+        rank_zero_info(f"The quantized module is in {folder}; lightning_quant.load_quantized reads it.")

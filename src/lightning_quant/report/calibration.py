@@ -1,0 +1,113 @@
+"""The pictures of a calibration of IGQ-ViT, drawn at the end of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.functional.groups import assign, channel_ranges
+from lightning_quant.igq_vit.session import INPUT, Calibration
+from lightning_quant.quantizers.grouped import GroupQuantizer
+from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
+
+
+class CalibrationPictures(pl.Callback):
+    """Draw ``budget.png`` and ``channel_ranges.png`` when a run with :class:`lightning_quant.IGQViT` or its module ends.
+
+    Args:
+        folder: where to.
+        layer: whose channels are drawn; None takes the one whose groups differ most in width.
+
+    >>> from lightning_quant import IGQViT
+    >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), CalibrationPictures("pictures")], logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str, layer: str | None = None) -> None:
+        self.folder, self.layer = Path(folder), layer
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw after a module's calibration."""
+        self._draw(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw after a callback's calibration."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        holders: list[Any] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+        found = [each.calibration for each in holders if isinstance(getattr(each, "calibration", None), Calibration)]
+        if found and found[0].finished and trainer.is_global_zero:
+            written = draw_calibration(found[0], self.folder, self.layer)
+            rank_zero_info(f"Pictures of the calibration: {', '.join(map(str, written))}")
+
+
+def draw_calibration(calibration: Calibration, folder: Path, layer: str | None = None) -> list[Path]:
+    """Draw the budget curve, where groups were allocated, and the ranges of one layer's channels in one image.
+
+    Args:
+        calibration: finished.
+        folder: for ``budget.png`` and ``channel_ranges.png``.
+        layer: name of a grouped layer; None takes the one whose groups differ most in width.
+
+    Returns:
+        what was written; nothing where the scheme has no groups.
+
+    Raises:
+        ConfigurationError: a layer that has no groups.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, written = calibration.source.plan.settings, []
+    if calibration.groups:
+        written.append(folder / "budget.png")
+        chosen = settings.groups if settings.budget is None else None
+        draw_budget_curve(calibration.curve(), written[-1], "Groups of channels: perturbation and cost", chosen)
+    grouped = _grouped(calibration)
+    if not grouped:
+        return written
+    if layer is not None and layer not in grouped:
+        raise ConfigurationError(f"layer={layer!r} has no groups: expected one of {', '.join(grouped)}.")
+    name = layer or max(grouped, key=lambda each: _spread(grouped[each]))
+    written.append(folder / "channel_ranges.png")
+    _draw_layer(calibration, name, grouped[name], written[-1])
+    return written
+
+
+def _grouped(calibration: Calibration) -> dict[str, GroupQuantizer]:
+    network = calibration.source.network
+    slots = {name: getattr(network.get_submodule(name), INPUT) for name in calibration.source.plan.names("grouped")}
+    return {name: quantizer for name, quantizer in slots.items() if isinstance(quantizer, GroupQuantizer)}
+
+
+def _spread(quantizer: GroupQuantizer) -> float:
+    width = quantizer.centres[:, 1] - quantizer.centres[:, 0]
+    return float(width.max() / width.clamp_min(1e-8).min()) if len(width) > 1 else 1.0
+
+
+def _draw_layer(calibration: Calibration, name: str, quantizer: GroupQuantizer, path: Path) -> None:
+    seen: list[Tensor] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        seen.append(args[0].detach())
+
+    handle = calibration.source.network.get_submodule(name).register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            calibration.source.forward()
+    finally:
+        handle.remove()
+    shape = calibration.source.plan.shape(name)
+    # The tokens of one image stand together, windows or not.
+    image = seen[0].reshape(-1, shape.tokens, shape.in_features)[:1].float()
+    ranges = channel_ranges(image)[0]
+    group = assign(ranges, quantizer.centres)
+    low = -quantizer.zero_point * quantizer.scale
+    bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
+    title = f"Input of {name}, one image, {len(quantizer.centres)} groups"
+    low, high = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
+    draw_channel_ranges(low, high, group.cpu().numpy(), path, title, bounds.tolist())
