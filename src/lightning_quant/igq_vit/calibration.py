@@ -6,7 +6,7 @@ quantized upstream, fits the quantizers, and lets the layer run with them: in or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from lightning_quant.igq_vit.fitting import gram_matrix, weight_range
 from lightning_quant.igq_vit.plan import VitPlan
 from lightning_quant.igq_vit.reparameterization import Reparameterization
 from lightning_quant.igq_vit.schemes import (
+    OPERAND_POWER,
     PATCH_BITS,
     UNGROUPED,
     Candidates,
@@ -30,6 +31,7 @@ from lightning_quant.igq_vit.schemes import (
 )
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.nn.attention import QuantizedAttention
+from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.grouped import InstanceQuantizer
 from lightning_quant.quantizers.statistics import all_reduce_sum
@@ -57,11 +59,34 @@ def calibrate(
     """
     found: dict[Slot, Candidates] = {}
     pending: dict[Slot, Quantizer] = {}
-    run = _Pass(network, plan, found, pending, advance)
-    with torch.no_grad(), run.hooks():
-        forward()
+    with torch.no_grad():
+        norms = None
+        if plan.settings.scheme == "repq":
+            norms = Reparameterization(network, plan.names("grouped", "one token"), forward)
+        with _Pass(network, plan, found, pending, advance, norms).hooks():
+            forward()
+        if norms is not None:
+            with emptied(network, filled_slots(network)):
+                norms.check()
     fill(network, pending)
     return found
+
+
+def filled_slots(network: nn.Module) -> list[Slot]:
+    """The slots of a network that have a quantizer."""
+    paths = [name.rpartition(".") for name, _ in quantizers_of(network)]
+    return [(name, slot) for name, _, slot in paths]
+
+
+@contextmanager
+def emptied(network: nn.Module, slots: Iterable[Slot]) -> Iterator[None]:
+    """The network in float: these slots empty within this context."""
+    quantizers = {(name, slot): getattr(network.get_submodule(name), slot) for name, slot in slots}
+    try:
+        fill(network, dict.fromkeys(quantizers))
+        yield
+    finally:
+        fill(network, quantizers)
 
 
 def fill(network: nn.Module, quantizers: Mapping[Slot, Quantizer | None]) -> None:
@@ -80,9 +105,10 @@ class _Pass:
         found: dict[Slot, Candidates],
         pending: dict[Slot, Quantizer],
         advance: Advance,
+        norms: Reparameterization | None,
     ) -> None:
         self.network, self.plan, self.found, self.pending, self.advance = network, plan, found, pending, advance
-        self.norms = Reparameterization(network)
+        self.norms = norms
 
     @property
     def settings(self) -> Settings:
@@ -90,7 +116,7 @@ class _Pass:
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
-        handles = [] if self.settings.scheme != "repq" else self.norms.hooks()
+        handles = []
         layers = {row.name: row.role for row in self.plan.rows if row.role in ("grouped", "one token", "patch")}
         for name, role in layers.items():
             fit = self._fit_convolution if role == "patch" else self._fit_linear
@@ -119,9 +145,11 @@ class _Pass:
         check_finite(x, name)
         shape = self.plan.shape(name)
         images = x.numel() // (shape.tokens * shape.in_features)
-        if self.settings.scheme == "repq":
+        if self.norms is not None:
             x, quantizer = self.norms.apply(name, layer, x, self.settings)
-            self._put((name, "input_quantizer"), {UNGROUPED: quantizer or layer_wise(x, self._bits, self.settings, images)})
+            self._put(
+                (name, "input_quantizer"), {UNGROUPED: quantizer or layer_wise(x, self._bits, self.settings, images)}
+            )
         elif shape.tokens == 1:
             self._put((name, "input_quantizer"), {UNGROUPED: layer_wise(x, self._bits, self.settings, images)})
         else:
@@ -149,11 +177,13 @@ class _Pass:
             shape = self.plan.shape(name)
             images = len(tensor) // shape.windows
             if slot == "softmax_quantizer":
-                sizes = self._sizes(self.settings.row_groups, shape.tokens * shape.windows)
+                sizes = self._sizes(self.settings.row_groups, self.plan.softmax_rows(name))
                 self._put((name, slot), fit_softmax(tensor, self.settings, sizes, images))
                 self.advance(name)
             else:
-                self._put((name, slot), {UNGROUPED: layer_wise(tensor, self._bits, self.settings, images)})
+                self._put(
+                    (name, slot), {UNGROUPED: layer_wise(tensor, self._bits, self.settings, images, OPERAND_POWER)}
+                )
 
         return observe
 
@@ -188,7 +218,9 @@ class _Pass:
         self.advance(name)
 
 
-def _hook(fit: Callable[[str, Any, Tensor], Tensor], name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+def _hook(
+    fit: Callable[[str, Any, Tensor], Tensor], name: str
+) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (fit(name, layer, args[0]), *args[1:])
 

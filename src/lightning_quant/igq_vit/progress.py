@@ -28,7 +28,9 @@ class CalibrationBar:
 
     def __init__(self, trainer: pl.Trainer, calibration: Calibration) -> None:
         shown = trainer.is_global_zero and getattr(trainer, "progress_bar_callback", None) is not None
-        modules = 0 if calibration.done else len(calibration.source.plan.names("grouped", "one token", "patch", "attention"))
+        modules = (
+            0 if calibration.done else len(calibration.source.plan.names("grouped", "one token", "patch", "attention"))
+        )
         self.bar: Any = Tqdm(
             total=modules + calibration.total - max(calibration.done, 1),
             desc="Calibrating",
@@ -50,7 +52,9 @@ class CalibrationBar:
     def __enter__(self) -> CalibrationBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.bar.close()
 
 
@@ -67,8 +71,7 @@ def estimate(plan: VitPlan, seconds: float, images: int) -> str:
         for name in plan.names("grouped"):
             passes += PASSES_TO_PERTURB * len(candidates(plan.shape(name).in_features, plan.settings.groups))
         for name in plan.names("attention"):
-            rows = plan.shape(name).tokens * plan.shape(name).windows
-            passes += PASSES_TO_PERTURB * len(candidates(rows, plan.settings.row_groups))
+            passes += PASSES_TO_PERTURB * len(candidates(plan.softmax_rows(name), plan.settings.row_groups))
     largest = max(plan.shape(name).tokens * plan.shape(name).in_features for name in plan.names("grouped"))
     megabytes = images * largest * 4 * 8 / 1e6
     return (

@@ -6,61 +6,75 @@ Source: Li et al., "RepQ-ViT: Scale Reparameterization for Post-Training Quantiz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_leaves
 
+from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.functional.groups import affine_parameters
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.quantizers.statistics import gather
 
-
-@dataclass(frozen=True)
-class _Output:
-    """What a LayerNorm gave: its module, and sums by which its output is recognised when windows have been cut."""
-
-    norm: nn.LayerNorm
-    sums: Tensor
-
-    @classmethod
-    def of(cls, norm: nn.LayerNorm, output: Tensor) -> _Output:
-        return cls(norm, _sums(output))
-
-
-def _sums(x: Tensor) -> Tensor:
-    rows = x.detach().flatten(0, -2).double()
-    return torch.stack([rows.sum(dim=0), rows.abs().sum(dim=0)])
+# Of the largest output: more than rounding moves it, less than a norm whose output goes to two places.
+TOLERANCE = 1e-3
 
 
 class Reparameterization:
-    """Finds the LayerNorm before each layer, and moves the differences between channels into both.
+    """Moves the differences between channels after a LayerNorm into the norm and the one layer behind it.
 
-    The network stays the same function in float: the norm's affine part and the next weight change together.
+    The network stays the same function in float: the norm's affine part and the layer's weight change together.
 
     Args:
-        network: whose LayerNorms are watched.
+        network: in float.
+        names: of its fully connected layers that are quantized.
+        forward: runs it on the calibration images; once here, to find the norm before each layer.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        self.network = network
-        self.last: _Output | None = None
+    def __init__(self, network: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> None:
+        self.network, self.forward = network, forward
+        self.norms: dict[str, nn.LayerNorm] = {}
+        self._changed: dict[Tensor, Tensor] = {}
+        self._outputs = self._look(names)
 
-    def hooks(self) -> list[RemovableHandle]:
-        """Watch the outputs of all LayerNorms with an affine part."""
+    def _look(self, names: Sequence[str]) -> list[Tensor]:
+        last: list[tuple[nn.LayerNorm, Tensor]] = []
+        users: dict[nn.LayerNorm, list[str]] = {}
+        calls: dict[nn.LayerNorm, int] = {}
 
-        def note(norm: nn.Module, args: Any, output: Tensor) -> None:
-            assert isinstance(norm, nn.LayerNorm)
-            self.last = _Output.of(norm, output)
+        def normalized(norm: Any, args: Any, output: Tensor) -> None:
+            last[:] = [(norm, _sums(output))]
+            calls[norm] = calls.get(norm, 0) + 1
+            users.setdefault(norm, [])
 
-        norms = [m for m in self.network.modules() if isinstance(m, nn.LayerNorm) and m.bias is not None]
-        return [norm.register_forward_hook(note) for norm in norms]
+        def entered(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
+                if last and _same(last[0][1], _sums(args[0])):
+                    users[last[0][0]].append(name)
+
+            return hook
+
+        norms = [
+            m for m in self.network.modules() if isinstance(m, nn.LayerNorm) and getattr(m, "bias", None) is not None
+        ]
+        handles = [norm.register_forward_hook(normalized) for norm in norms]
+        handles += [self.network.get_submodule(name).register_forward_pre_hook(entered(name)) for name in names]
+        try:
+            outputs = _tensors(self.forward())
+        finally:
+            for handle in handles:
+                handle.remove()
+        for norm, found in users.items():
+            alone = len(found) == 1 and calls[norm] == 1
+            if alone and getattr(self.network.get_submodule(found[0]), "bias", None) is not None:
+                self.norms[found[0]] = norm
+        return outputs
 
     def apply(self, name: str, layer: nn.Linear, x: Tensor, settings: Settings) -> tuple[Tensor, FixedQuantizer | None]:
-        """Reparameterize a layer where its input is the output of the last LayerNorm.
+        """Reparameterize a layer where the output of a LayerNorm goes to it alone.
 
         Args:
             name: of the layer.
@@ -71,25 +85,52 @@ class Reparameterization:
         Returns:
             the input as the changed norm gives it, and its quantizer; ``x`` and None where no norm is before it.
         """
-        norm, self.last = self.last, None
-        if norm is None or getattr(layer, "bias", None) is None or norm.norm.weight.shape != x.shape[-1:]:
+        if name not in self.norms:
             return x, None
-        if not torch.allclose(norm.sums, _sums(x), rtol=1e-6, atol=1e-6 * float(norm.sums[1].max())):
-            return x, None
-        flat = x.flatten(0, -2).float()
-        ends = gather(torch.stack(flat.aminmax(dim=0))[None])
+        ends = gather(torch.stack(x.flatten(0, -2).float().aminmax(dim=0))[None])
         scales, zero_points = affine_parameters(ends[:, 0].amin(0), ends[:, 1].amax(0), settings.activation_bits)
         scale, zero_point = scales.mean(), zero_points.mean().round()
         ratio, shift = scales / scale, scales * (zero_points - zero_point)
-        _change(norm.norm, layer, ratio, shift)
+        self._change(self.norms[name], layer, ratio, shift)
         quantizer = FixedQuantizer(settings.activation_bits, symmetric=False).to(x.device)
         quantizer.scale, quantizer.zero_point, quantizer.ready = scale, zero_point, True
         return ((x.float() + shift) / ratio).to(x.dtype), quantizer
 
+    @torch.no_grad()
+    def _change(self, norm: nn.LayerNorm, layer: nn.Linear, ratio: Tensor, shift: Tensor) -> None:
+        for parameter in (norm.weight, norm.bias, layer.weight, layer.bias):
+            self._changed[parameter] = parameter.clone()
+        norm.weight.div_(ratio)
+        norm.bias.add_(shift).div_(ratio)
+        layer.bias.sub_(layer.weight.float() @ shift)
+        layer.weight.mul_(ratio)
 
-@torch.no_grad()
-def _change(norm: nn.LayerNorm, layer: nn.Linear, ratio: Tensor, shift: Tensor) -> None:
-    norm.weight.div_(ratio)
-    norm.bias.add_(shift).div_(ratio)
-    layer.bias.sub_(layer.weight.float() @ shift)
-    layer.weight.mul_(ratio)
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare the network, in float again, with what it was; undo all changes where it is another function.
+
+        Raises:
+            UnsupportedModelError: where the output of a norm goes elsewhere too, to a residual or to padded windows.
+        """
+        for before, after in zip(self._outputs, _tensors(self.forward()), strict=True):
+            if float((before - after).abs().max()) > TOLERANCE * float(before.abs().max()):
+                for parameter, value in self._changed.items():
+                    parameter.copy_(value)
+                raise UnsupportedModelError(
+                    "scheme='repq' changes each LayerNorm together with the layer behind it, but in this network the"
+                    " output of a LayerNorm goes to other places too: write another scheme. The weights are as they were."
+                )
+
+
+def _sums(x: Tensor) -> Tensor:
+    """(2, channels), by which an output is recognised when its tokens have been moved into windows."""
+    rows = x.detach().flatten(0, -2).double()
+    return torch.stack([rows.sum(dim=0), rows.abs().sum(dim=0)])
+
+
+def _same(first: Tensor, second: Tensor) -> bool:
+    return first.shape == second.shape and torch.allclose(first, second, rtol=1e-6, atol=1e-6 * float(first[1].max()))
+
+
+def _tensors(outputs: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]

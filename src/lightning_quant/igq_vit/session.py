@@ -1,4 +1,4 @@
-"""A calibration as a row of steps, each of which can be the last one of a process: quantizers, perturbations, allocation."""
+"""A calibration as steps, any of which may be the last of a process: quantizers, perturbations, allocation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.igq_vit.allocation import allocate, budget_at, budget_curve
-from lightning_quant.igq_vit.calibration import Advance, Slot, calibrate, fill
-from lightning_quant.igq_vit.perturbation import Replay, emptied, perturbations
+from lightning_quant.igq_vit.calibration import Advance, Slot, calibrate, emptied, fill, filled_slots
+from lightning_quant.igq_vit.perturbation import Replay, perturbations
 from lightning_quant.igq_vit.plan import VitPlan, plan_vit
 from lightning_quant.igq_vit.schemes import Candidates
 from lightning_quant.igq_vit.settings import Settings
@@ -62,7 +62,8 @@ def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable
     try:
         for name in check_attentions(network, settings.exclude):
             open_attention(network.get_submodule(name), parent=network.get_submodule(name.rpartition(".")[0]))
-        plan = plan_vit(network, measure_shapes(network, image, run=run), settings)
+        one, two = (measure_shapes(network, torch.cat([image] * n), run=run) for n in (1, 2))
+        plan = plan_vit(network, one, settings, {shape.name for shape in set(one) ^ set(two)})
     except Exception:
         strip(network)
         raise
@@ -141,8 +142,7 @@ class Calibration:
             self.source.network.train(training)
 
     def _perturb(self, slot: Slot) -> dict[int, float]:
-        slots = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name, _ in quantizers_of(self.source.network)]
-        with emptied(self.source.network, slots):
+        with emptied(self.source.network, filled_slots(self.source.network)):
             if self._replay is None:
                 names = [name for name, _ in self.allocated]
                 self._replay = Replay(self.source.network, self.source.forward, names)
@@ -220,7 +220,9 @@ class Calibration:
     def fingerprint(self) -> str:
         """Hash of the settings and of what is quantized; the images are the caller's to compare."""
         rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
-        return hashlib.sha256(repr((sorted(self.source.plan.settings.as_dict().items()), rows)).encode()).hexdigest()[:16]
+        return hashlib.sha256(repr((sorted(self.source.plan.settings.as_dict().items()), rows)).encode()).hexdigest()[
+            :16
+        ]
 
 
 def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:

@@ -82,9 +82,10 @@ class FixedQuantizer(Quantizer, kind=2):
         """
         key = (weight.data_ptr(), *(t._version for t in (weight, self.scale, self.zero_point)))
         same = (weight, self.scale, self.zero_point)
-        if self._kept is None or self._kept[0] != key or any(a() is not b for a, b in zip(self._kept[1], same, strict=True)):
-            self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
-        return self._kept[2]
+        kept = self._kept
+        if kept is None or kept[0] != key or any(a() is not b for a, b in zip(kept[1], same, strict=True)):
+            kept = self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
+        return kept[2]
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_kept": None}

@@ -18,7 +18,7 @@ from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
 
 
 class CalibrationPictures(pl.Callback):
-    """Draw ``budget.png`` and ``channel_ranges.png`` when a run with :class:`lightning_quant.IGQViT` or its module ends.
+    """Draw ``budget.png`` and ``channel_ranges.png`` when a run with IGQViT or IGQViTModule ends.
 
     Args:
         folder: where to.
@@ -109,5 +109,5 @@ def _draw_layer(calibration: Calibration, name: str, quantizer: GroupQuantizer, 
     low = -quantizer.zero_point * quantizer.scale
     bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
     title = f"Input of {name}, one image, {len(quantizer.centres)} groups"
-    low, high = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
-    draw_channel_ranges(low, high, group.cpu().numpy(), path, title, bounds.tolist())
+    least, most = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
+    draw_channel_ranges(least, most, group.cpu().numpy(), path, title, bounds.tolist())
