@@ -105,7 +105,7 @@ class VitData(pl.LightningDataModule):
         self.train, self.batch_size = train, batch_size
 
     def loader(self, count: int, seed: int) -> DataLoader[Any]:
-        return DataLoader(Dicts(images(count, seed=seed), torch.arange(count) % 10), self.batch_size)
+        return DataLoader(Dicts(images(count, seed=seed), torch.arange(count) % 10), batch_size=self.batch_size)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.train, 1)

@@ -23,6 +23,7 @@ from lightning_quant.igq_vit.schemes import (
     OPERAND_POWER,
     PATCH_BITS,
     UNGROUPED,
+    WEIGHT_TAILS,
     Candidates,
     fit_input,
     fit_softmax,
@@ -156,7 +157,7 @@ class _Pass:
             sizes = self._sizes(self.settings.groups, shape.in_features)
             tokens = x.reshape(images, -1, shape.in_features)
             self._put((name, "input_quantizer"), fit_input(tokens, layer.weight, self.settings, sizes), images)
-        low, high = weight_range(layer.weight, gram_matrix(x), self.settings.weight_bits, self.settings.weight_tails)
+        low, high = weight_range(layer.weight, gram_matrix(x), self.settings.weight_bits, WEIGHT_TAILS)
         self._finish(name, fixed(low, high, self.settings.weight_bits, 0, self.settings.literal_zero_point))
         return x
 
@@ -167,7 +168,7 @@ class _Pass:
         if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding in ((0, 0), 0):
             patches = F.unfold(x.float(), layer.kernel_size, layer.dilation, 0, layer.stride)
             gram = gram_matrix(patches.transpose(1, 2))
-        low, high = weight_range(layer.weight, gram, self.settings.weight_bits, self.settings.weight_tails)
+        low, high = weight_range(layer.weight, gram, self.settings.weight_bits, WEIGHT_TAILS)
         self._finish(name, fixed(low, high, self.settings.weight_bits, 0, self.settings.literal_zero_point))
         return x
 

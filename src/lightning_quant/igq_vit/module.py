@@ -6,20 +6,32 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_quant.data.calibration import calibration_images
+from lightning_quant.data.calibration import calibration_images, fingerprint
 from lightning_quant.data.calibration_source import calibration_source
 from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.igq_vit.cache import Cache
 from lightning_quant.igq_vit.callback import IGQViT, is_calibrated
 from lightning_quant.igq_vit.session import Calibration
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.structure import mark
 from lightning_quant.tasks import ImageClassifier
+
+
+class _Steps(DataLoader[Any]):
+    """Says to Lightning that it can go on in the middle."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Which step comes next is known to the calibration."""
 
 
 class IGQViTModule(ImageClassifier):
@@ -70,6 +82,7 @@ class IGQViTModule(ImageClassifier):
         check_attentions(self.network, settings.exclude)
         self.automatic_optimization = False
         self.calibration: Calibration | None = None
+        self._cache: Cache | None = None
         self._resumed: dict[str, torch.Tensor] = {}
 
     # -- fit ----------------------------------------------------------------------------------------------------------
@@ -80,11 +93,6 @@ class IGQViTModule(ImageClassifier):
             # The steps take the place of the user's training batches, of which the draw of images takes what it needs.
             self.trainer.fit_loop._data_source.instance = self
             self.trainer.fit_loop.max_epochs = 1
-        elif stage in ("test", "predict") and not is_calibrated(self) and self.trainer.ckpt_path is None:
-            raise QuantizationError(
-                "The network is not calibrated: call trainer.fit(module, datamodule) first, or pass ckpt_path= with a"
-                " checkpoint of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
-            )
 
     def on_fit_start(self) -> None:
         """Draw the images and prepare the network; continue where a checkpoint ended."""
@@ -104,19 +112,31 @@ class IGQViTModule(ImageClassifier):
             self.trainer.world_size,
         )
         self.calibration = self.quantization.start(self.trainer, self, images)
+        self._cache = Cache(self.trainer, self.quantization.cache_dir, self.calibration, fingerprint(images))
         if self._resumed:
             self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
+        else:
+            self._cache.load()
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The steps that are left."""
         assert self.calibration is not None
-        return DataLoader(range(self.calibration.done, self.calibration.total), batch_size=None)  # type: ignore[arg-type]
+        # A loop that was restored counts the batches that were before it.
+        before = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        steps = range(before + self.calibration.total - self.calibration.done)
+        return _Steps(steps, batch_size=None)  # type: ignore[arg-type]
 
-    def training_step(self, batch: int, batch_idx: int) -> STEP_OUTPUT:  # type: ignore[override]
+    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        # A step is no batch that the datamodule's hooks could take.
+        return batch if self.trainer.training else super()._apply_batch_transfer_handler(batch, *args, **kwargs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
         """One step of the calibration."""
         assert self.calibration is not None
+        assert self._cache is not None
         before = set(self.calibration.omega)
         self.calibration.step()
+        self._cache.save()
         for slot in set(self.calibration.omega) - before:
             table = self.calibration.omega[slot]
             self.log("calibration/kl", min(table.values()), prog_bar=True)
@@ -130,6 +150,26 @@ class IGQViTModule(ImageClassifier):
         """Say what came out."""
         if self.calibration is not None and self.calibration.finished:
             rank_zero_info(summarise(self.calibration))
+
+    def on_validation_start(self) -> None:
+        """Refuse what is not calibrated; Lightning's sanity check before the calibration is of the float network."""
+        if self.trainer.state.fn == TrainerFn.VALIDATING:
+            self._check_calibrated()
+
+    def on_test_start(self) -> None:
+        """Refuse what is not calibrated."""
+        self._check_calibrated()
+
+    def on_predict_start(self) -> None:
+        """Refuse what is not calibrated."""
+        self._check_calibrated()
+
+    def _check_calibrated(self) -> None:
+        if not is_calibrated(self):
+            raise QuantizationError(
+                "The network is not calibrated: call trainer.fit(module, datamodule) first, or pass ckpt_path= with a"
+                " checkpoint of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return torch.optim.SGD(self.parameters(), lr=0.0)

@@ -14,6 +14,9 @@ from lightning_quant.quantizers import FixedQuantizer, Quantizer
 from lightning_quant.quantizers.dynamic import ChannelQuantizer, LogQuantizer, TokenQuantizer
 
 PATCH_BITS = 8
+# Per cent of the values left out at each end, to choose from by the least error.
+ACTIVATION_TAILS = (0.1, 0.01, 0.001)
+WEIGHT_TAILS = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0)
 # By the square, 6 bits clip the few large entries of Q and K by which rows attend: the cube halves the KL divergence of
 # DINOv2-small at 6 bits and leaves that at 4 bits (benchmarks/igq_dinov2.py).
 OPERAND_POWER = 3
@@ -34,7 +37,7 @@ def fixed(
 
 def layer_wise(x: Tensor, bits: int, settings: Settings, images: int, power: int = 2) -> FixedQuantizer:
     """One quantizer for a whole tensor of so many images, of the least mean ``power`` of the errors."""
-    tails = (0.0,) if settings.layer_range == "min_max" else settings.activation_tails
+    tails = (0.0,) if settings.layer_range == "min_max" else ACTIVATION_TAILS
     return fixed(*layer_wise_range(x, bits, tails, images, power), bits, clip_zero_point=settings.literal_zero_point)
 
 
@@ -79,6 +82,6 @@ def fit_softmax(attention: Tensor, settings: Settings, sizes: Sequence[int], ima
             quantizer.ready = True
             return {UNGROUPED: quantizer}
         case _:
-            tails = (0.0,) if settings.layer_range == "min_max" else settings.activation_tails
+            tails = (0.0,) if settings.layer_range == "min_max" else ACTIVATION_TAILS
             _, high = layer_wise_range(attention, bits, tails, images)
             return {UNGROUPED: fixed(torch.zeros_like(high), high, bits)}

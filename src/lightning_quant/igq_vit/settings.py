@@ -32,8 +32,6 @@ class Settings:
     scheme: Scheme = "igq"
     group_ranges: GroupRanges = "searched"
     layer_range: LayerRange = "percentile"
-    activation_tails: tuple[float, ...] = (0.1, 0.01, 0.001)
-    weight_tails: tuple[float, ...] = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0)
     sequential: bool = True
     exclude: tuple[str, ...] = ()
     seed: int = 0
@@ -66,4 +64,4 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for fingerprints and JSON."""
-        return asdict(self)
+        return asdict(self) | {"exclude": list(self.exclude)}

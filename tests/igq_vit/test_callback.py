@@ -1,0 +1,222 @@
+"""IGQViT beside somebody else's module: evaluated means calibrated first."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from vits import VitData, VitModule, images, quiet
+
+from lightning_quant import (
+    IGQViT,
+    QuantizationError,
+    SaveQuantized,
+    load_from_checkpoint,
+    load_quantized,
+    strip,
+)
+from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from lightning_quant.igq_vit.callback import is_calibrated
+from lightning_quant.igq_vit.session import Calibration
+
+
+def igq(**kwargs: Any) -> IGQViT:
+    return IGQViT(**({"groups": 4, "calibration_images": 8, "allocate": False} | kwargs))
+
+
+def outputs(module: VitModule) -> Tensor:
+    logits = torch.cat(module.seen)
+    module.seen.clear()
+    return logits
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts the steps of all calibrations."""
+    counts: Counter[str] = Counter()
+    step = Calibration.step
+
+    def counted(self: Calibration, *args: Any) -> str:
+        counts["steps"] += 1
+        return step(self, *args)
+
+    monkeypatch.setattr(Calibration, "step", counted)
+    return counts
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_evaluation_calibrates_first(verb: str, tmp_path: Path) -> None:
+    module, callback = VitModule(), igq()
+    getattr(quiet(tmp_path, callback), verb)(module, VitData())
+    assert is_calibrated(module)
+    assert callback.calibration is not None
+    assert callback.calibration.finished
+    # Usable outside the Trainer's inference mode.
+    module(images(2)).sum().backward()
+
+
+def test_the_test_is_of_the_quantized_network(tmp_path: Path) -> None:
+    module, data = VitModule(), VitData()
+    quiet(tmp_path).test(module, data)
+    in_float = outputs(module)
+    quiet(tmp_path, igq(weight_bits=2, activation_bits=2)).test(module, data)
+    assert (outputs(module) - in_float).abs().max() > 0.1
+    strip(module)
+    quiet(tmp_path).test(module, data)
+    assert torch.equal(outputs(module), in_float)
+
+
+def test_fit_stays_in_float_and_the_next_test_calibrates_anew(tmp_path: Path, steps: Counter[str]) -> None:
+    module, data, callback = VitModule(), VitData(), igq()
+    quiet(tmp_path, callback).test(module, data)
+    assert steps["steps"] == 1
+    weights = [type(layer) for layer in module.modules()]
+    trainer = quiet(tmp_path, callback, num_sanity_val_steps=1)
+    trainer.fit(module, data)
+    assert not is_calibrated(module)
+    assert [type(layer) for layer in module.modules()] != weights
+    assert steps["steps"] == 1
+    trainer.test(module, data)
+    assert steps["steps"] == 2
+
+
+def test_calibrated_once_it_is_not_calibrated_again(tmp_path: Path, steps: Counter[str]) -> None:
+    module, data, callback = VitModule(), VitData(), igq()
+    quiet(tmp_path, callback).test(module, data)
+    first = outputs(module)
+    quiet(tmp_path, callback).test(module, data)
+    assert steps["steps"] == 1
+    assert torch.equal(outputs(module), first)
+    with pytest.raises(QuantizationError, match=r"already quantized, with \[4\] bit weights"):
+        quiet(tmp_path, igq(weight_bits=6)).test(module, data)
+
+
+def test_a_finished_calibration_is_taken_from_the_cache(tmp_path: Path, steps: Counter[str]) -> None:
+    first, second = VitModule(), VitModule()
+    quiet(tmp_path, igq(allocate=True)).test(first, VitData())
+    done = steps["steps"]
+    assert done == 12
+    quiet(tmp_path, igq(allocate=True)).test(second, VitData())
+    assert steps["steps"] == done
+    assert torch.equal(outputs(first), outputs(second))
+    quiet(tmp_path, igq(allocate=True, seed=1)).test(VitModule(), VitData())
+    assert steps["steps"] == 2 * done
+
+
+def test_killed_in_the_middle_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight, broken = VitModule(), VitModule()
+    quiet(tmp_path / "a", igq(allocate=True)).test(straight, VitData())
+    step, counts = Calibration.step, Counter[str]()
+
+    def dies(self: Calibration, *args: Any) -> str:
+        counts["steps"] += 1
+        if counts["steps"] == 6:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Calibration, "step", dies)
+    with pytest.raises(SystemExit):
+        quiet(tmp_path / "b", igq(allocate=True)).test(broken, VitData())
+    again = VitModule()
+    quiet(tmp_path / "b", igq(allocate=True)).test(again, VitData())
+    assert counts["steps"] == 5 + 1 + 7
+    assert torch.equal(outputs(again), outputs(straight))
+
+
+def test_a_damaged_cache_says_what_to_delete(tmp_path: Path) -> None:
+    quiet(tmp_path, igq()).test(VitModule(), VitData())
+    (path,) = (tmp_path / "igq_vit").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match=rf"{path.name} is damaged .*: delete it"):
+        quiet(tmp_path, igq()).test(VitModule(), VitData())
+
+
+def test_checkpoints_of_a_quantized_and_of_a_float_module(tmp_path: Path, steps: Counter[str]) -> None:
+    module, data = VitModule(), VitData()
+    trainer = quiet(tmp_path, igq())
+    trainer.test(module, data)
+    quantized = outputs(module)
+    trainer.save_checkpoint(tmp_path / "quantized.ckpt")
+    fresh = VitModule()
+    with torch.no_grad():
+        fresh.backbone.head.weight.zero_()  # type: ignore[union-attr,operator]
+    quiet(tmp_path, igq()).test(fresh, data, ckpt_path=str(tmp_path / "quantized.ckpt"))
+    assert steps["steps"] == 1
+    assert torch.equal(outputs(fresh), quantized)
+    alone = load_from_checkpoint(VitModule, tmp_path / "quantized.ckpt").eval()
+    assert torch.equal(torch.cat([alone(batch["image"]) for batch in data.test_dataloader()]), quantized)
+    with pytest.raises(RuntimeError, match="add IGQViT to the Trainer's callbacks"):
+        quiet(tmp_path).test(VitModule(), data, ckpt_path=str(tmp_path / "quantized.ckpt"))
+    strip(module)
+    in_float = quiet(tmp_path)
+    in_float.test(module, data, verbose=False)
+    in_float.save_checkpoint(tmp_path / "float.ckpt")
+    quiet(tmp_path / "other", igq()).test(fresh, data, ckpt_path=str(tmp_path / "float.ckpt"))
+    assert steps["steps"] == 2
+    assert torch.equal(outputs(fresh), quantized)
+
+
+def test_saved_as_a_folder_and_loaded_it_gives_the_same_bits(tmp_path: Path) -> None:
+    module, data = VitModule(), VitData()
+    quiet(tmp_path, igq(), SaveQuantized(str(tmp_path / "saved"))).test(module, data)
+    loaded = load_quantized(tmp_path / "saved", model=VitModule())
+    assert torch.equal(loaded(images(5, seed=8)), module.eval()(images(5, seed=8)))
+
+
+def test_loaders_alone_are_enough_but_warned_of(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="calibration images are images from the evaluation data"):
+        quiet(tmp_path, igq()).test(VitModule(), dataloaders=VitData().test_dataloader())
+
+
+def test_images_can_be_given(tmp_path: Path) -> None:
+    callback = igq(calibration_data=images(8, seed=1))
+    first, second = VitModule(), VitModule()
+    quiet(tmp_path / "a", callback).test(first, VitData())
+    quiet(tmp_path / "b", igq(calibration_data=images(8, seed=1) * 3)).test(second, VitData())
+    assert not torch.equal(outputs(first), outputs(second))
+
+
+def test_fewer_images_than_asked_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="Asked for 64 calibration images, found 16"):
+        quiet(tmp_path, igq(calibration_images=64)).test(VitModule(), VitData())
+
+
+def test_networks_that_cannot_be_are_refused_before_anything_starts(tmp_path: Path) -> None:
+    class OddAttention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(4, 12)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    module = VitModule()
+    module.extra = OddAttention()
+    with pytest.raises(UnsupportedModelError, match=r"extra is a .*OddAttention, an attention that is not known"):
+        quiet(tmp_path, igq()).test(module, VitData())
+    module = VitModule()
+    module.backbone = nn.Linear(8, 8)
+    with pytest.raises(UnsupportedModelError, match="VitModule has no attention"):
+        quiet(tmp_path, igq()).test(module, VitData())
+
+
+def test_arguments_are_checked_when_given() -> None:
+    with pytest.raises(ConfigurationError, match="group_ranges='wide': expected one of 'mean'"):
+        igq(group_ranges="wide")
+
+
+def test_what_a_user_reads_first_is_the_plan(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        quiet(tmp_path, igq(allocate=True)).test(VitModule(), VitData())
+    text = caplog.text
+    assert "backbone.blocks.1.attn" in text
+    assert "Q, K, V 4 bit layer-wise; softmax 4 bit, rows in 4 groups" in text
+    assert "backbone.head" in text
+    assert "layer-wise (one token)" in text
+    assert "forward passes" in text
+    assert "Groups of channels:" in text
+    assert "% to layer-wise" in text

@@ -1,0 +1,69 @@
+"""Several gloo processes calibrate as one does on all images."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from processes import on_ranks
+from torch import Tensor
+from vits import calibration, finished, images, swin, vit
+
+from lightning_quant.igq_vit.fitting import gram_matrix, layer_wise_range, tail_bounds
+from lightning_quant.quantizers.statistics import gather
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """A forked child that uses OpenMP after its parent did would wait for ever."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def share(rank: int, ranks: int, count: int, *size: int) -> Tensor:
+    return images(count, *size)[rank::ranks]
+
+
+def calibrated_vit(rank: int, ranks: int) -> dict[str, list[float]]:
+    found = calibration(vit(), share(rank, ranks, 8), calibration_images=8)
+    state = finished(found).state_dict()
+    return {key: value.double().flatten().tolist() for key, value in state.items()}
+
+
+def calibrated_swin(rank: int, ranks: int) -> dict[str, list[float]]:
+    settings: dict[str, Any] = {"calibration_images": 5, "allocate": False}
+    found = calibration(swin(), share(rank, ranks, 5, 16, 3), **settings)
+    state = finished(found).state_dict()
+    return {key: value.double().flatten().tolist() for key, value in state.items()}
+
+
+@pytest.mark.parametrize(("ranks", "job"), [(2, calibrated_vit), (3, calibrated_vit), (2, calibrated_swin)])
+def test_ranks_find_what_one_process_finds(ranks: int, job: Any) -> None:
+    alone = job(0, 1)
+    first, *others = on_ranks(ranks, job)
+    assert all(other == first for other in others)
+    assert first.keys() == alone.keys()
+    for key, values in alone.items():
+        if key.startswith("groups"):
+            assert first[key] == values, key
+        else:
+            assert first[key] == pytest.approx(values, rel=2e-4, abs=1e-7), key
+
+
+def statistics(rank: int, ranks: int) -> list[list[float]]:
+    x = torch.randn(7, 5, 4, generator=torch.Generator().manual_seed(0)).pow(3)
+    own = x[rank::ranks]
+    low, high = layer_wise_range(own, 4, (0.0, 1.0, 5.0), len(own))
+    parts = [tail_bounds(own, (0.0, 2.0, 10.0)), gram_matrix(own), torch.stack([low, high]), gather(own).sum(0)]
+    return [part.double().flatten().tolist() for part in parts]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_statistics_are_those_of_the_union(ranks: int) -> None:
+    alone = statistics(0, 1)
+    for found in on_ranks(ranks, statistics):
+        for values, expected in zip(found, alone, strict=True):
+            assert values == pytest.approx(expected, rel=1e-5)

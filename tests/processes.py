@@ -1,0 +1,42 @@
+"""Several gloo processes on the CPU, forked."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+Job = Callable[[int, int], Any]
+
+
+def _run(rank: int, ranks: int, port: int, job: Job, results: Any) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+        results.put((rank, job(rank, ranks), None))
+        dist.destroy_process_group()
+    except Exception:
+        results.put((rank, None, traceback.format_exc()))
+
+
+def on_ranks(ranks: int, job: Job) -> list[Any]:
+    """What ``job(rank, ranks)`` returns on each of several forked processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    results = context.SimpleQueue()
+    processes = [context.Process(target=_run, args=(rank, ranks, port, job, results)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    found = sorted((results.get() for _ in processes), key=lambda item: item[0])
+    for process in processes:
+        process.join()
+    errors = [error for _, _, error in found if error]
+    assert not errors, errors[0]
+    return [result for _, result, _ in found]
