@@ -1,0 +1,28 @@
+"""SaveQuantized: what was quantized is in a folder when the run ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from vits import VitData, VitModule, images, quiet
+
+from lightning_quant import IGQViT, SaveQuantized, load_quantized
+from lightning_quant.errors import ConfigurationError
+
+
+def test_a_test_and_a_float_fit(tmp_path: Path) -> None:
+    module, folder = VitModule(), tmp_path / "saved"
+    quiet(tmp_path, SaveQuantized(str(folder))).fit(module, VitData())
+    assert not folder.exists()
+    settings = IGQViT(groups=4, calibration_images=8, allocate=False)
+    quiet(tmp_path, settings, SaveQuantized(str(folder))).test(module, VitData())
+    loaded = load_quantized(folder, model=VitModule())
+    assert torch.equal(loaded(images(3)), module.eval()(images(3)))
+
+
+def test_a_folder_with_other_files_is_refused_before_the_run(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigurationError, match=str(tmp_path)):
+        quiet(tmp_path, SaveQuantized(str(tmp_path))).test(VitModule(), VitData())
