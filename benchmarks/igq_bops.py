@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -29,7 +30,7 @@ def networks() -> Iterator[tuple[str, list[LayerShape]]]:
             text = (FOLDER / "igq_vit" / f"{name}.yaml").read_text(encoding="utf-8")
             arguments = yaml.safe_load(text)["model"]["init_args"]
             with torch.device("meta"):
-                network = timm.create_model(arguments["model"], num_classes=arguments["num_classes"])
+                network: Any = timm.create_model(arguments["model"], num_classes=arguments["num_classes"])
                 image = torch.zeros(1, *network.default_cfg["input_size"])
             yield name, measure_shapes(network, image)
 
@@ -42,6 +43,7 @@ def cells(shapes: Sequence[LayerShape], bits: int, groups: Sequence[int]) -> lis
 
 
 def main() -> None:
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 6, 8])
     parser.add_argument("--groups", type=int, nargs="+", default=[8, 12, 16])

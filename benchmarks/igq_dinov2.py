@@ -42,12 +42,15 @@ ROWS: dict[str, dict[str, Any]] = {
     "IGQ average 12, allocated": {"groups": 12},
     "upper bound": {"scheme": "upper_bound"},
 }
-TRAIN_PER_CLASS, TRANSFORM = 500, transforms.Compose(
-    [
-        transforms.Resize(112, transforms.InterpolationMode.BICUBIC),
-        transforms.ToTensor(),
-        transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    ]
+TRAIN_PER_CLASS, TRANSFORM = (
+    500,
+    transforms.Compose(
+        [
+            transforms.Resize(112, transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ]
+    ),
 )
 
 

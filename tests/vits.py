@@ -8,19 +8,19 @@ import lightning.pytorch as pl
 import timm
 import torch
 import torch.nn.functional as F
-from networks import QUIET
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_quant.igq_vit.perturbation import log_posteriors
 from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import Settings
+from networks import QUIET
 
 
 def vit(seed: int = 0) -> nn.Module:
     """Two blocks on 1 x 8 x 8 images in 17 tokens of 32 channels, ten classes; LayerNorms with channels that differ."""
     torch.manual_seed(seed)
-    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}
+    sizes: dict[str, Any] = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}
     network: nn.Module = timm.create_model("vit_tiny_patch16_224", num_classes=10, **sizes)
     return spread(network)
 

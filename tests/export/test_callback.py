@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from vits import VitData, VitModule, images, quiet
 
 from lightning_quant import IGQViT, SaveQuantized, load_quantized
 from lightning_quant.errors import ConfigurationError
+from vits import VitData, VitModule, images, quiet
 
 
 def test_a_test_and_a_float_fit(tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from vits import VitData, VitModule, images, quiet
 
 from lightning_quant import (
     IGQViT,
@@ -22,6 +21,7 @@ from lightning_quant import (
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.callback import is_calibrated
 from lightning_quant.igq_vit.session import Calibration
+from vits import VitData, VitModule, images, quiet
 
 
 def igq(**kwargs: Any) -> IGQViT:

@@ -25,7 +25,8 @@ from lightning_quant.igq_vit.fitting import (
 def slow_quantize(x: Tensor, low: float, high: float, bits: int) -> Tensor:
     scale = max((high - low) / (2**bits - 1), 1e-8)
     zero = round(-low / scale)
-    return scale * ((torch.round(x.double() / scale) + zero).clamp(0, 2**bits - 1) - zero)
+    values: Tensor = scale * ((torch.round(x.double() / scale) + zero).clamp(0, 2**bits - 1) - zero)
+    return values
 
 
 def activations(images: int = 4, tokens: int = 12, channels: int = 24, seed: int = 0) -> Tensor:
@@ -54,7 +55,7 @@ def test_the_layer_wise_range_has_the_least_error_of_all_tails(bits: int, power:
     low, high = layer_wise_range(x, bits, tails, power=power)
     errors = {}
     for bounds in tail_bounds(x, tails).tolist():
-        errors[tuple(bounds)] = float((slow_quantize(x, *bounds, bits) - x).abs().pow(power).sum())
+        errors[tuple(bounds)] = float((slow_quantize(x, bounds[0], bounds[1], bits) - x).abs().pow(power).sum())
     assert (float(low), float(high)) == min(errors, key=lambda bounds: errors[bounds])
 
 
@@ -73,7 +74,7 @@ def test_weight_ranges_have_the_least_error_of_the_outputs(bits: int) -> None:
         errors = {}
         for tail in tails:
             bounds = [float(torch.quantile(row, share)) for share in (tail / 100, 1 - tail / 100)]
-            outputs = x.double() @ (slow_quantize(row, *bounds, bits) - row.double())
+            outputs = x.double() @ (slow_quantize(row, bounds[0], bounds[1], bits) - row.double())
             errors[tuple(bounds)] = float(outputs.square().sum())
         best = min(errors, key=lambda bounds: errors[bounds])
         assert found == pytest.approx(best, rel=1e-5)

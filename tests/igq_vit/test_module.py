@@ -10,11 +10,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from vits import quiet, spread, vit
 
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationError, load_quantized, save_quantized
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.callback import is_calibrated
+from vits import quiet, spread, vit
 
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_ranks
 from torch import Tensor
-from vits import calibration, finished, images, swin, vit
 
 from lightning_quant.igq_vit.fitting import gram_matrix, layer_wise_range, tail_bounds
 from lightning_quant.quantizers.statistics import gather
+from processes import on_ranks
+from vits import calibration, finished, images, swin, vit
 
 
 @pytest.fixture(autouse=True)

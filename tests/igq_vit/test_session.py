@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from vits import calibration, finished, images, swin, vit
 
 from lightning_quant import strip
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
@@ -19,6 +18,7 @@ from lightning_quant.igq_vit.perturbation import Replay, log_posteriors
 from lightning_quant.igq_vit.session import INPUT, SOFTMAX
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
+from vits import calibration, finished, images, swin, vit
 
 NETWORKS = {"vit": (vit, 8, 1), "swin": (swin, 16, 3)}
 
@@ -245,7 +245,8 @@ def test_nan_is_told_with_the_layer_it_goes_into() -> None:
     network = vit()
     found = calibration(network, images(4))
     with torch.no_grad():
-        network.get_submodule("blocks.0.mlp.fc1").weight[0, 0] = float("nan")  # type: ignore[index]
+        layer: Any = network.get_submodule("blocks.0.mlp.fc1")
+        layer.weight[0, 0] = float("nan")
     with pytest.raises(QuantizationError, match=r"go into blocks.0.mlp.fc2 are NaN or infinite"):
         found.step()
 

@@ -14,7 +14,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.quantizers import FixedQuantizer, Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 from lightning_quant.quantizers.dynamic import ChannelQuantizer, LogQuantizer, TokenQuantizer
-from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
+from lightning_quant.quantizers.grouped import GroupQuantizer, InstanceQuantizer, RowGroupQuantizer
 
 
 def grouped(bits: int = 4) -> GroupQuantizer:
@@ -64,7 +64,9 @@ def test_the_state_makes_the_same_quantizer(make: Callable[[], Quantizer]) -> No
 
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_shape_and_dtype_are_kept_and_codes_are_those_of_fp32(make: Callable[[], Quantizer], dtype: torch.dtype) -> None:
+def test_shape_and_dtype_are_kept_and_codes_are_those_of_fp32(
+    make: Callable[[], Quantizer], dtype: torch.dtype
+) -> None:
     x = attention().to(dtype)
     found = make()(x)
     assert found.shape == x.shape
@@ -94,7 +96,7 @@ def test_a_state_of_another_kind_is_refused(make: Callable[[], Quantizer]) -> No
 
 
 @pytest.mark.parametrize("make", [grouped, lambda: ChannelQuantizer(4)])
-def test_windows_of_an_image_stand_together(make: Callable[[], Quantizer]) -> None:
+def test_windows_of_an_image_stand_together(make: Callable[[], InstanceQuantizer]) -> None:
     x, quantizer = torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1)).mul(3), make()
     quantizer.instances = 2
     together = quantizer(x.view(2, 12, 5)).view(6, 4, 5)

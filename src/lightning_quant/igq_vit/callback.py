@@ -44,8 +44,8 @@ class IGQViT(pl.Callback):
         budget: another budget, in giga bit operations of all that is quantized, an image.
         calibration_images: how many, over all ranks.
         literal_zero_point: clip zero points to the codes as the paper writes it, which moves ranges of one sign to 0.
-        scheme: "igq", or to compare with: "layer_wise", "per_token", "repq" (a range for each channel after a LayerNorm,
-            reparameterized), "upper_bound" (each channel and row of each image its own).
+        scheme: "igq", or to compare with: "layer_wise", "per_token", "repq" (a range for each channel after a
+            LayerNorm, reparameterized), "upper_bound" (each channel and row of each image its own).
         group_ranges: range of a group: "mean" of its channels' (the paper), "envelope" of them, or "searched" between
             both for the least error.
         layer_range: where one range serves a whole tensor: "percentile", by least error, or "min_max".

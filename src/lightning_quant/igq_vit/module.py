@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import STEP_OUTPUT, OptimizerLRScheduler
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -130,7 +130,7 @@ class IGQViTModule(ImageClassifier):
         # A step is no batch that the datamodule's hooks could take.
         return batch if self.trainer.training else super()._apply_batch_transfer_handler(batch, *args, **kwargs)
 
-    def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:
+    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
         """One step of the calibration."""
         assert self.calibration is not None
         assert self._cache is not None
@@ -144,7 +144,6 @@ class IGQViTModule(ImageClassifier):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
-        return None
 
     def on_train_end(self) -> None:
         """Say what came out."""

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_quant.igq_vit.allocation import candidates
 from lightning_quant.igq_vit.plan import VitPlan
 from lightning_quant.igq_vit.session import Calibration
-from lightning_quant.igq_vit.allocation import candidates
 
 # Forward passes' worth of fitting all quantizers once, measured on ViT-S and Swin-T (benchmarks/igq_time.py).
 PASSES_TO_FIT = 15
@@ -74,8 +74,9 @@ def estimate(plan: VitPlan, seconds: float, images: int) -> str:
             passes += PASSES_TO_PERTURB * len(candidates(plan.softmax_rows(name), plan.settings.row_groups))
     largest = max(plan.shape(name).tokens * plan.shape(name).in_features for name in plan.names("grouped"))
     megabytes = images * largest * 4 * 8 / 1e6
+    time = _time(passes * seconds * images)
     return (
-        f"Calibration on {images} images of this process: about {passes:.0f} forward passes of them, {_time(passes * seconds * images)},"
+        f"Calibration on {images} images of this process: about {passes:.0f} forward passes of them, {time},"
         f" and about {megabytes:.0f} MB beside the network."
     )
 

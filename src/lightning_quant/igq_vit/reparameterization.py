@@ -118,7 +118,7 @@ class Reparameterization:
                     parameter.copy_(value)
                 raise UnsupportedModelError(
                     "scheme='repq' changes each LayerNorm together with the layer behind it, but in this network the"
-                    " output of a LayerNorm goes to other places too: write another scheme. The weights are as they were."
+                    " output of a LayerNorm goes elsewhere too: write another scheme. The weights are as they were."
                 )
 
 

@@ -28,7 +28,7 @@ Candidates = dict[int, Quantizer]
 def fixed(
     low: Tensor, high: Tensor, bits: int, axis: int | None = None, clip_zero_point: bool = False
 ) -> FixedQuantizer:
-    """A quantizer of given bounds, 0-dim or one for each index of ``axis``; the zero point may lie outside the codes."""
+    """A quantizer of given bounds, 0-dim or one for each index of ``axis``; the zero point may be no code."""
     quantizer = FixedQuantizer(bits, symmetric=False, axis=axis).to(low.device)
     quantizer.scale, quantizer.zero_point = affine_parameters(low.float(), high.float(), bits, clip_zero_point)
     quantizer.ready = True
@@ -76,7 +76,7 @@ def fit_softmax(attention: Tensor, settings: Settings, sizes: Sequence[int], ima
         case "upper_bound" | "per_token":
             return {UNGROUPED: TokenQuantizer(bits, from_zero=True)}
         case "repq":
-            low, high = layer_wise_range(attention, 16, (0.0,))
+            _, high = layer_wise_range(attention, 16, (0.0,))
             quantizer = LogQuantizer(bits).to(attention.device)
             quantizer.scale = high.float()
             quantizer.ready = True
