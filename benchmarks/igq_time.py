@@ -61,10 +61,8 @@ def main() -> None:
     float_pass = min(seconds(lambda: model(images)) for _ in range(3))
     layer_wise, _, _ = calibrated(options.model, images, scheme="layer_wise")
     igq, took, _ = calibrated(options.model, images, allocate=False)
-    print(
-    head = f"| {options.model}, {options.images} images, {options.threads} threads | seconds | float passes |"
-    print(f"{head}\n|---|---|---|")
-    )
+    print(f"| {options.model}, {options.images} images, {options.threads} threads | seconds | float passes |")
+    print("|---|---|---|")
     print(f"| float forward of all | {float_pass:.2f} | 1.0 |")
     print(f"| calibration, 8 groups | {took:.1f} | {took / float_pass:.1f} |")
     if options.allocate:

@@ -3,79 +3,25 @@
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-import lightning.pytorch as pl
-import torch
-from lightning.pytorch.loggers import CSVLogger
 from rich.console import Console
-from rich.table import Table
 
-from lightning_quant.data import DigitsDataModule
-from lightning_quant.demo.terminal import RunBar, few_threads, quiet
+from lightning_quant.demo import igq_vit, int4_training
+from lightning_quant.demo.terminal import few_threads, quiet
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.gradient import (
-    GradientQuantization,
-    IntervalStrategy,
-    LargeGradientInterval,
-    MinimumErrorInterval,
-    MinMaxInterval,
-)
-from lightning_quant.report import LayerMetrics, draw_intervals, read_layer_metrics
-from lightning_quant.tasks import ImageClassifier
 
-METHOD = "int4_training"
-NETWORK = "cifar_resnet20"
-EPOCHS = 10
-SEEDS = 2
-BATCH_SIZE = 64
-LOG_EVERY = 5
-TEST_IMAGES = 360
-
-# A run has 220 steps: the minimum of the error is searched often enough to follow them.
-STRATEGIES: dict[str, IntervalStrategy | None] = {
-    "float": None,
-    "large_gradient": LargeGradientInterval(),
-    "min_max": MinMaxInterval(),
-    "minimum_error": MinimumErrorInterval(every=20),
-}
-TITLES = {
-    "float": "float",
-    "large_gradient": "4/4/4 large gradient",
-    "min_max": "4/4/4 min-max",
-    "minimum_error": "4/4/4 minimum error",
-}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training.
-
-    Attributes:
-        accuracy: share of the test images in [0, 1].
-        seconds: of the training.
-        checkpoint: where it is kept.
-        metrics: what was logged of the layers; None in float.
-    """
-
-    accuracy: float
-    seconds: float
-    checkpoint: Path
-    metrics: LayerMetrics | None
+METHODS = (int4_training, igq_vit)
 
 
 def main(output: Path = Path("demo"), seed: int = 0) -> None:
-    """Train a small ResNet on the digits in float and in 4 bits, and show what the interval strategies did.
+    """Run each method on the digits, print what came out, and write it to ``report.json``.
 
     Args:
-        output: folder for ``report.json``, ``intervals.png``, and the checkpoint and log of each training; what an
-            earlier demo left there is replaced.
-        seed: of the first training of each strategy; the others follow it.
+        output: folder for ``report.json``, the pictures, and what each method leaves; what an earlier demo left there
+            is replaced.
+        seed: of the first run of each kind; the others follow it.
 
     Raises:
         ConfigurationError: if ``output`` is a file.
@@ -83,123 +29,25 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"{output} is a file: write --output FOLDER, a new folder or one to write into.")
     console = Console()
-    start = time.perf_counter()
-    with quiet(), few_threads():
-        _introduce(console)
-        seeds = range(seed, seed + SEEDS)
-        runs = {name: [_train(name, output, s) for s in seeds] for name in STRATEGIES}
-    picture = output / "intervals.png"
-    drawn = {TITLES[name]: each[0].metrics for name, each in runs.items()}
-    draw_intervals(
-        {title: metrics for title, metrics in drawn.items() if metrics is not None},
-        picture,
-        title=f"Digits, {NETWORK}, 4/4/4, seed {seed}",
-    )
-    accuracies = {name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}
-    _write_report(output / "report.json", accuracies)
-    _conclude(console, runs, output, time.perf_counter() - start)
-
-
-def _train(strategy: str, output: Path, seed: int) -> Run:
-    """Train, keep the checkpoint, test."""
-    pl.seed_everything(seed, verbose=False)
-    interval = STRATEGIES[strategy]
-    folder = output / METHOD / f"{strategy}_{seed}"
-    (folder / "metrics.csv").unlink(missing_ok=True)
-    bar: list[pl.Callback] = [RunBar(f"{TITLES[strategy]}, seed {seed}")]
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        accelerator="cpu",
-        devices=1,
-        callbacks=bar if interval is None else [*bar, GradientQuantization(4, 4, 4, interval)],
-        logger=CSVLogger(folder.parent, name=folder.name, version=""),
-        log_every_n_steps=LOG_EVERY,
-        limit_val_batches=0,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-    )
-    model, data = _model(), DigitsDataModule(BATCH_SIZE, validation_fraction=0.0)
-    start = time.perf_counter()
-    trainer.fit(model, data)
-    seconds = time.perf_counter() - start
-    checkpoint = folder / "last.ckpt"
-    trainer.save_checkpoint(checkpoint)
-    accuracy = trainer.test(model, data, verbose=False)[0]["test/acc"]
-    metrics = None if interval is None else read_layer_metrics(folder / "metrics.csv")
-    return Run(accuracy, seconds, checkpoint, metrics)
-
-
-def _model() -> ImageClassifier:
-    sgd = partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=1e-4)
-    return ImageClassifier(
-        NETWORK, 10, model_kwargs={"in_chans": 1}, optimizer=sgd, lr_scheduler="one_cycle", channels_last=True
-    )
-
-
-def _introduce(console: Console) -> None:
+    for method in METHODS:
+        with quiet(), few_threads(method.THREADS):
+            accuracies = method.run(console, output, seed)
+        _write_report(output / "report.json", method.METHOD, accuracies)
+        console.print()
     console.print(
-        f"[bold]INT4 training[/bold]: {NETWORK} on the digits of scikit-learn (1 437 images to train, {TEST_IMAGES} to "
-        f"test), {EPOCHS} epochs on the CPU, {SEEDS} seeds: once in float, and with weights, activations and gradients "
-        "in 4 bits under three strategies for the interval of the gradients.\n",
-        highlight=False,
-    )
-    console.print(str(GradientQuantization(4, 4, 4).plan(_model())), highlight=False, markup=False)
-    console.print(
-        "Products are simulated in floating point: the numbers of 4-bit units, not their speed.\n", highlight=False
-    )
-
-
-def _conclude(console: Console, runs: Mapping[str, list[Run]], output: Path, seconds: float) -> None:
-    table = Table(title=f"Digits, {NETWORK}, mean of {SEEDS} seeds, {seconds:.0f} s in all", title_justify="left")
-    table.add_column("strategy", no_wrap=True)
-    for heading in ("test accuracy", "E(G_large) at the end", "gamma at the end", "s a training"):
-        table.add_column(heading, justify="right")
-    for name, each in runs.items():
-        table.add_row(
-            TITLES[name],
-            f"{statistics.mean(run.accuracy for run in each):.2%}",
-            _mean_end(each, "error_large", ".4f"),
-            _mean_end(each, "gamma", ".3f"),
-            f"{statistics.mean(run.seconds for run in each):.1f}",
-        )
-    console.print()
-    console.print(table)
-    checkpoint = runs["large_gradient"][0].checkpoint
-    console.print(
-        f"""\
-E(G_large): mean error of the largest 0.1 % of a layer's gradients, as a share
-of the largest one. gamma: the end of the interval, likewise. Both are means
-over the layers and the last five logs. One test image is {1 / TEST_IMAGES:.2%}: on data so
-small and easy, a point or less between two accuracies ranks nothing.
-
-Picture    {output / "intervals.png"}
-Report     {output / "report.json"}
-Trainings  {output / METHOD} (log and checkpoint of each)
-
-Try next
-  lightning-quant fit --config quickstart.yaml --quantization.gradient_bits 3
-  lightning-quant fit --config quickstart.yaml --quantization.interval MinMaxInterval
-  lightning-quant configs
-or, in Python, take a network that was just trained:
-  from lightning_quant import ImageClassifier, load_from_checkpoint
-  model = load_from_checkpoint(ImageClassifier, "{checkpoint}").eval()""",
+        f"Accuracies of all: {output / 'report.json'}. More to run: lightning-quant configs",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _mean_end(runs: list[Run], measure: str, spec: str) -> str:
-    ends = [run.metrics.mean_end(measure) for run in runs if run.metrics is not None]
-    return format(statistics.mean(ends), spec) if ends else "-"
-
-
-def _write_report(path: Path, accuracies: Mapping[str, float]) -> None:
+def _write_report(path: Path, method: str, accuracies: Mapping[str, float]) -> None:
     """Write the accuracies, in [0, 1], beside what other methods have in the file."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         report = {}
     report = report if isinstance(report, dict) else {}
-    report[METHOD] = {name: round(accuracy, 4) for name, accuracy in accuracies.items()}
+    report[method] = {name: round(accuracy, 4) for name, accuracy in accuracies.items()}
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

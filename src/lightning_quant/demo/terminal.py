@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-THREADS = 2
 _CHATTER = ("lightning.pytorch", "lightning.fabric")
+Item = TypeVar("Item")
 
 
 class RunBar(TQDMProgressBar):
@@ -50,6 +50,11 @@ class RunBar(TQDMProgressBar):
         return shown
 
 
+def counted(items: Sequence[Item], title: str) -> Iterator[Item]:
+    """The items, with a bar that looks like that of a training."""
+    yield from Tqdm(items, desc=f"{title:<32}")
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Without Lightning's lines about devices and its advice, which speak of other runs than these."""
@@ -68,10 +73,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def few_threads() -> Iterator[None]:
-    """On so small a network more than two threads only wait for each other."""
+def few_threads(most: int) -> Iterator[None]:
+    """On so small a network more threads only wait for each other, above all where others use the machine too."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(THREADS, before))
+    torch.set_num_threads(min(most, before))
     try:
         yield
     finally:
