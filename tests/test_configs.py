@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import yaml
 
-from lightning_quant import GradientQuantization, ImageClassifier, LargeGradientInterval
+from lightning_quant import GradientQuantization, IGQViT, IGQViTModule, ImageClassifier, LargeGradientInterval
 from lightning_quant.cli.lightning_cli import QuantizationCLI, build
 from lightning_quant.cli.packaged import FOLDER, describe, names
+
+EMBEDDED = ("quickstart.yaml", "digits_float.yaml")
 
 
 @pytest.fixture
@@ -20,9 +23,13 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+INT4 = [name for name in names() if not name.startswith("igq_vit/")]
+IGQ = [name for name in names() if name.startswith("igq_vit/") and name.split("/")[1] not in EMBEDDED]
+
+
 def instantiate(name: str, root: Path, *options: str) -> QuantizationCLI:
     """The model, data and trainer of a packaged config; nothing runs."""
-    place = [] if name == "quickstart.yaml" else [f"--data.root={root}"]
+    place = [] if name.split("/")[-1] in EMBEDDED else [f"--data.root={root}"]
     return build(
         [
             "--config",
@@ -41,7 +48,7 @@ def quantization(cli: QuantizationCLI) -> list[GradientQuantization]:
     return [callback for callback in callbacks if isinstance(callback, GradientQuantization)]
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", INT4)
 def test_every_config_is_instantiated(name: str, root: Path) -> None:
     cli = instantiate(name, root)
     assert isinstance(cli.model, ImageClassifier)
@@ -52,7 +59,7 @@ def test_every_config_is_instantiated(name: str, root: Path) -> None:
         assert cli.datamodule.root == str(root)
 
 
-@pytest.mark.parametrize("name", names())
+@pytest.mark.parametrize("name", INT4)
 def test_every_config_says_what_it_is_and_how_to_run_it(name: str) -> None:
     text = (FOLDER / name).read_text(encoding="utf-8")
     assert describe(name)
@@ -108,3 +115,66 @@ def test_without_a_config_the_group_takes_a_class_or_only_its_options(class_path
 def test_quantization_is_set_up_before_the_other_callbacks(root: Path) -> None:
     cli = instantiate("quickstart.yaml", root)
     assert cli.trainer.callbacks[0] is cli.config_init["quantization"]  # type: ignore[attr-defined]
+
+
+PAPER = {
+    "vit_tiny": "vit_tiny_patch16_224.augreg_in21k_ft_in1k",
+    "vit_small": "vit_small_patch16_224.augreg_in21k_ft_in1k",
+    "vit_base": "vit_base_patch16_224.augreg_in21k_ft_in1k",
+    "deit_tiny": "deit_tiny_patch16_224.fb_in1k",
+    "deit_small": "deit_small_patch16_224.fb_in1k",
+    "deit_base": "deit_base_patch16_224.fb_in1k",
+    "swin_tiny": "swin_tiny_patch4_window7_224.ms_in1k",
+    "swin_small": "swin_small_patch4_window7_224.ms_in1k",
+    "swin_base": "swin_base_patch4_window7_224.ms_in22k_ft_in1k",
+}
+
+
+def test_every_model_of_the_papers_table_has_a_config() -> None:
+    assert sorted(IGQ) == sorted(f"igq_vit/{name}.yaml" for name in PAPER)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_igq_configs_name_the_papers_checkpoints_and_timms_transforms(name: str) -> None:
+    path = f"igq_vit/{name}.yaml"
+    text = (FOLDER / path).read_text(encoding="utf-8")
+    config = yaml.safe_load(text)
+    model, data = config["model"]["init_args"], config["data"]["init_args"]
+    assert (model["model"], model["num_classes"], model["pretrained"]) == (PAPER[name], 1000, True)
+    published = timm.get_pretrained_cfg(PAPER[name])
+    assert published is not None
+    assert data["image_size"] == published.input_size[-1]
+    assert (data["crop_pct"], data["interpolation"]) == (published.crop_pct, published.interpolation)
+    assert (tuple(data["mean"]), tuple(data["std"])) == (published.mean, published.std)
+    settings = model["quantization"]["init_args"]
+    assert (settings["weight_bits"], settings["activation_bits"]) == (4, 4)
+    assert (settings["groups"], settings["allocate"], settings["calibration_images"]) == (8, True, 32)
+    assert settings["group_ranges"] == "mean"
+    for command in ("calibrate", "test"):
+        assert f"lightning-quant {command} --config {path}" in text
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+@pytest.mark.parametrize("allocate", [True, False])
+def test_bits_and_allocation_of_igq_are_overrides(bits: int, allocate: bool, root: Path) -> None:
+    options = [f"weight_bits={bits}", f"activation_bits={bits}", "groups=12", f"allocate={str(allocate).lower()}"]
+    given = [f"--model.quantization.{option}" for option in options]
+    cli = instantiate("igq_vit/deit_tiny.yaml", root, "--model.pretrained=false", *given)
+    assert isinstance(cli.model, IGQViTModule)
+    settings = cli.model.quantization.settings
+    assert (settings.weight_bits, settings.activation_bits) == (bits, bits)
+    assert (settings.groups, settings.allocate) == (12, allocate)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny", "swin_tiny"])
+def test_igq_configs_are_instantiated(name: str, root: Path) -> None:
+    cli = instantiate(f"igq_vit/{name}.yaml", root, "--model.pretrained=false")
+    assert isinstance(cli.model, IGQViTModule)
+    assert cli.datamodule.root == str(root)
+    assert not quantization(cli)
+
+
+def test_the_callback_is_a_choice_of_the_option_group(root: Path) -> None:
+    cli = instantiate("igq_vit/digits_float.yaml", root, "--quantization=IGQViT", "--quantization.groups=4")
+    (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, IGQViT)]  # type: ignore[attr-defined]
+    assert callback.settings.groups == 4

@@ -12,8 +12,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lightning_quant import ImageClassifier, demo, load_from_checkpoint
+from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized
 from lightning_quant.cli import main as cli
+from lightning_quant.demo import igq_vit, int4_training
 from lightning_quant.errors import ConfigurationError
 
 
@@ -25,7 +26,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setenv("COLUMNS", "100")
         for name, value in {"EPOCHS": 2, "SEEDS": 1, "BATCH_SIZE": 359, "LOG_EVERY": 2}.items():
-            patch.setattr(demo, name, value)
+            patch.setattr(int4_training, name, value)
+        for name, shorter in {"EPOCHS": 2, "DRAWS": 1, "BITS": ((4, 2),)}.items():
+            patch.setattr(igq_vit, name, shorter)
         warnings.simplefilter("error", UserWarning)
         printed = _run(output, seed=3)
     return output, printed
@@ -42,7 +45,17 @@ def test_the_report_holds_the_accuracy_of_each_strategy_beside_other_methods(ran
     report = json.loads((ran[0] / "report.json").read_text(encoding="utf-8"))
     assert list(report["int4_training"]) == ["float", "large_gradient", "min_max", "minimum_error"]
     assert all(0 <= accuracy <= 1 for accuracy in report["int4_training"].values())
+    assert list(report["igq_vit"]) == ["float", "layer_wise", "igq_fixed", "igq_allocated", "upper_bound"]
+    assert all(0 <= accuracy <= 1 for accuracy in report["igq_vit"].values())
     assert report["other_method"] == 1
+
+
+def test_the_quantized_transformer_can_be_loaded(ran: tuple[Path, str]) -> None:
+    network = load_quantized(ran[0] / "igq_vit" / "quantized")
+    assert network(torch.zeros(2, 1, 8, 8)).shape == (2, 10)
+    assert "the same outputs, bit for bit" in ran[1]
+    for name in ("budget.png", "channel_ranges.png"):
+        assert imread(ran[0] / name).shape[1] >= 600
 
 
 def test_the_picture_shows_something(ran: tuple[Path, str]) -> None:
@@ -57,7 +70,7 @@ def test_the_picture_shows_something(ran: tuple[Path, str]) -> None:
 def test_the_table_and_what_to_try_next_are_printed(ran: tuple[Path, str]) -> None:
     output, printed = ran
     table = printed[printed.index("strategy") :]
-    for title in demo.TITLES.values():
+    for title in (*int4_training.TITLES.values(), *igq_vit.TITLES.values()):
         assert title in table
     assert "One test image is 0.28%" in table
     assert str(output / "int4_training" / "large_gradient_3" / "last.ckpt") in table
@@ -77,7 +90,7 @@ def test_the_commands_that_are_named_exist(ran: tuple[Path, str], monkeypatch: p
 def test_the_plan_is_printed_once_and_every_training_has_its_bar(ran: tuple[Path, str]) -> None:
     printed = ran[1]
     assert printed.count("18 of 20 layers quantized") == 1
-    for title in demo.TITLES.values():
+    for title in (*int4_training.TITLES.values(), "float"):
         assert f"{title}, seed 3" in printed
     for chatter in ("GPU available", "Tip", "LOCAL_RANK", "Testing", "Sanity", "Seed set"):
         assert chatter not in printed
