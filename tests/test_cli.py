@@ -306,6 +306,17 @@ def test_calibrate_is_fit_of_a_module_whose_fit_is_its_calibration(elsewhere: Pa
     assert Calibrated.steps == [0, 1, 2, 3]
 
 
+def test_a_transformer_is_calibrated_and_then_tested(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = ["--config", "igq_vit/quickstart.yaml", *QUIET, "--model.checkpoint_path=null"]
+    small = ["depth: 1", "img_size: 8", "patch_size: 2", "in_chans: 1", "embed_dim: 16", "num_heads: 2"]
+    config += ["--model.model_kwargs={" + ", ".join(small) + "}"]
+    settings = [f"--model.quantization.{each}" for each in ("groups=2", "calibration_images=4")]
+    main(["calibrate", *config, *settings])
+    (checkpoint,) = elsewhere.rglob("last.ckpt")
+    main(["test", *config, *settings, "--trainer.limit_test_batches=1", "--ckpt_path", str(checkpoint)])
+    assert "test/acc" in capsys.readouterr().out
+
+
 def test_fit_runs_without_quantization() -> None:
     main(["fit", *QUICKSTART, *QUIET, "--trainer.fast_dev_run=1", "--quantization", "null"])
 

@@ -25,5 +25,6 @@ def summarise(calibration: Calibration, seconds: float | None = None) -> str:
     chosen = {name: groups for (name, kind), groups in calibration.groups.items() if kind == INPUT}
     bops = plan.bops(chosen or (settings.groups if grouped else 0)).total
     plain = plan.bops(0).total
-    lines.append(f"Bit operations of an image: {bops / 1e9:.1f} G, {100 * (bops / plain - 1):+.1f} % to layer-wise.")
+    size = f"{bops / 1e9:.1f} G" if bops > 1e9 else f"{bops / 1e6:.1f} M"
+    lines.append(f"Bit operations of an image: {size}, {100 * (bops / plain - 1):+.1f} % to layer-wise.")
     return "\n".join(lines)
