@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule
 from lightning_quant.igq_vit.fitting import gram_matrix, layer_wise_range, tail_bounds
 from lightning_quant.quantizers.statistics import gather
 from processes import on_ranks
-from vits import calibration, finished, images, swin, vit
+from vits import calibration, finished, images, quiet, swin, vit
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +54,24 @@ def test_ranks_find_what_one_process_finds(ranks: int, job: Any) -> None:
             assert first[key] == values, key
         else:
             assert first[key] == pytest.approx(values, rel=2e-4, abs=1e-7), key
+
+
+def fitted(devices: int, folder: Path) -> dict[str, list[float]]:
+    """The state that a fit of the module leaves on disk."""
+    settings = IGQViT(groups=4, calibration_images=7, cache_dir=str(folder))
+    strategy = {"strategy": "ddp_fork", "devices": devices} if devices > 1 else {}
+    module = IGQViTModule(vit(), 10, quantization=settings)
+    quiet(folder, limit_val_batches=1, **strategy).fit(module, DigitsDataModule(64))
+    (path,) = folder.glob("*.safetensors")
+    return {key: value.double().flatten().tolist() for key, value in load_file(path).items()}
+
+
+def test_a_fit_on_two_devices_is_the_fit_on_one(tmp_path: Path) -> None:
+    alone, both = fitted(1, tmp_path / "one"), fitted(2, tmp_path / "two")
+    assert any(key.startswith("groups") for key in alone)
+    assert both.keys() == alone.keys()
+    for key, values in alone.items():
+        assert both[key] == pytest.approx(values, rel=2e-4, abs=1e-7), key
 
 
 def statistics(rank: int, ranks: int) -> list[list[float]]:

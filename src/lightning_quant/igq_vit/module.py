@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.data.calibration import calibration_images, fingerprint
 from lightning_quant.data.calibration_source import calibration_source
@@ -24,7 +24,20 @@ from lightning_quant.nn.structure import mark
 from lightning_quant.tasks import ImageClassifier
 
 
-class _Steps(DataLoader[Any]):
+class _Steps(IterableDataset[int]):
+    """As an iterable it is not divided among ranks: each does every step, on its share of the images."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.count))
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class _Loader(DataLoader[Any]):
     """Says to Lightning that it can go on in the middle."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,8 +136,7 @@ class IGQViTModule(ImageClassifier):
         assert self.calibration is not None
         # A loop that was restored counts the batches that were before it.
         before = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        steps = range(before + self.calibration.total - self.calibration.done)
-        return _Steps(steps, batch_size=None)  # type: ignore[arg-type]
+        return _Loader(_Steps(before + self.calibration.total - self.calibration.done), batch_size=None)
 
     def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # A step is no batch that the datamodule's hooks could take.
