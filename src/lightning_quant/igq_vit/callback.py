@@ -26,7 +26,6 @@ from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
 
-
 # One image alone takes longer than its share of a batch.
 TIMED_IMAGES = 8
 
