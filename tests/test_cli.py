@@ -73,7 +73,7 @@ MISTAKES = {
         ["fit", "--config", "int4_training/resnet20_cifar"],
         "did you mean int4_training/resnet20_cifar",
     ),
-    "missing config after =": (["fit", "--config=quikstart.yaml"], "(did you mean quickstart.yaml?)"),
+    "missing config after =": (["fit", "--config=quikstart.yaml"], "(did you mean quickstart.yaml"),
     "config is a folder": (["fit", "--config", "."], "--config . is a folder"),
     "no model": (["fit"], "Nothing given for model; write --config quickstart.yaml, or --model VALUE"),
     "unknown class": (

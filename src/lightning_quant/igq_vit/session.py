@@ -82,7 +82,15 @@ class Calibration:
     Args:
         source: network, plan and images.
 
-    >>> # see lightning_quant.igq_vit.callback and lightning_quant.igq_vit.module, which run it
+    >>> import timm
+    >>> from lightning_quant.igq_vit.perturbation import log_posteriors
+    >>> network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    >>> images = torch.randn(4, 3, 32, 32)
+    >>> settings = Settings(groups=4, allocate=False, calibration_images=4)
+    >>> plan = prepare(network, settings, images[:1], network)
+    >>> calibration = Calibration(Source(network, plan, lambda: network(images), log_posteriors))
+    >>> calibration.step(), calibration.finished
+    ('quantizers', True)
     """
 
     def __init__(self, source: Source) -> None:
