@@ -55,8 +55,8 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
     Shape:
         (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
 
-    >>> ChannelQuantizer(2)(torch.tensor([[[0.0, -3.0], [0.9, 0.1], [3.0, 0.0]]])).tolist()
-    [[[0.0, -3.0], [1.0, 0.0], [3.0, 0.0]]]
+    >>> ChannelQuantizer(2)(torch.tensor([[[0.0, -3.0], [0.9, -0.9], [3.0, 0.0]]])).tolist()
+    [[[0.0, -3.0], [1.0, -1.0], [3.0, 0.0]]]
     """
 
     def __init__(self, bits: int) -> None:
