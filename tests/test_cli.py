@@ -317,6 +317,34 @@ def test_a_transformer_is_calibrated_and_then_tested(elsewhere: Path, capsys: py
     assert "test/acc" in capsys.readouterr().out
 
 
+def test_a_float_transformer_is_tested_quantized_with_the_callback(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {"depth": 1, "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "num_heads": 2}
+    options = {"activation_bits": 3, "groups": 2, "allocate": "false", "calibration_images": 4}
+    main(
+        [
+            "test",
+            *["--config", "igq_vit/digits_float.yaml", *QUIET, "--trainer.limit_test_batches=1"],
+            f"--model.model_kwargs={small}",
+            "--quantization=IGQViT",
+            *(f"--quantization.{name}={value}" for name, value in options.items()),
+        ]
+    )
+    assert "test/acc" in capsys.readouterr().out
+    assert "3 bit, channels in 2 groups an image" in caplog.text
+
+
+def test_help_of_calibrate_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["calibrate", "--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    assert "A checkpoint of a stopped calibration, which goes on from there." in " ".join(shown.split())
+    for option in ("--model", "--data", "--ckpt_path", "--config"):
+        assert option in shown
+
+
 def test_fit_runs_without_quantization() -> None:
     main(["fit", *QUICKSTART, *QUIET, "--trainer.fast_dev_run=1", "--quantization", "null"])
 

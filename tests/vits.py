@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import lightning.pytorch as pl
@@ -47,6 +48,15 @@ def spread(network: nn.Module) -> nn.Module:
 
 def images(count: int = 8, size: int = 8, channels: int = 1, seed: int = 0) -> Tensor:
     return torch.randn(count, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], int, int]] = {"vit": (vit, 8, 1), "swin": (swin, 16, 3)}
+
+
+def evaluate(network: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        output: Tensor = network(x)
+    return output
 
 
 def calibration(network: nn.Module, x: Tensor, **settings: Any) -> Calibration:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from lightning_quant import (
@@ -21,6 +22,7 @@ from lightning_quant import (
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.callback import is_calibrated
 from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.nn.structure import quantizers_of
 from vits import VitData, VitModule, images, quiet
 
 
@@ -91,8 +93,38 @@ def test_calibrated_once_it_is_not_calibrated_again(tmp_path: Path, steps: Count
     quiet(tmp_path, callback).test(module, data)
     assert steps["steps"] == 1
     assert torch.equal(outputs(module), first)
-    with pytest.raises(QuantizationError, match=r"already quantized, with \[4\] bit weights"):
-        quiet(tmp_path, igq(weight_bits=6)).test(module, data)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_bits": 6}, "weight_bits=4, and the callback says weight_bits=6"),
+        ({"activation_bits": 8}, "activation_bits=4, and the callback says activation_bits=8"),
+        ({"groups": 2}, "groups=4, and the callback says groups=2"),
+        ({"softmax_groups": 2}, "softmax_groups=4, and the callback says softmax_groups=2"),
+        ({"scheme": "layer_wise"}, "scheme='igq', and the callback says scheme='layer_wise'"),
+    ],
+)
+def test_calibrated_otherwise_it_is_refused_until_stripped(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    module, data = VitModule(), VitData()
+    quiet(tmp_path, igq()).test(module, data)
+    with pytest.raises(QuantizationError, match=f"already quantized, with {message}: call lightning_quant.strip"):
+        quiet(tmp_path, igq(**settings)).test(module, data)
+    strip(module)
+    quiet(tmp_path, igq(**settings)).test(module, data)
+    assert is_calibrated(module)
+
+
+@pytest.mark.parametrize("scheme", ["igq", "layer_wise", "per_token", "repq", "upper_bound"])
+def test_each_scheme_recognises_its_own(scheme: str, tmp_path: Path, steps: Counter[str]) -> None:
+    module = VitModule()
+    for bits in ({"activation_bits": 8}, {"weight_bits": 8, "activation_bits": 6}):
+        quiet(tmp_path, igq(scheme=scheme, **bits)).validate(module, VitData())
+        quiet(tmp_path, igq(scheme=scheme, **bits)).test(module, VitData())
+        strip(module)
+    assert steps["steps"] == 2
 
 
 def test_a_finished_calibration_is_taken_from_the_cache(tmp_path: Path, steps: Counter[str]) -> None:
@@ -124,7 +156,68 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
     again = VitModule()
     quiet(tmp_path / "b", igq(allocate=True)).test(again, VitData())
     assert counts["steps"] == 5 + 1 + 7
-    assert torch.equal(outputs(again), outputs(straight))
+    expected = outputs(straight)
+    assert torch.equal(outputs(again), expected)
+    # In a notebook the same module is there still.
+    quiet(tmp_path / "b", igq(allocate=True)).test(broken, VitData())
+    assert torch.equal(outputs(broken), expected)
+
+
+@pytest.mark.parametrize("dies_at", [1, 3])
+def test_a_calibration_that_fails_leaves_the_float_module(
+    dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, callback = VitModule(), igq(allocate=True)
+    calls, before = Counter[str](), module.eval()(images(2)).detach()
+
+    def fails(*args: Any) -> Tensor:
+        calls["posteriors"] += 1
+        if calls["posteriors"] == dies_at:
+            raise ValueError("of the user's code")
+        return torch.zeros(2, 2).log_softmax(1).double()
+
+    monkeypatch.setattr(callback, "log_posteriors", fails)
+    with pytest.raises(ValueError, match="of the user's code"):
+        quiet(tmp_path, callback).test(module, VitData())
+    assert not is_calibrated(module)
+    assert torch.equal(module.eval()(images(2)), before)
+
+
+def test_buffers_and_precision_are_part_of_what_was_calibrated(tmp_path: Path, steps: Counter[str]) -> None:
+    def run(shift: float, **kwargs: Any) -> None:
+        module = VitModule()
+        module.register_buffer("shift", torch.tensor(shift))
+        quiet(tmp_path, igq(), **kwargs).test(module, VitData())
+
+    for count, (shift, precision) in enumerate([(0.0, "32-true"), (1.0, "32-true"), (0.0, "bf16-mixed")], start=1):
+        for _ in range(2):
+            run(shift, precision=precision)
+            assert steps["steps"] == count
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
+def test_in_any_precision_ranges_are_fp32(precision: Any, tmp_path: Path) -> None:
+    module = VitModule()
+    (result,) = quiet(tmp_path, igq(), precision=precision).test(module, VitData())
+    assert result["test/loss"] < 10
+    ranges = [buffer for _, quantizer in quantizers_of(module) for buffer in quantizer.buffers()]
+    assert {buffer.dtype for buffer in ranges} == {torch.float32}
+    in_fp32 = VitModule()
+    quiet(tmp_path, igq()).test(in_fp32, VitData())
+    first, second = (found.backbone.blocks[0].attn.qkv.input_quantizer.scale for found in (module, in_fp32))  # type: ignore[union-attr,index]
+    assert torch.allclose(first, second, rtol=0.1)
+
+
+def test_fit_and_then_the_best_checkpoint_twice(tmp_path: Path, steps: Counter[str]) -> None:
+    module, data = VitModule(), VitData()
+    best = ModelCheckpoint(tmp_path, monitor="val/loss")
+    trainer = quiet(tmp_path, igq(), best, enable_checkpointing=True, enable_model_summary=False)
+    trainer.fit(module, data)
+    trainer.test(module, data, ckpt_path="best")
+    first = outputs(module)
+    trainer.test(module, data, ckpt_path="best")
+    assert torch.equal(outputs(module), first)
+    assert steps["steps"] == 1
 
 
 def test_a_damaged_cache_says_what_to_delete(tmp_path: Path) -> None:
@@ -202,6 +295,21 @@ def test_networks_that_cannot_be_are_refused_before_anything_starts(tmp_path: Pa
     module.backbone = nn.Linear(8, 8)
     with pytest.raises(UnsupportedModelError, match="VitModule has no attention"):
         quiet(tmp_path, igq()).test(module, VitData())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_the_batch_size_of_the_user_does_not_matter(batch_size: int, tmp_path: Path) -> None:
+    first, second = VitModule(), VitModule()
+    quiet(tmp_path / "a", igq()).test(first, VitData())
+    quiet(tmp_path / "b", igq()).test(second, VitData(batch_size=batch_size))
+    assert torch.allclose(outputs(first), outputs(second), atol=1e-5)
+
+
+def test_nan_in_the_images_is_refused(tmp_path: Path) -> None:
+    bad = images(8)
+    bad[3, 0, 0, 0] = float("nan")
+    with pytest.raises(QuantizationError, match="1 of 512 pixels of a calibration batch are NaN"):
+        quiet(tmp_path, igq(calibration_data=bad)).test(VitModule(), VitData())
 
 
 def test_arguments_are_checked_when_given() -> None:

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationError, load_quantized, save_quantized
-from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.callback import is_calibrated
+from lightning_quant.igq_vit.session import Calibration
 from vits import quiet, spread, vit
 
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}
@@ -66,6 +67,55 @@ def test_resumed_from_any_checkpoint_it_ends_the_same(stop: int, tmp_path: Path)
     assert straight.calibration is not None
     assert again.calibration.groups == straight.calibration.groups
     assert torch.equal(logits(again), logits(straight))
+
+
+def test_a_calibration_that_is_not_finished_is_not_tested(tmp_path: Path) -> None:
+    every = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    found = module()
+    quiet(tmp_path, every, enable_checkpointing=True).fit(found, data())
+    for stop in (1, 11):
+        with pytest.raises(QuantizationError, match=rf"stopped after step {stop} of 12, .*: go on with trainer.fit"):
+            quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / f"step={stop}.ckpt"))
+    quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / "step=12.ckpt"), verbose=False)
+
+
+def test_interrupted_it_says_so_and_goes_on_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found, step = module(), Calibration.step
+
+    def interrupted(self: Calibration, *args: Any) -> str:
+        if self.done == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(Calibration, "step", interrupted)
+    with pytest.raises(SystemExit):
+        quiet(tmp_path).fit(found, data())
+    monkeypatch.setattr(Calibration, "step", step)
+    with pytest.raises(QuantizationError, match="stopped after step 4 of 12"):
+        quiet(tmp_path).test(found, data())
+    trainer = quiet(tmp_path)
+    trainer.fit(found, data())
+    assert trainer.global_step == 8
+    straight = module()
+    quiet(tmp_path / "straight").fit(straight, data())
+    assert torch.equal(logits(found), logits(straight))
+
+
+def test_taken_from_the_cache_it_writes_a_checkpoint_too(tmp_path: Path) -> None:
+    for folder in ("first", "second"):
+        written = ModelCheckpoint(tmp_path / folder, filename="last")
+        quiet(tmp_path, written, enable_checkpointing=True).fit(module(allocate=False), data())
+    first, second = (IGQViTModule.load_from_checkpoint(tmp_path / f / "last.ckpt") for f in ("first", "second"))
+    assert torch.equal(logits(first), logits(second))
+
+
+def test_other_images_than_a_checkpoint_began_with_are_refused(tmp_path: Path) -> None:
+    quiet(tmp_path, ModelCheckpoint(tmp_path, filename="one", every_n_train_steps=1), enable_checkpointing=True).fit(
+        module(), data()
+    )
+    other = module(calibration_data=torch.zeros(8, 1, 8, 8))
+    with pytest.raises(CheckpointError, match="or other images: calibrate anew"):
+        quiet(tmp_path).fit(other, data(), ckpt_path=str(tmp_path / "one.ckpt"))
 
 
 def test_a_checkpoint_rebuilds_module_and_settings_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ VERBS = {
     "predict": "Run inference.",
     "calibrate": "Calibrate a quantized network on unlabelled images of its data.",
     "configs": "List the packaged configs, or print one.",
-    "demo": "Train on the embedded digits and show what quantized gradients do.",
+    "demo": "Train and calibrate small networks on the embedded digits, and show what each method does.",
 }
 
 

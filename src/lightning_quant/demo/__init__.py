@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lightning_quant.demo import igq_vit, int4_training
-from lightning_quant.demo.terminal import few_threads, quiet
+from lightning_quant.demo.terminal import one_thread, quiet
 from lightning_quant.errors import ConfigurationError
 
 METHODS = (int4_training, igq_vit)
@@ -30,7 +30,7 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
         raise ConfigurationError(f"{output} is a file: write --output FOLDER, a new folder or one to write into.")
     console = Console()
     for method in METHODS:
-        with quiet(), few_threads(method.THREADS):
+        with quiet(), one_thread():
             accuracies = method.run(console, output, seed)
         _write_report(output / "report.json", method.METHOD, accuracies)
         console.print()

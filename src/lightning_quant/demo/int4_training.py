@@ -29,7 +29,6 @@ from lightning_quant.report import LayerMetrics, draw_intervals, read_layer_metr
 from lightning_quant.tasks import ImageClassifier
 
 METHOD = "int4_training"
-THREADS = 2
 NETWORK = "cifar_resnet20"
 EPOCHS = 10
 SEEDS = 2

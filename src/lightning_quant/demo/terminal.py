@@ -73,10 +73,10 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def few_threads(most: int) -> Iterator[None]:
-    """On so small a network more threads only wait for each other, above all where others use the machine too."""
+def one_thread() -> Iterator[None]:
+    """Networks as small as these gain little from a second one, and lose most of their speed on a busy machine."""
     before = torch.get_num_threads()
-    torch.set_num_threads(min(most, before))
+    torch.set_num_threads(1)
     try:
         yield
     finally:

@@ -13,27 +13,28 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor, nn
 
+from lightning_quant.data.calibration import fingerprint
 from lightning_quant.errors import CheckpointError
 from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.statistics import gather
 
 
 class Cache:
-    """One file for each combination of weights, settings and images.
+    """One file for each combination of weights, settings, images and precision.
 
     Args:
         trainer: says which rank writes and where.
         folder: None is ``igq_vit`` in ``default_root_dir``.
         calibration: to save and load, prepared.
-        images: fingerprint of this rank's images.
     """
 
-    def __init__(self, trainer: pl.Trainer, folder: str | None, calibration: Calibration, images: str) -> None:
+    def __init__(self, trainer: pl.Trainer, folder: str | None, calibration: Calibration) -> None:
         self.trainer, self.calibration = trainer, calibration
         # This scheme changes weights, and has one step: there is nothing to go on from.
         self.active = calibration.source.plan.settings.scheme != "repq"
         home = Path(trainer.default_root_dir) / "igq_vit" if folder is None else Path(folder)
-        parts = (calibration.fingerprint(), weights_hash(calibration.source.network), _all_ranks(images))
+        parts = (calibration.fingerprint(), weights_hash(calibration.source.network), str(trainer.precision))
         self.path = home / f"{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.safetensors"
 
     def load(self) -> None:
@@ -66,14 +67,22 @@ class Cache:
 
 
 def weights_hash(network: nn.Module) -> str:
-    """SHA-256 over the parameters and float buffers of a network, quantizers left out."""
+    """SHA-256 over the parameters and buffers of a network, quantizers left out."""
     digest = hashlib.sha256()
-    for name, parameter in network.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    quantizers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
+        if not name.startswith(quantizers):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def _all_ranks(images: str) -> str:
-    own: Tensor = torch.tensor(list(bytes.fromhex(images)), dtype=torch.uint8)
-    return bytes(gather(own).tolist()).hex()
+def images_hash(images: Tensor, device: torch.device) -> str:
+    """SHA-256 over the calibration images of all ranks, the same however they are divided.
+
+    Args:
+        images: this rank's.
+        device: where ranks exchange tensors.
+    """
+    own = torch.tensor([list(bytes.fromhex(fingerprint(image))) for image in images], device=device)
+    return hashlib.sha256(repr(sorted(gather(own).tolist())).encode()).hexdigest()

@@ -174,6 +174,10 @@ class _Pass:
 
     def _observer(self, name: str) -> Callable[[str, Tensor], None]:
         def observe(slot: str, tensor: Tensor) -> None:
+            with full_precision(tensor.device.type):
+                fit(slot, tensor)
+
+        def fit(slot: str, tensor: Tensor) -> None:
             check_finite(tensor, f"{slot.removesuffix('_quantizer')} of {name}")
             shape = self.plan.shape(name)
             images = len(tensor) // shape.windows
@@ -223,9 +227,22 @@ def _hook(
     fit: Callable[[str, Any, Tensor], Tensor], name: str
 ) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (fit(name, layer, args[0]), *args[1:])
+        with full_precision(args[0].device.type):
+            return (fit(name, layer, args[0]), *args[1:])
 
     return hook
+
+
+@contextmanager
+def full_precision(device: str) -> Iterator[None]:
+    """Fit in FP32 whatever precision the network runs in: no autocast, and FP32 for tensors that are made anew."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.autocast(device, enabled=False):
+            yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 def check_finite(x: Tensor, name: str) -> None:

@@ -12,10 +12,10 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_quant.data.calibration import calibration_images, fingerprint
+from lightning_quant.data.calibration import calibration_images
 from lightning_quant.data.calibration_source import CalibrationData, from_trainer
-from lightning_quant.errors import QuantizationError
-from lightning_quant.igq_vit.cache import Cache
+from lightning_quant.igq_vit.agreement import check_agrees
+from lightning_quant.igq_vit.cache import Cache, images_hash
 from lightning_quant.igq_vit.perturbation import log_posteriors
 from lightning_quant.igq_vit.progress import CalibrationBar, estimate
 from lightning_quant.igq_vit.session import Calibration, Source, prepare
@@ -154,12 +154,20 @@ class IGQViT(pl.Callback):
 
     def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_calibrated(pl_module):
-            self._check_bits(pl_module)
-            rank_zero_info("IGQViT: the network is calibrated already.")
+            check_agrees(pl_module, self.settings)
+            rank_zero_info(
+                "IGQViT: the network is calibrated already; lightning_quant.strip(module) lets it begin anew."
+            )
             return
         # Ranges made in the Trainer's inference mode could be used nowhere else.
         with torch.inference_mode(False), torch.no_grad():
-            self._calibrate(trainer, pl_module)
+            try:
+                self._calibrate(trainer, pl_module)
+            except BaseException:
+                # Also Ctrl-C in a notebook: what is calibrated in part would be taken for calibrated.
+                self.calibration = None
+                strip(pl_module)
+                raise
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         start = time.perf_counter()
@@ -167,7 +175,7 @@ class IGQViT(pl.Callback):
         count, seed = self.settings.calibration_images, self.settings.seed
         images = calibration_images(source, count, seed, trainer.global_rank, trainer.world_size)
         calibration = self.start(trainer, pl_module, images)
-        cache = Cache(trainer, self.cache_dir, calibration, fingerprint(images))
+        cache = Cache(trainer, self.cache_dir, calibration)
         cache.load()
         with CalibrationBar(trainer, calibration) as bar:
             while not calibration.finished:
@@ -177,6 +185,7 @@ class IGQViT(pl.Callback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
         """Prepare the module and print plan and estimate; ``images`` are this rank's."""
+        found = images_hash(images, pl_module.device)
         images = images.to(pl_module.device)
         context = trainer.precision_plugin.forward_context
 
@@ -193,17 +202,8 @@ class IGQViT(pl.Callback):
         seconds = (time.perf_counter() - begin) / len(few)
         pl_module.train(training)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
-        self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors))
+        self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
         return self.calibration
-
-    def _check_bits(self, pl_module: pl.LightningModule) -> None:
-        found = {layer.weight_quantizer.bits for _, layer in quantized_layers(pl_module) if layer.weight_quantizer}
-        if found != {self.settings.weight_bits}:
-            raise QuantizationError(
-                f"The module is already quantized, with {sorted(found)} bit weights, and the callback says"
-                f" weight_bits={self.settings.weight_bits}: call lightning_quant.strip(module) first, or give the"
-                " callback the arguments it was calibrated with."
-            )
 
 
 def is_calibrated(module: torch.nn.Module) -> bool:

@@ -49,7 +49,9 @@ def kmeans(points: Tensor, groups: int) -> Clustering:
     if not 1 <= groups <= len(points):
         raise ConfigurationError(f"groups={groups}: expected 1 .. {len(points)}, the number of points to group.")
     points = points.double()
-    centres = _buckets(points, groups)
+    given = _order(points)
+    points = points[given]
+    centres = torch.stack([bucket.mean(dim=0) for bucket in points.tensor_split(groups)])
     assignment, distance = _nearest(points, centres)
     objective = [float(distance.sum())]
     for _ in range(MOST_ITERATIONS):
@@ -59,7 +61,7 @@ def kmeans(points: Tensor, groups: int) -> Clustering:
         if objective[-2] - objective[-1] <= TOLERANCE * objective[-2]:
             break
     order = width(centres).argsort(stable=True)
-    return Clustering(centres[order], order.argsort()[assignment], tuple(objective))
+    return Clustering(centres[order], order.argsort()[assignment[given.argsort()]], tuple(objective))
 
 
 def width(points: Tensor) -> Tensor:
@@ -67,9 +69,16 @@ def width(points: Tensor) -> Tensor:
     return points[:, -1] - points[:, 0] if points.shape[1] > 1 else points[:, 0]
 
 
-def _buckets(points: Tensor, groups: int) -> Tensor:
-    ordered = points[width(points).argsort(stable=True)]
-    return torch.stack([bucket.mean(dim=0) for bucket in ordered.tensor_split(groups)])
+def _order(points: Tensor) -> Tensor:
+    """Ascending by width, those of equal width by their coordinates.
+
+    Quantized upstream, many channels have the same width: by width alone the centres would depend on the order in
+    which ranks bring their points.
+    """
+    order = torch.arange(len(points), device=points.device)
+    for key in (*points.unbind(dim=1), width(points)):
+        order = order[key[order].argsort(stable=True)]
+    return order
 
 
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:

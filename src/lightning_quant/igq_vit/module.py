@@ -12,12 +12,12 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_quant.data.calibration import calibration_images, fingerprint
+from lightning_quant.data.calibration import calibration_images
 from lightning_quant.data.calibration_source import calibration_source
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.igq_vit.cache import Cache
 from lightning_quant.igq_vit.callback import IGQViT, is_calibrated
-from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.igq_vit.session import STEPS, Calibration
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.structure import mark
@@ -125,7 +125,7 @@ class IGQViTModule(ImageClassifier):
             self.trainer.world_size,
         )
         self.calibration = self.quantization.start(self.trainer, self, images)
-        self._cache = Cache(self.trainer, self.quantization.cache_dir, self.calibration, fingerprint(images))
+        self._cache = Cache(self.trainer, self.quantization.cache_dir, self.calibration)
         if self._resumed:
             self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
         else:
@@ -136,7 +136,9 @@ class IGQViTModule(ImageClassifier):
         assert self.calibration is not None
         # A loop that was restored counts the batches that were before it.
         before = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        return _Loader(_Steps(before + self.calibration.total - self.calibration.done), batch_size=None)
+        # Of what the cache has finished one is left that does nothing: without a batch no checkpoint is written.
+        left = max(self.calibration.total - self.calibration.done, 1)
+        return _Loader(_Steps(before + left), batch_size=None)
 
     def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         # A step is no batch that the datamodule's hooks could take.
@@ -147,8 +149,9 @@ class IGQViTModule(ImageClassifier):
         assert self.calibration is not None
         assert self._cache is not None
         before = set(self.calibration.omega)
-        self.calibration.step()
-        self._cache.save()
+        if not self.calibration.finished:
+            self.calibration.step()
+            self._cache.save()
         for slot in set(self.calibration.omega) - before:
             table = self.calibration.omega[slot]
             self.log("calibration/kl", min(table.values()), prog_bar=True)
@@ -181,6 +184,13 @@ class IGQViTModule(ImageClassifier):
                 "The network is not calibrated: call trainer.fit(module, datamodule) first, or pass ckpt_path= with a"
                 " checkpoint of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
             )
+        state = self._resumed if self.calibration is None else self.calibration.state_dict()
+        done, total = state[STEPS].tolist() if state else (0, 0)
+        if done < total:
+            raise QuantizationError(
+                f"The calibration stopped after step {done} of {total}, before groups were allocated: go on with"
+                " trainer.fit(module, datamodule, ckpt_path=...), then test."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return torch.optim.SGD(self.parameters(), lr=0.0)
@@ -198,3 +208,4 @@ class IGQViTModule(ImageClassifier):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         self._resumed = checkpoint.get("igq_vit", {})
+        self.calibration = None

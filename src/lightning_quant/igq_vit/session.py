@@ -26,6 +26,8 @@ from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
 INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
+# In a state, how many steps are done, and of how many.
+STEPS = "steps"
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class Source:
         plan: what to quantize.
         forward: runs the network on the calibration images of this rank.
         posteriors: from its outputs to log-probabilities (items, classes).
+        images: fingerprint of the calibration images of all ranks, where states of other images are to be refused.
     """
 
     network: nn.Module
     plan: VitPlan
     forward: Callable[[], Any]
     posteriors: Callable[[Any], Tensor]
+    images: str = ""
 
 
 def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable[[Tensor], object]) -> VitPlan:
@@ -186,7 +190,10 @@ class Calibration:
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was computed, as tensors by flat names."""
-        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True)}
+        state = {
+            f"fingerprint/{self.fingerprint()}": torch.tensor(True),
+            STEPS: torch.tensor([self.done, self.total]),
+        }
         for name, quantizer in quantizers_of(self.source.network):
             state.update(_write(f"filled/{name}", quantizer))
         for (name, slot), quantizers in self.candidates.items():
@@ -207,8 +214,8 @@ class Calibration:
         """
         if f"fingerprint/{self.fingerprint()}" not in state:
             raise CheckpointError(
-                "The calibration that is to be continued was of other weights or settings: calibrate anew, without"
-                " ckpt_path or with another cache_dir."
+                "The calibration that is to be continued was of another network, other settings or other images:"
+                " calibrate anew, without ckpt_path or with another cache_dir."
             )
         for key, quantizer in _read(state, "filled/").items():
             name, _, slot = key.rpartition(".")
@@ -226,11 +233,10 @@ class Calibration:
                 self.groups[name, slot] = int(value)
 
     def fingerprint(self) -> str:
-        """Hash of the settings and of what is quantized; the images are the caller's to compare."""
+        """Hash of the settings, of what is quantized, and of the images."""
         rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
-        return hashlib.sha256(repr((sorted(self.source.plan.settings.as_dict().items()), rows)).encode()).hexdigest()[
-            :16
-        ]
+        parts = (sorted(self.source.plan.settings.as_dict().items()), rows, self.source.images)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:

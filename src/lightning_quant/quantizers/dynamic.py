@@ -91,7 +91,7 @@ class LogQuantizer(InstanceQuantizer, kind=9):
 
     def __init__(self, bits: int) -> None:
         super().__init__(bits)
-        self.register_buffer("scale", torch.tensor(float("nan")))
+        self.register_buffer("scale", torch.tensor(float("nan"), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grid, in the shape and dtype of ``x``; the identity before a scale is set."""

@@ -64,9 +64,9 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
     def __init__(self, bits: int, groups: int) -> None:
         super().__init__(bits)
         self.groups = groups
-        self.register_buffer("centres", torch.full((groups, 2), float("nan")))
-        self.register_buffer("scale", torch.full((groups,), float("nan")))
-        self.register_buffer("zero_point", torch.full((groups,), float("nan")))
+        self.register_buffer("centres", torch.full((groups, 2), float("nan"), dtype=torch.float32))
+        self.register_buffer("scale", torch.full((groups,), float("nan"), dtype=torch.float32))
+        self.register_buffer("zero_point", torch.full((groups,), float("nan"), dtype=torch.float32))
 
     def set_ranges(self, centres: Tensor, ranges: Tensor | None = None, clip_zero_point: bool = False) -> None:
         """Take over centres and ranges, (groups, 2) each; without ranges the centres are the ranges.
@@ -125,8 +125,8 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
     def __init__(self, bits: int, groups: int) -> None:
         super().__init__(bits)
         self.groups = groups
-        self.register_buffer("centres", torch.full((groups,), float("nan")))
-        self.register_buffer("scale", torch.full((groups,), float("nan")))
+        self.register_buffer("centres", torch.full((groups,), float("nan"), dtype=torch.float32))
+        self.register_buffer("scale", torch.full((groups,), float("nan"), dtype=torch.float32))
 
     def set_ranges(self, centres: Tensor, ranges: Tensor | None = None) -> None:
         """Take over centres and upper bounds, (groups,) each; without bounds the centres are the bounds."""
