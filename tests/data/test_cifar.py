@@ -102,6 +102,17 @@ def test_without_augmentation_training_sees_the_calibration_images(folders: Path
     assert rows == {image.numpy().tobytes() for image in _all(data.calibration_dataset())[0]}
 
 
+def test_without_crops_training_images_are_flipped_or_as_they_are(folders: Path) -> None:
+    data = CIFARDataModule(
+        str(folders), validation_images=0, batch_size=40, crop_padding=0, mean=[0.5] * 3, std=[0.5] * 3
+    )
+    plain = _all(data.calibration_dataset())[0]
+    torch.testing.assert_close(plain[30], torch.from_numpy(_pixels(7, 2)).permute(2, 0, 1) / 127.5 - 1)
+    rows = {image.numpy().tobytes() for image in next(iter(data.train_dataloader()))[0]}
+    assert rows <= {image.numpy().tobytes() for image in (*plain, *plain.flip(-1))}
+    assert rows - {image.numpy().tobytes() for image in plain}
+
+
 def test_a_missing_root_says_so_before_any_work() -> None:
     with pytest.raises(ConfigurationError, match=r"No CIFAR-10 in 'nowhere': found no such folder.*download"):
         CIFARDataModule("nowhere").prepare_data()

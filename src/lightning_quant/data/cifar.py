@@ -1,5 +1,6 @@
 """CIFAR-10 and CIFAR-100, decoded once and kept in memory."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -25,7 +26,7 @@ class CIFARDataModule(ImageDataModule):
 
     Either ``root/cifar-10-batches-py`` (``root/cifar-100-python``), or ``root/train/CLASS/*.png`` and
     ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, normalised with the statistics of the training
-    set; in training they are padded by 4, cropped at random and flipped at random.
+    set unless told otherwise; in training they are padded by 4, cropped at random and flipped at random.
 
     Args:
         root: The folder that holds either layout.
@@ -35,6 +36,10 @@ class CIFARDataModule(ImageDataModule):
         augment: Whether training images are cropped and flipped.
         download: Fetch torchvision's files into ``root`` where they are missing.
         num_workers: As :class:`ImageDataModule`, like the rest; 0 serves an epoch in a few seconds.
+        crop_padding: Black pixels on each side before the random crop; 0 flips without cropping.
+        mean: Of each channel, of images in [0, 1]; 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion
+            needs them. None: of the training set.
+        std: Likewise.
 
     Raises:
         ConfigurationError: At ``prepare_data`` or ``setup``, if ``root`` holds neither layout, or another
@@ -61,6 +66,9 @@ class CIFARDataModule(ImageDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
+        crop_padding: int = 4,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if classes not in _STATISTICS:
@@ -72,6 +80,10 @@ class CIFARDataModule(ImageDataModule):
         self.validation_images = validation_images
         self.augment = augment
         self.download = download
+        own_mean, own_std = _STATISTICS[classes]
+        self.mean = tuple(own_mean if mean is None else mean)
+        self.std = tuple(own_std if std is None else std)
+        self._crop_flip = RandomCropFlip(crop_padding)
 
     def prepare_data(self) -> None:
         if self.download and not self._has_folders():
@@ -92,13 +104,12 @@ class CIFARDataModule(ImageDataModule):
 
     def load_training(self) -> TrainingSplits:
         images, labels = self._decode("train")
-        mean, std = _STATISTICS[self.num_classes]
-        plain = TensorImages(images, labels, mean, std)
-        train = TensorImages(images, labels, mean, std, RandomCropFlip(padding=4)) if self.augment else plain
+        plain = TensorImages(images, labels, self.mean, self.std)
+        train = TensorImages(images, labels, self.mean, self.std, self._crop_flip) if self.augment else plain
         return TrainingSplits.held_out(train, plain, labels.tolist(), self.validation_images, self.seed)
 
     def load_test(self) -> AnyDataset:
-        return TensorImages(*self._decode("test"), *_STATISTICS[self.num_classes])
+        return TensorImages(*self._decode("test"), self.mean, self.std)
 
     def _decode(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
         if self._has_folders():

@@ -1,5 +1,7 @@
 """The handwritten digits that ship with scikit-learn: a real data set that needs no file."""
 
+from collections.abc import Sequence
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -21,6 +23,8 @@ class DigitsDataModule(ImageDataModule):
         batch_size: Images a batch.
         validation_fraction: Share of the 1 437 images not used to test that is held out, in [0, 1).
         num_workers: As :class:`ImageDataModule`, like the rest.
+        mean: Of the images in [0, 1]; 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion needs them.
+        std: Likewise.
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)
@@ -38,6 +42,8 @@ class DigitsDataModule(ImageDataModule):
         num_workers: int = 0,
         pin_memory: bool | None = None,
         seed: int = 0,
+        mean: Sequence[float] = _MEAN,
+        std: Sequence[float] = _STD,
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if not 0 <= validation_fraction < 1:
@@ -45,24 +51,24 @@ class DigitsDataModule(ImageDataModule):
                 f"Expected validation_fraction in [0, 1), found {validation_fraction}. Write for example 0.1."
             )
         self.validation_fraction = validation_fraction
+        self.mean, self.std = tuple(mean), tuple(std)
 
     def check_files(self) -> None:
         """Nothing to check: the images are part of scikit-learn."""
 
     def load_training(self) -> TrainingSplits:
-        images = _digits(test=False)
+        images = self._digits(test=False)
         held_out = round(self.validation_fraction * len(images))
         return TrainingSplits.held_out(images, images, images.labels.tolist(), held_out, self.seed)
 
     def load_test(self) -> AnyDataset:
-        return _digits(test=True)
+        return self._digits(test=True)
 
-
-def _digits(test: bool) -> TensorImages:
-    pixels, labels = load_digits(return_X_y=True)
-    train_pixels, test_pixels, train_labels, test_labels = train_test_split(
-        pixels, labels, test_size=_TEST_IMAGES, random_state=0, stratify=labels
-    )
-    images = torch.from_numpy(test_pixels if test else train_pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
-    targets = torch.from_numpy(test_labels if test else train_labels).long()
-    return TensorImages(images, targets, _MEAN, _STD, full_scale=16.0)
+    def _digits(self, test: bool) -> TensorImages:
+        pixels, labels = load_digits(return_X_y=True)
+        train_pixels, test_pixels, train_labels, test_labels = train_test_split(
+            pixels, labels, test_size=_TEST_IMAGES, random_state=0, stratify=labels
+        )
+        images = torch.from_numpy(test_pixels if test else train_pixels).to(torch.uint8).reshape(-1, 1, 8, 8)
+        targets = torch.from_numpy(test_labels if test else train_labels).long()
+        return TensorImages(images, targets, self.mean, self.std, full_scale=16.0)

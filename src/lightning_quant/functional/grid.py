@@ -132,15 +132,19 @@ class _FakeQuantize(torch.autograd.Function):
         return decode(encode(x, scale, grid, zero_point), scale, zero_point).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, grad: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, scale, *rest = ctx.saved_tensors
         zero_point = rest[0] if rest else torch.zeros_like(scale)
         inside = is_inside(x, scale, ctx.grid, zero_point)
-        grad_scale = None
+        grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
             residual = encode(x, scale, ctx.grid, zero_point) - zero_point - _wide(x) / scale * inside
             grad_scale = (grad * residual).to(scale.dtype).sum_to_size(scale.shape)
-        return grad * inside, grad_scale, None, None
+        if ctx.needs_input_grad[2]:
+            grad_zero = (-scale * grad * ~inside).to(scale.dtype).sum_to_size(zero_point.shape)
+        return grad * inside, grad_scale, grad_zero, None
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -155,10 +159,11 @@ def is_inside(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None = 
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
-    """Values of ``x`` moved to the grid, in the dtype of ``x``; differentiable in ``x`` and ``scale``.
+    """Values of ``x`` moved to the grid, in the dtype of ``x``; differentiable in all tensors.
 
     Straight-through for the rounding, zero gradient where the clamp acts; the gradient of the scale is
-    ``sum(grad * (code - x / scale))``, with the second term only inside the clamp (LSQ, arXiv 1902.08153).
+    ``sum(grad * (code - x / scale))``, with the second term only inside the clamp (LSQ, arXiv 1902.08153), that of the
+    zero point ``-scale * sum(grad)`` over what the clamp moves (LSQ+, arXiv 2004.09576).
 
     Args:
         x: any shape.

@@ -158,12 +158,13 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None) -> str:
     if reason:
         return reason
-    if include is not None and not _matches(name, include):
+    if include is not None and not matches(name, include):
         return "not in include"
-    return "in exclude" if exclude is not None and _matches(name, exclude) else ""
+    return "in exclude" if exclude is not None and matches(name, exclude) else ""
 
 
-def _matches(name: str, patterns: Sequence[str]) -> bool:
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_quant.nn.attention import close_attention, opened_attentions
 from lightning_quant.nn.layers import QuantizedLayer, restore
+from lightning_quant.nn.timesteps import unwatch_timesteps
 
 # Where a module keeps the handle of the hook that prepares state dicts for its quantizers.
 LOADING_HOOK = "_quantized_loading"
@@ -34,6 +35,7 @@ def strip(module: Module) -> Module:
     >>> list(strip(network).state_dict())
     ['0.weight', '0.bias']
     """
+    unwatch_timesteps(module)
     for _, layer in list(quantized_layers(module)):
         restore(layer)
     for _, attention in list(opened_attentions(module)):

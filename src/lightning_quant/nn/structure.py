@@ -14,6 +14,7 @@ from lightning_quant.nn.attention import attention_form, open_attention, opened_
 from lightning_quant.nn.attention_mixin import SLOTS
 from lightning_quant.nn.layers import LAYERS, QUANTIZERS, swap
 from lightning_quant.nn.strip import LOADING_HOOK, quantized_layers
+from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
@@ -92,6 +93,7 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
         open_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
     for name, slots in _once(module, layers, LAYERS.get):
         swap(module.get_submodule(name), **_quantizers(slots))
+    watch_timesteps(module)
     guard_loading(module)
 
 

@@ -26,6 +26,8 @@ KINDS = {
     6: "lightning_quant.quantizers.dynamic:TokenQuantizer",
     7: "lightning_quant.quantizers.dynamic:ChannelQuantizer",
     9: "lightning_quant.quantizers.dynamic:LogQuantizer",
+    10: "lightning_quant.quantizers.timestep:TimestepQuantizer",
+    11: "lightning_quant.quantizers.rounded:RoundedQuantizer",
 }
 
 

@@ -30,6 +30,13 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
+def all_reduce_max(values: Tensor) -> Tensor:
+    """Maximum over all ranks, in place; the tensor itself where there is one process."""
+    if several_ranks():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values
+
+
 def gather(values: Tensor) -> Tensor:
     """Concatenation of all ranks' tensors along the first dimension, whose length may differ from rank to rank.
 

@@ -1,0 +1,1 @@
+"""AccuQuant: diffusion models calibrated over windows of denoising steps (NeurIPS 2025)."""

@@ -1,0 +1,181 @@
+"""What of a denoiser is quantized, with how many bits, and what is not: found by calling it once."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from lightning_quant.accuquant.settings import Settings
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.nn.attention import attention_form
+from lightning_quant.nn.layers import LAYERS
+from lightning_quant.nn.selection import check_patterns, matches
+
+FIRST_AND_LAST = "first or last"
+
+
+@dataclass(frozen=True)
+class PlannedModule:
+    """One row: a layer, or an attention, whose weight bits are 0.
+
+    Attributes:
+        name: of the module.
+        kind: what it is.
+        weight_bits: of its weight.
+        activation_bits: of its input; of query, key and value.
+        parts: channels of the halves of its input, where that is a concatenation.
+        note: why its bits are others, or why it stays in float.
+        left_out: whether it stays in float.
+    """
+
+    name: str
+    kind: Literal["layer", "attention"]
+    weight_bits: int
+    activation_bits: int
+    parts: tuple[int, ...] = ()
+    note: str = ""
+    left_out: bool = False
+
+
+@dataclass(frozen=True)
+class DenoiserPlan:
+    """What is quantized of a denoiser, in the order of its calls."""
+
+    rows: tuple[PlannedModule, ...]
+    settings: Settings
+
+    def chosen(self, kind: str) -> list[PlannedModule]:
+        """The rows of a kind that are quantized."""
+        return [row for row in self.rows if row.kind == kind and not row.left_out]
+
+    def summary(self) -> str:
+        """One line."""
+        layers, attentions = self.chosen("layer"), self.chosen("attention")
+        eight = sum(bool(row.note) for row in layers)
+        split = sum(bool(row.parts) for row in layers)
+        s = self.settings
+        left = [row.name for row in self.rows if row.left_out]
+        parts = [
+            f"AccuQuant: {len(layers)} layers to W{s.weight_bits}A{s.activation_bits} ({eight} of them, first and"
+            f" last, to {s.first_and_last_bits} bits)",
+            f"{len(attentions)} attentions (softmax {s.softmax_bits} bits)",
+            f"{split} layers with a range for each half of a skip connection" if split else "",
+            f"{len(left)} left in float: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else "",
+        ]
+        return "; ".join(filter(None, parts)) + "."
+
+    def __str__(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table("module", "weight", "activation", "note", box=None)
+        for row in self.rows:
+            bits = ("float", "float") if row.left_out else (str(row.weight_bits or ""), str(row.activation_bits))
+            halves = f"halves of {' + '.join(map(str, row.parts))} channels" if row.parts else ""
+            table.add_row(row.name, *bits, ", ".join(filter(None, (row.note, halves))))
+        text = io.StringIO()
+        Console(file=text, width=110).print(table)
+        return text.getvalue() + self.summary()
+
+
+def plan_denoiser(network: nn.Module, settings: Settings, run: Callable[[], object]) -> DenoiserPlan:
+    """Call the denoiser once and see its layers in the order of their calls, and concatenations that come into them.
+
+    Args:
+        network: in float.
+        settings: bit-widths and what to leave out.
+        run: calls the network on one image.
+
+    Raises:
+        UnsupportedModelError: a network without layers.
+        ConfigurationError: a pattern of ``exclude`` that matches nothing.
+    """
+    calls = _Probe(network).calls(run)
+    names = {name: child for name, child in network.named_modules() if type(child) in LAYERS or _is_attention(child)}
+    layers = [name for name in calls if type(names.get(name)) in LAYERS]
+    if not layers:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} called none of the layers that can be quantized"
+            f" ({', '.join(kind.__name__ for kind in LAYERS)}): give the denoiser itself, for example denoiser='unet'."
+        )
+    excluded = check_patterns(settings.exclude or None, "exclude", list(names)) or []
+    ends = _ends(network, layers)
+    order = [*calls, *(name for name in names if name not in calls)]
+    rows = [
+        _row(name, names[name], calls.get(name), name in ends, matches(name, excluded), settings)
+        for name in order
+        if name in names
+    ]
+    if not any(not row.left_out for row in rows):
+        raise ConfigurationError(f"exclude={list(settings.exclude)} leaves nothing to quantize: write fewer patterns.")
+    return DenoiserPlan(tuple(rows), settings)
+
+
+def _row(
+    name: str, module: nn.Module, parts: tuple[int, ...] | None, end: bool, excluded: bool, settings: Settings
+) -> PlannedModule:
+    if _is_attention(module):
+        return PlannedModule(name, "attention", 0, settings.activation_bits, note="excluded" * excluded, left_out=excluded)
+    bits = (settings.first_and_last_bits,) * 2 if end else (settings.weight_bits, settings.activation_bits)
+    note = "excluded" if excluded else "not called" if parts is None else FIRST_AND_LAST if end else ""
+    return PlannedModule(name, "layer", *bits, parts or (), note, left_out=excluded or parts is None)
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return attention_form(type(module)) is not None
+
+
+def _ends(network: nn.Module, layers: Sequence[str]) -> set[str]:
+    """The layer that the sample comes into, which is a convolution where there is one, and the last."""
+    convolutions = (name for name in layers if not isinstance(network.get_submodule(name), nn.Linear))
+    return {next(convolutions, layers[0]), layers[-1]}
+
+
+class _Probe(TorchFunctionMode):
+    """Notes calls of layers and attentions, and which inputs are concatenations along the channels."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.found: dict[str, tuple[int, ...]] = {}
+        self.halves: dict[str, tuple[int, ...]] = {}
+        # With the tensors themselves, or a number could be given twice.
+        self.joined: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
+
+    def calls(self, run: Callable[[], object]) -> dict[str, tuple[int, ...]]:
+        """Names in order, each with the channels of the parts of its input, () where it is whole."""
+        hooks = []
+        for name, module in self.network.named_modules():
+            hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: self._called(name, m, args)))
+        try:
+            with torch.no_grad(), self:
+                run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.joined.clear()
+        return self.found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.cat and isinstance(result, Tensor):
+            tensors, dim = args[0] if args else kwargs["tensors"], kwargs.get("dim", args[1] if len(args) > 1 else 0)
+            if dim == 1 and result.dim() == 4:
+                self.joined[id(result)] = (result, tuple(t.shape[1] for t in tensors))
+        return result
+
+    def _called(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        parts = self.joined[id(args[0])][1] if args and id(args[0]) in self.joined else ()
+        if type(module) in LAYERS or _is_attention(module):
+            parts = self.halves.get(name, parts)
+            self.found[name] = () if isinstance(module, nn.Linear) else parts
+        elif parts and type(module).__name__ == "ResnetBlock2D":
+            # Its normalisation and SiLU come first, which leave the halves what they are.
+            self.halves[f"{name}.conv1"] = parts

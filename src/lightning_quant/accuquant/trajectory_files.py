@@ -1,0 +1,156 @@
+"""The files of a folder of trajectories: what they are of in JSON, and tensors that are read by rows."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lightning_quant.accuquant.trajectories import Trajectories
+from lightning_quant.data.calibration import fingerprint
+from lightning_quant.errors import CheckpointError
+from lightning_quant.quantizers import Quantizer
+
+if TYPE_CHECKING:
+    from lightning_quant.accuquant.denoiser import Denoiser
+    from lightning_quant.accuquant.samplers import Sampler
+
+VERSION = 1
+DESCRIPTION = "trajectories.json"
+STATES, OUTPUTS = "states", "outputs"
+_SHA = "sha256"
+
+
+def describe(denoiser: Denoiser, sampler: Sampler, shape: Sequence[int], seed: int) -> dict[str, Any]:
+    """What decides the float trajectories beside the images' numbers and conditioning, as JSON has it.
+
+    Args:
+        denoiser: around the float network.
+        sampler: what takes the steps.
+        shape: (C, H, W) of a state.
+        seed: of the noise.
+    """
+    scheduler = sampler.describe()
+    described = {
+        "format": "lightning_quant trajectories",
+        "version": VERSION,
+        "model": weights_hash(denoiser.network),
+        "step count": scheduler.pop("steps", len(sampler.timesteps)),
+        "scheduler": scheduler.pop("scheduler", type(sampler).__name__),
+        "options": scheduler,
+        "guidance": denoiser.guidance,
+        "seed": seed,
+        "shape": list(shape),
+    }
+    return dict(json.loads(json.dumps(described)))
+
+
+def weights_hash(network: nn.Module) -> str:
+    """SHA-256 over the parameters and buffers of a network by name, quantizers left out."""
+    digest = hashlib.sha256()
+    quantizers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
+    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()], key=lambda item: item[0]):
+        if not name.startswith(quantizers):
+            digest.update(f"{name} {fingerprint(tensor)} ".encode())
+    return digest.hexdigest()[:32]
+
+
+def check_description(folder: Path, described: Mapping[str, Any]) -> None:
+    """Write what a folder's trajectories are of, or compare it with what is written there.
+
+    Raises:
+        CheckpointError: they were made otherwise, or the description is damaged; names what differs.
+    """
+    path = folder / DESCRIPTION
+    if path.is_file():
+        _compare(path, described)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def _compare(path: Path, expected: Mapping[str, Any]) -> None:
+    """Raise a CheckpointError where a folder's trajectories were made otherwise."""
+    remedy = f"delete the folder {path.parent}, or write cache_dir=ANOTHER_FOLDER."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        differences = list(_differences(_flat(found), _flat(expected)))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} is cut off or changed ({error}): {remedy}") from error
+    if differences:
+        # Of the lists (timesteps, coefficients) one value says as much.
+        plain = [each for each in differences if not isinstance(each[1], list)] or differences
+        shown = "; ".join(f"{name} {_shown(old)} there, {_shown(new)} here" for name, old, new in plain)
+        raise CheckpointError(f"The trajectories in {path.parent} were made otherwise ({shown}): {remedy}")
+
+
+def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
+    options = {f"the scheduler's {name}": value for name, value in described["options"].items()}
+    return {**described, "options": None, **options}
+
+
+def _differences(found: dict[str, Any], expected: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    for name in [*expected, *(name for name in found if name not in expected)]:
+        if found.get(name) != expected.get(name):
+            yield name, found.get(name), expected.get(name)
+
+
+def _shown(value: Any) -> str:
+    return value[:12] if isinstance(value, str) else reprlib.repr(value)
+
+
+def write(path: Path, made: Trajectories) -> None:
+    """A file of trajectories, image by image so that those of one image lie together; under another name first."""
+    tensors = {STATES: made.states.transpose(0, 1).contiguous()}
+    if made.outputs is not None:
+        tensors[OUTPUTS] = made.outputs.transpose(0, 1).float().contiguous()
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        save_file(tensors, temporary, {_SHA: _sha(tensors)})
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def intact(path: Path) -> bool:
+    """Whether a file is there and holds what was written; warns where it does not."""
+    if not path.is_file():
+        return False
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = (file.metadata() or {}).get(_SHA)
+        if _sha(load_file(path)) == expected:
+            return True
+        problem = "its SHA-256 is not the one that was written down"
+    except (SafetensorError, OSError) as error:
+        problem = str(error)
+    rank_zero_warn(f"{path} is cut off or changed ({problem}): its trajectories are generated again.")
+    return False
+
+
+def read_row(path: Path, name: str, row: int, start: int, stop: int) -> Tensor:
+    """States or outputs (stop - start, C, H, W) of one image."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            found: Tensor = file.get_slice(name)[row : row + 1, start:stop]
+            return found[0]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is gone or damaged by now ({error}): start again, which generates its trajectories anew."
+        ) from error
+
+
+def _sha(tensors: Mapping[str, Tensor]) -> str:
+    # One value for all of them: safetensors writes several in any order, and equal trajectories are equal files.
+    return hashlib.sha256(repr([(name, fingerprint(tensors[name])) for name in sorted(tensors)]).encode()).hexdigest()

@@ -1,0 +1,209 @@
+"""Gradients of the error that piles up over a window of denoising steps, in the memory of one network call.
+
+Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
+(arXiv 2510.20348).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+Adjoint = Literal["identity", "coefficient", "exact", "bptt", "per_step"]
+Denoise = Callable[[Tensor, int], Tensor]
+History = tuple[Tensor, ...]
+
+
+class Steps(Protocol):
+    """What is needed of a sampler, see :class:`lightning_quant.accuquant.samplers.Sampler`."""
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Timestep of each network call."""
+
+    def step(
+        self, k: int, x: Tensor, output: Tensor, history: History, noise: Tensor | None = None
+    ) -> tuple[Tensor, History]:
+        """The next state, and what is carried along beside it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """Consecutive steps of a batch of trajectories.
+
+    Attributes:
+        start: first step.
+        states: of the float model, (steps + 1, n, C, H, W); the last is the target, the first where the window starts.
+        histories: what the float sampler carried at each of the steps; empty for single-step samplers.
+        noises: of each step; empty where the sampler needs none.
+        x: where the quantized model starts; default the first state.
+        total: images that the loss is a mean of; default n, more where ranks share a batch.
+    """
+
+    start: int
+    states: Tensor
+    histories: tuple[History, ...] = ()
+    noises: tuple[Tensor | None, ...] = ()
+    x: Tensor | None = None
+    total: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.states) - 1
+
+    @property
+    def begin(self) -> Tensor:
+        """Where the quantized model starts."""
+        return self.states[0] if self.x is None else self.x
+
+    def history(self, step: int) -> History:
+        """What the float sampler carried at the given step of the window."""
+        return self.histories[step] if self.histories else ()
+
+    def noise(self, step: int) -> Tensor | None:
+        """Noise of the given step of the window."""
+        return self.noises[step] if self.noises else None
+
+    def single(self, step: int) -> Window:
+        """One step of it, from the float state."""
+        states = self.states[step : step + 2]
+        histories, noises = self.histories[step : step + 1], self.noises[step : step + 1]
+        return Window(self.start + step, states, histories, noises, total=self.total)
+
+
+@dataclass
+class Rollout:
+    """States (steps + 1), outputs (steps) and histories (steps + 1) along a window."""
+
+    states: list[Tensor]
+    histories: list[History]
+    outputs: list[Tensor] = field(default_factory=list)
+
+
+def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoint = "identity") -> Tensor:
+    """Add the gradients of a window's loss to the leaf tensors of the network's quantizers.
+
+    The loss is the squared error of the state at the end of the window, summed over elements, a mean over images.
+    ``identity`` sends its gradient straight to every state of the window, by-passing the networks in between, and then
+    recomputes one step at a time with autograd: the memory of one network call, whatever the length. ``coefficient``
+    by-passes the networks but not the sampler's factors. ``exact`` goes backwards through the steps, one recomputed at
+    a time, and equals ``bptt``, which keeps all of them. ``per_step`` starts each step at the float state, as methods
+    before this one, and takes the error of each.
+
+    A multistep sampler uses an output in several steps: the gradient of an output collects them all.
+
+    Args:
+        denoise: from a state (n, C, H, W) and its timestep to the output that the sampler takes.
+        sampler: the steps.
+        window: what to walk over.
+        adjoint: how the gradient goes back.
+
+    Returns:
+        the loss, detached.
+
+    >>> from lightning_quant.accuquant.samplers import sampler_of
+    >>> from diffusers import DDIMScheduler
+    >>> scale = torch.ones((), requires_grad=True)
+    >>> window = Window(0, torch.zeros(3, 1, 1, 2, 2), x=torch.ones(1, 1, 2, 2))
+    >>> loss = window_loss(lambda x, t: scale * x, sampler_of(DDIMScheduler(), 10), window)
+    >>> bool(loss > 0), bool(scale.grad != 0)
+    (True, True)
+    """
+    return _ADJOINTS[adjoint](denoise, sampler, window)
+
+
+@torch.no_grad()
+def roll(denoise: Denoise, sampler: Steps, window: Window) -> Rollout:
+    """The quantized model over a window, without gradients."""
+    rollout = Rollout([window.begin], [window.history(0)])
+    for step in range(len(window)):
+        k, x = window.start + step, rollout.states[-1]
+        output = denoise(x, sampler.timesteps[k])
+        following, history = sampler.step(k, x, output, rollout.histories[-1], window.noise(step))
+        rollout.outputs.append(output)
+        rollout.states.append(following)
+        rollout.histories.append(history)
+    return rollout
+
+
+def _loss(x: Tensor, window: Window) -> Tensor:
+    return (x - window.states[-1]).square().sum() / (window.total or len(x))
+
+
+def _bptt(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
+    x, history = window.begin, window.history(0)
+    for step in range(len(window)):
+        k = window.start + step
+        x, history = sampler.step(k, x, denoise(x, sampler.timesteps[k]), history, window.noise(step))
+    loss = _loss(x, window)
+    loss.backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+def _exact(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
+    rollout = roll(denoise, sampler, window)
+    end = rollout.states[-1].detach().requires_grad_()
+    loss = _loss(end, window)
+    loss.backward()  # type: ignore[no-untyped-call]
+    gradients = [end.grad, *[None] * len(rollout.histories[-1])]
+    for step in reversed(range(len(window))):
+        k = window.start + step
+        x, *history = (t.detach().requires_grad_() for t in (rollout.states[step], *rollout.histories[step]))
+        following = sampler.step(k, x, denoise(x, sampler.timesteps[k]), tuple(history), window.noise(step))
+        known = [(t, g) for t, g in zip((following[0], *following[1]), gradients, strict=True) if g is not None]
+        if known:
+            torch.autograd.backward([t for t, _ in known], [g for _, g in known])
+        gradients = [t.grad for t in (x, *history)]
+    return loss.detach()
+
+
+def _identity(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
+    return _bypass(denoise, sampler, window, straight=True)
+
+
+def _coefficient(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
+    return _bypass(denoise, sampler, window, straight=False)
+
+
+def _bypass(denoise: Denoise, sampler: Steps, window: Window, straight: bool) -> Tensor:
+    rollout = roll(denoise, sampler, window)
+    loss, gradients = _output_gradients(sampler, window, rollout.outputs, straight)
+    for step, gradient in enumerate(gradients):
+        if gradient is not None:
+            output = denoise(rollout.states[step], sampler.timesteps[window.start + step])
+            output.backward(gradient)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _output_gradients(
+    sampler: Steps, window: Window, outputs: list[Tensor], straight: bool
+) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+    """The loss, and its gradient in each output with the networks taken for constants: through the steps alone."""
+    outputs = [output.detach().requires_grad_() for output in outputs]
+    x, history = window.begin, window.history(0)
+    for step, output in enumerate(outputs):
+        k, before = window.start + step, x
+        x, history = sampler.step(k, x.detach() if straight else x, output, history, window.noise(step))
+        if straight:
+            # The step's value with the gradient of the identity.
+            x = x + (before - before.detach())
+    loss = _loss(x, window)
+    # Where a Runge-Kutta start is split between windows, an output may have no use in this one.
+    return loss.detach(), torch.autograd.grad(loss, outputs, allow_unused=True)
+
+
+def _per_step(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
+    losses = [_bptt(denoise, sampler, window.single(step)) for step in range(len(window))]
+    return torch.stack(losses).sum()
+
+
+_ADJOINTS: dict[str, Callable[[Denoise, Steps, Window], Tensor]] = {
+    "identity": _identity,
+    "coefficient": _coefficient,
+    "exact": _exact,
+    "bptt": _bptt,
+    "per_step": _per_step,
+}

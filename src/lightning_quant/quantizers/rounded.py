@@ -1,0 +1,126 @@
+"""A quantizer of weights that decides for each whether it is rounded up or down, and can learn it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.functional.grid import decode, encode
+from lightning_quant.functional.soft_rounding import from_fraction, hard_rounding, soft_rounding
+from lightning_quant.quantizers.fixed import FixedQuantizer
+
+# Of the variable of a weight that was rounded against its fraction: on the side it was rounded to, close to the edge.
+MARGIN = 0.1
+
+
+@dataclass
+class _Learning:
+    """What is learned: in float while it lasts, in codes afterwards."""
+
+    base: Tensor
+    alpha: Tensor
+    log_scale: Tensor
+    soft: bool
+
+
+class RoundedQuantizer(FixedQuantizer, kind=11):
+    """Uniform, of a weight, as :class:`FixedQuantizer`, with a code kept for each weight instead of the nearest one.
+
+    Between :meth:`begin` and :meth:`end` the rounding is a function of a variable for each weight, which a loss
+    decides (AdaRound, arXiv 2004.10568): ``code = floor(w / scale) + h(alpha)``, by the rectified sigmoid h, or
+    by ``alpha >= 0`` with the gradient of h.
+
+    Attributes:
+        codes: of the shape of the weight, uint8 up to 8 bits; empty before :meth:`initialise`.
+
+    >>> weight = torch.tensor([[0.4, 1.0], [-0.2, 3.0]])
+    >>> quantizer = RoundedQuantizer(2, symmetric=False, axis=0)
+    >>> quantizer.initialise(weight)
+    >>> leaves = quantizer.begin(weight)
+    >>> with torch.no_grad():
+    ...     _ = leaves["alpha"].sub_(3)  # now all is rounded down
+    >>> quantizer.end()
+    >>> [round(value, 2) for value in quantizer(weight)[0].tolist()]
+    [0.33, 1.0]
+    """
+
+    codes: Tensor
+
+    def __init__(self, bits: int, symmetric: bool = False, axis: int | None = 0, estimator=None) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(bits, symmetric, axis, **({} if estimator is None else {"estimator": estimator}))
+        self.register_buffer("codes", torch.empty(0, dtype=torch.uint8 if bits <= 8 else torch.int32))
+        self._learning: _Learning | None = None
+
+    @torch.no_grad()
+    def initialise(self, x: Tensor) -> None:
+        """Scale and zero point from ``x``, and the nearest codes."""
+        super().initialise(x)
+        if self.ready:
+            scale, zero_point = self.affine(x.dim())
+            self._keep(encode(x.detach(), scale, self.grid, zero_point))
+
+    def _keep(self, codes: Tensor) -> None:
+        # Symmetric codes begin below 0.
+        self.codes = (codes - self.grid.low).to(self.codes.dtype)
+        self._kept = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialise`."""
+        return super().forward(x) if self._learning is None else self._learned().to(x.dtype)
+
+    def _of(self, x: Tensor) -> Tensor:
+        scale, zero_point = self.affine(x.dim())
+        return decode(self.codes + self.grid.low, scale, zero_point).to(x.dtype)
+
+    def _learned(self) -> Tensor:
+        learning = self._learning
+        assert learning is not None
+        rounding = soft_rounding if learning.soft else hard_rounding
+        zero_point = self.affine(learning.base.dim())[1]
+        codes = (learning.base + rounding(learning.alpha)).clamp(self.grid.low, self.grid.high)
+        return decode(codes, learning.log_scale.exp(), zero_point)
+
+    @property
+    def learns(self) -> bool:
+        """Whether it is between :meth:`begin` and :meth:`end`."""
+        return self._learning is not None
+
+    def begin(self, weight: Tensor, soft: bool = False, margin: float = MARGIN) -> dict[str, Tensor]:
+        """Start learning from the codes as they are.
+
+        Args:
+            weight: in float.
+            soft: round by the rectified sigmoid, to be driven to 0 or 1 by a regulariser, and not straight-through.
+            margin: where the codes are not the nearest, the size of their variable.
+
+        Returns:
+            the leaf tensors: ``alpha`` of the weight's shape and ``log_scale``, which broadcasts to it.
+
+        Raises:
+            QuantizationError: before :meth:`initialise`.
+        """
+        if not self.ready:
+            raise QuantizationError("The quantizer has no range yet: call initialise(weight) before begin(weight).")
+        scale, zero_point = self.affine(weight.dim())
+        position = weight.detach().float() / scale
+        base = position.floor() + (0 if zero_point is None else zero_point)
+        up = self.codes + self.grid.low > base
+        alpha = from_fraction(position - position.floor())
+        alpha = torch.where((alpha >= 0) == up, alpha, torch.where(up, margin, -margin))
+        self._learning = _Learning(base, alpha.requires_grad_(), scale.log().requires_grad_(), soft)
+        return {"alpha": alpha, "log_scale": self._learning.log_scale}
+
+    @torch.no_grad()
+    def end(self) -> None:
+        """Take over what was learned; nothing where nothing was begun."""
+        learning, self._learning = self._learning, None
+        if learning is not None:
+            self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
+            self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
+
+    def cancel(self) -> None:
+        """Forget what was learned."""
+        self._learning = None

@@ -1,0 +1,271 @@
+"""Training a diffusion model of images with the networks and schedulers of diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.nn.structure import rebuild
+from lightning_quant.tasks.denoisers import described, image_noise, learned_target, noise_scheduler, unet
+from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
+
+Batch = Tensor | Sequence[Tensor]
+
+# Multiples of the golden ratio spread over [0, 1) evenly, however many are taken.
+_GOLDEN = (5**0.5 - 1) / 2
+# Network and scheduler are there as diffusers describes them; the rest belongs to the run.
+_NOT_IN_CHECKPOINTS = [
+    *("network", "scheduler", "sampling_steps", "seed", "pipeline"),
+    *("optimizer", "lr_scheduler", "scheduler_interval"),
+]
+
+
+class ImageDiffusion(LightningModule):
+    """Trains a UNet of diffusers to denoise images, and generates with DDIM.
+
+    Batches are ``(images, labels)`` or images alone, images in [-1, 1]: a DataModule with ``mean`` and ``std`` of
+    0.5. Labels are the conditioning where the network has ``num_class_embeds``, and ignored elsewhere. Logs
+    ``train/loss`` and ``val/loss``, mean squared errors of what the network predicts; in validation every image has
+    its timestep and its noise, so that epochs compare.
+
+    For an average of the weights add Lightning's ``EMAWeightAveraging`` to the callbacks: validation, checkpoints
+    and, after the fit, the module and its pipeline have the averaged weights.
+
+    Args:
+        network: Arguments of ``diffusers.UNet2DModel``; a folder of one, or of a pipeline with one, whose weights
+            are the first ones; or, from Python, a network.
+        scheduler: Arguments of the scheduler that adds the noise, a DDIMScheduler unless ``_class_name`` says
+            DDPMScheduler, as in diffusers' ``scheduler_config.json``; or a folder of one, or of a pipeline. Its
+            ``prediction_type`` is what the network learns: the noise, the image, or the velocity.
+        padding: Background (-1) added on each side of the images, and cut off what is generated.
+        sampling_steps: Of DDIM in ``predict``.
+        seed: Of the noise in validation and of the images in ``predict``, not of the training.
+        pipeline: Folder that :meth:`save_pipeline` writes when the fit ends; None writes none.
+        optimizer: From parameters to an optimizer.
+        lr_scheduler: As in :class:`ImageClassifier`.
+        scheduler_interval: Likewise.
+
+    Raises:
+        ConfigurationError: For arguments that diffusers does not know, numbers out of range, a missing folder, images
+            of another size or range, or labels that do not fit ``num_class_embeds``.
+        UnsupportedModelError: For a network from Python that is no ``UNet2DModel``.
+
+    Source: Ho et al., NeurIPS 2020 (arXiv 2006.11239), the loss of equation 14; Salimans and Ho, ICLR 2022
+    (arXiv 2202.00512), the velocity.
+
+    Example:
+        >>> blocks = {"down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"]}
+        >>> tiny = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": [8]}
+        >>> module = ImageDiffusion({**tiny, **blocks, "norm_num_groups": 4}, sampling_steps=2)
+        >>> module.generate(torch.tensor([0, 1, 2])).shape
+        torch.Size([3, 1, 8, 8])
+        >>> ImageDiffusion({"sample_sise": 8})
+        Traceback (most recent call last):
+        ...
+        lightning_quant.errors.ConfigurationError: UNet2DModel has no argument 'sample_sise'. It has sample_size, ...
+    """
+
+    def __init__(
+        self,
+        network: dict[str, Any] | str | nn.Module,
+        scheduler: dict[str, Any] | str | None = None,
+        padding: int = 0,
+        sampling_steps: int = 50,
+        seed: int = 0,
+        pipeline: str | None = None,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=2e-4),
+        lr_scheduler: RunSchedule | LRSchedulerCallable | None = None,
+        scheduler_interval: Literal["epoch", "step"] = "step",
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=_NOT_IN_CHECKPOINTS)
+        self.network = unet(network)
+        self.scheduler = noise_scheduler(scheduler)
+        self.hparams.update(network=described(self.network), scheduler=described(self.scheduler))
+        steps = self.scheduler.config.num_train_timesteps
+        if min(padding, seed) < 0 or not 1 <= sampling_steps <= steps:
+            raise ConfigurationError(
+                f"Expected padding and seed >= 0 and sampling_steps in 1..{steps} (the scheduler's num_train_timesteps), "
+                f"found padding={padding}, seed={seed} and sampling_steps={sampling_steps}."
+            )
+        if self.network.config.sample_size is None:
+            raise ConfigurationError(
+                "The network has no sample_size. Write the height of the images, padding included."
+            )
+        if pipeline is not None and Path(pipeline).is_file():
+            raise ConfigurationError(f"pipeline='{pipeline}' is a file. Write pipeline=FOLDER.")
+        self.padding = padding
+        self.sampling_steps = sampling_steps
+        self.seed = seed
+        self.pipeline = pipeline
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self._scheduler_interval = scheduler_interval
+        self._served = 0
+        self._checked = False
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network denoises, padding included."""
+        size = self.network.config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.network.config.in_channels, height, width
+
+    def forward(self, images: Tensor, timesteps: Tensor | int, labels: Tensor | None = None) -> Tensor:
+        """What the network predicts of noisy images ``(N, C, H, W)`` at timesteps ``(N,)`` or one for all."""
+        prediction: Tensor = self.network(images, timesteps, class_labels=labels, return_dict=False)[0]
+        return prediction
+
+    def setup(self, stage: str) -> None:
+        self._checked = False
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        embedded = self.network.config.num_class_embeds
+        if embedded is not None and classes is not None and classes > embedded:
+            raise ConfigurationError(
+                f"The data has {classes} classes, the network num_class_embeds={embedded}. "
+                f"Write num_class_embeds: {classes}, or null for a network without classes."
+            )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        rebuild(self, checkpoint["state_dict"])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        images, labels = self._images_and_labels(batch)
+        timesteps = torch.randint(self.scheduler.config.num_train_timesteps, (len(images),), device=self.device)
+        loss = self._loss(images, labels, torch.randn_like(images), timesteps)
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self._served = 0
+
+    def on_test_epoch_start(self) -> None:
+        self._served = 0
+
+    def on_predict_epoch_start(self) -> None:
+        self._served = 0
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Generated images in [0, 1], ``(N, C, H, W)``, one for each row of the batch.
+
+        A batch is ids, ``(ids, labels)``, or one of the DataModule's ``(images, labels)``, whose images are only
+        counted: the ids are then their numbers in the data set.
+        """
+        first, *rest = [batch] if isinstance(batch, Tensor) else batch
+        ids = self._numbers(len(first)) if first.is_floating_point() else first
+        return self.generate(ids, self._labels(rest))
+
+    @torch.no_grad()
+    def generate(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images by DDIM, each from the noise of its id alone, whatever else is in the batch.
+
+        Args:
+            ids: Numbers >= 0, ``(N,)``.
+            labels: Their classes, ``(N,)``, where the network has ``num_class_embeds``.
+
+        Returns:
+            Images in [0, 1], ``(N, C, H, W)``, on the module's device.
+        """
+        from diffusers import DDIMScheduler
+
+        sampler: Any = DDIMScheduler.from_config(self.scheduler.config)
+        sampler.set_timesteps(self.sampling_steps)
+        images = image_noise(self.image_shape, ids.tolist(), self.seed).to(self.device)
+        for timestep in sampler.timesteps.tolist():
+            images = sampler.step(self(images, timestep, labels), timestep, images).prev_sample
+        return F.pad(images, (-self.padding,) * 4).add(1).div(2).clamp(0, 1)
+
+    def on_fit_end(self) -> None:
+        # Averaged weights are in the module since the end of the training, which is before this.
+        if self.pipeline is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.save_pipeline(self.pipeline)
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write network and scheduler as a DDIMPipeline or DDPMPipeline, by the scheduler's class.
+
+        The weights are the module's: after a fit with ``EMAWeightAveraging``, and out of its checkpoints, averaged.
+
+        Args:
+            folder: What ``DDIMPipeline.from_pretrained(folder)`` opens.
+        """
+        import diffusers
+
+        pipeline = getattr(diffusers, type(self.scheduler).__name__.replace("Scheduler", "Pipeline"))
+        pipeline(unet=self.network, scheduler=self.scheduler).save_pretrained(folder)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._optimizer(self.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        schedule = configure_schedule(
+            self._lr_scheduler, optimizer, self.trainer.estimated_stepping_batches, self._scheduler_interval
+        )
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
+
+    def _evaluate(self, batch: Batch, split: Literal["val", "test"]) -> None:
+        images, labels = self._images_and_labels(batch)
+        numbers = self._numbers(len(images))
+        noise = image_noise(self.image_shape, numbers.tolist(), self.seed).to(images)
+        shares = (numbers.double() + 0.5).mul(_GOLDEN).frac()
+        timesteps = shares.mul(self.scheduler.config.num_train_timesteps).long().to(self.device)
+        loss = self._loss(images, labels, noise, timesteps)
+        self.log(f"{split}/loss", loss, sync_dist=True, prog_bar=True, batch_size=len(images))
+
+    def _loss(self, images: Tensor, labels: Tensor | None, noise: Tensor, timesteps: Tensor) -> Tensor:
+        prediction = self(self.scheduler.add_noise(images, noise, timesteps), timesteps, labels)
+        return F.mse_loss(prediction.float(), learned_target(self.scheduler, images, noise, timesteps))
+
+    def _numbers(self, count: int) -> Tensor:
+        """Numbers in the data set of the next images of an evaluation, as DistributedSampler deals them out."""
+        ranks = getattr(self._trainer, "world_size", 1)
+        numbers = torch.arange(self._served, self._served + count) * ranks + self.global_rank
+        self._served += count
+        return numbers
+
+    def _images_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        images, *rest = [batch] if isinstance(batch, Tensor) else batch
+        if not self._checked:
+            # Once, because looking at the values waits for the device.
+            self._check_range(images)
+            self._checked = True
+        images = F.pad(images, (self.padding,) * 4, value=-1.0)
+        if images.shape[1:] != self.image_shape:
+            raise ConfigurationError(
+                f"Found images {tuple(images.shape[1:])}, {self.padding} pixels of padding included, for a network of "
+                f"{self.image_shape} by its in_channels and sample_size. Write them as the data has it, or padding."
+            )
+        return images, self._labels(rest)
+
+    def _labels(self, rest: Sequence[Tensor]) -> Tensor | None:
+        if self.network.config.num_class_embeds is None:
+            return None
+        if not rest:
+            raise ConfigurationError(
+                f"The network has num_class_embeds={self.network.config.num_class_embeds}, found a batch without "
+                "labels. Write batches of (images, labels), to predict also (ids, labels)."
+            )
+        return rest[0]
+
+    @staticmethod
+    def _check_range(images: Tensor) -> None:
+        low, high = images.min().item(), images.max().item()
+        if not -1.001 <= low < 0 < high <= 1.001:
+            raise ConfigurationError(
+                f"Expected images in [-1, 1], found values from {low:.3g} to {high:.3g}. Write mean: [0.5] and "
+                "std: [0.5], one number for each channel, for the DataModule."
+            )
