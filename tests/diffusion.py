@@ -136,7 +136,8 @@ def tiny_pipeline_folder(kind: Kind, path: str | Path, seed: int = 0, scheduler:
         library = type(value).__module__
         index[component] = ["diffusers" if library.startswith("diffusers.") else library, type(value).__name__]
     if kind == "sd":
-        index.update(dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor"), [None, None]))
+        absent = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+        index.update({component: [None, None] for component in absent})
         index["requires_safety_checker"] = False
     (folder / "model_index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     return folder

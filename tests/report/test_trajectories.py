@@ -39,7 +39,7 @@ def labels(axes: Axes) -> list[str]:
 def test_the_lines_are_the_errors_with_the_last_one_written() -> None:
     own, single = draw_error_curves({"a": 1 + RAMP, "b": 2 + RAMP}, {"b": 1.5 + RAMP[1:]}).axes
     np.testing.assert_allclose(drawn(own), [(1 + RAMP).tolist(), (2 + RAMP).tolist()], rtol=1e-6)
-    np.testing.assert_allclose(drawn(single), [[0, *(1.5 + RAMP[1:]).tolist()]], rtol=1e-6)
+    np.testing.assert_allclose(drawn(single), [[np.nan, *(1.5 + RAMP[1:]).tolist()]], rtol=1e-6)
     assert (labels(own), labels(single)) == (["a\n2.00", "b\n3.00"], ["b\n2.50"])
     assert own.lines[1].get_color() == single.lines[0].get_color() != own.lines[0].get_color()
     assert "accumulated" in own.get_title(loc="left")
@@ -175,7 +175,7 @@ class Holder(pl.Callback):
     generation_report = REPORT
 
 
-def tested(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logger: Any = False) -> None:
+def run(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, logger: Any = False) -> None:
     trainer = pl.Trainer(
         callbacks=list(callbacks),
         logger=logger,
@@ -183,7 +183,6 @@ def tested(folder: Path, module: pl.LightningModule, *callbacks: pl.Callback, lo
         accelerator="cpu",
         enable_progress_bar=False,
         enable_model_summary=False,
-        barebones=False,
     )
     trainer.test(module, DataLoader(torch.zeros(1)), verbose=False)  # type: ignore[arg-type]
 
@@ -193,21 +192,21 @@ def pictures(folder: Path) -> list[str]:
 
 
 def test_a_test_ends_with_pictures_in_the_folder(tmp_path: Path) -> None:
-    tested(tmp_path, Diffusion(REPORT), GenerationPictures(str(tmp_path / "a" / "b")))
+    run(tmp_path, Diffusion(REPORT), GenerationPictures(str(tmp_path / "a" / "b")))
     assert pictures(tmp_path / "a" / "b") == ALL
 
 
 def test_without_folder_they_lie_beside_the_logs_or_in_the_root(tmp_path: Path) -> None:
-    tested(tmp_path / "root", Diffusion(REPORT), GenerationPictures())
+    run(tmp_path / "root", Diffusion(REPORT), GenerationPictures())
     assert pictures(tmp_path / "root") == ALL
     logger = CSVLogger(tmp_path / "logs")
-    tested(tmp_path / "other", Diffusion(REPORT), GenerationPictures(), logger=logger)
+    run(tmp_path / "other", Diffusion(REPORT), GenerationPictures(), logger=logger)
     assert pictures(Path(logger.log_dir)) == ALL
     assert pictures(tmp_path / "other") == []
 
 
 def test_another_callback_can_hold_the_report(tmp_path: Path) -> None:
-    tested(tmp_path, Diffusion(None), Holder(), GenerationPictures(str(tmp_path)))
+    run(tmp_path, Diffusion(None), Holder(), GenerationPictures(str(tmp_path)))
     assert pictures(tmp_path) == ALL
 
 
@@ -215,7 +214,7 @@ def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     with pytest.warns(
         UserWarning, match="GenerationPictures drew nothing: after the test, Diffusion.generation_report"
     ):
-        tested(tmp_path, Diffusion(None), GenerationPictures())
+        run(tmp_path, Diffusion(None), GenerationPictures())
     assert pictures(tmp_path) == []
 
 

@@ -50,6 +50,9 @@ class Learner:
 
     def step(self) -> None:
         """Move the leaves by the gradients of all ranks, and forget those."""
+        for quantizer in self.quantizers.values():
+            if isinstance(quantizer, RoundedQuantizer):
+                quantizer.release()
         leaves = self.learned
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
@@ -105,6 +108,7 @@ def _begun(network: nn.Module) -> list[tuple[str, RoundedQuantizer | TimestepQua
         quantizer = layer.weight_quantizer
         if isinstance(quantizer, RoundedQuantizer):
             begun.append((f"{name}.weight_quantizer", quantizer, quantizer.begin(layer.weight)))
+            quantizer.holds = True
     activations = activation_quantizers(network)
     return begun + [(f"{name}.{slot}", each, each.begin()) for (name, slot), each in activations.items()]
 

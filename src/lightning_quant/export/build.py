@@ -96,12 +96,13 @@ def _maker(path: str) -> Callable[..., nn.Module]:
 def deduce(model: nn.Module) -> Build | None:
     """A build whose network is this one's float form, found by trying; None where none was found.
 
-    A LightningModule says its class and hyperparameters. A timm or torchvision network says its architecture, and its
-    sizes can be read off it; all its modules must agree in class and settings with those of the network so built.
+    A LightningModule says its class and hyperparameters, a network of diffusers its class and config. A timm or
+    torchvision network says its architecture, and its sizes can be read off it. Of networks all modules must agree in
+    class and settings with those of the network so built.
     """
     if isinstance(model, pl.LightningModule):
         return next((build for build in _lightning(model) if not mismatch(model, build)), None)
-    candidates = (*_timm(model), *_torchvision(model))
+    candidates = (*_timm(model), *_torchvision(model), *_diffusers(model))
     return next((build for build in candidates if not mismatch(model, build, settings=True)), None)
 
 
@@ -174,6 +175,17 @@ def _lightning(model: pl.LightningModule) -> Iterator[Build]:
     importable = kind.__module__ != "__main__" and "." not in kind.__qualname__
     if importable and required <= arguments.keys():
         yield {"class_path": path, "init_args": _without_origin(path, arguments)}
+
+
+def _diffusers(model: nn.Module) -> Iterator[Build]:
+    kind = type(model)
+    if not any(base.__name__ == "ModelMixin" and base.__module__.startswith("diffusers.") for base in kind.__mro__):
+        return
+    known = inspect.signature(kind).parameters
+    config: Any = getattr(model, "config", {})
+    own = getattr(import_module("diffusers"), kind.__name__, None) is kind
+    path = f"diffusers.{kind.__name__}" if own else f"{kind.__module__}.{kind.__qualname__}"
+    yield {"class_path": path, "init_args": {name: value for name, value in config.items() if name in known}}
 
 
 def _timm(model: nn.Module) -> Iterator[Build]:

@@ -127,24 +127,35 @@ class _FakeQuantize(torch.autograd.Function):
         zero_point: Tensor | None,
         grid: Grid,
     ) -> Tensor:
-        ctx.grid = grid  # type: ignore[attr-defined]
-        ctx.save_for_backward(x, scale, *([] if zero_point is None else [zero_point]))
-        return decode(encode(x, scale, grid, zero_point), scale, zero_point).to(x.dtype)
+        ctx.grid, ctx.shifts = grid, zero_point is not None  # type: ignore[attr-defined]
+        output = decode(encode(x, scale, grid, zero_point), scale, zero_point).to(x.dtype)
+        # The product that follows keeps the output anyway; in half precision its rounding would be in the gradient.
+        learned = ctx.needs_input_grad[1] and output.dtype == scale.dtype  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, scale, *(t for t in (zero_point, output if learned else None) if t is not None))
+        return output
 
     @staticmethod
     def backward(  # type: ignore[no-untyped-def]
         ctx, grad: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         x, scale, *rest = ctx.saved_tensors
-        zero_point = rest[0] if rest else torch.zeros_like(scale)
-        inside = is_inside(x, scale, ctx.grid, zero_point)
+        zero_point = rest[0] if ctx.shifts else None
+        passed = grad * is_inside(x, scale, ctx.grid, zero_point)
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            residual = encode(x, scale, ctx.grid, zero_point) - zero_point - _wide(x) / scale * inside
-            grad_scale = (grad * residual).to(scale.dtype).sum_to_size(scale.shape)
+            output = rest[-1] if x.dtype == scale.dtype else decode(encode(x, scale, ctx.grid, zero_point), scale, zero_point)
+            # grad ((code - zero) - x / scale inside the clamp): of values that are there.
+            grad_scale = (_dots(grad, output, scale) - _dots(passed, x, scale)) / scale
         if ctx.needs_input_grad[2]:
-            grad_zero = (-scale * grad * ~inside).to(scale.dtype).sum_to_size(zero_point.shape)
-        return grad * inside, grad_scale, grad_zero, None
+            grad_zero = -scale * (grad - passed).to(scale.dtype).sum_to_size(scale.shape)
+        return passed, grad_scale, grad_zero, None
+
+
+def _dots(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
+    """Sums of ``a * b`` over what ``like`` broadcasts to, without the product where that is all of it."""
+    if like.numel() == 1 and a.dtype == b.dtype == like.dtype:
+        return torch.dot(a.flatten(), b.flatten()).view_as(like)
+    return (a.to(like.dtype) * b).sum_to_size(like.shape)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -28,6 +28,22 @@ register_attention(
 )
 
 
+@register_attention("diffusers.models.attention_processor.Attention")
+class ProcessedAttention(QuantizedAttention):
+    """Of diffusers, self- and cross-attention: what computes it is an exchangeable processor."""
+
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str:
+        """A processor of diffusers that computes the softmax by itself, or in a kernel of its own."""
+        processor = type(getattr(module, "processor", None))
+        if processor.__module__.startswith("diffusers.") and "2_0" not in processor.__name__:
+            return (
+                f"has the processor {processor.__name__}, which does not call F.scaled_dot_product_attention (write"
+                " network.set_attn_processor(AttnProcessor2_0()) from diffusers.models.attention_processor)"
+            )
+        return super().obstacle(module)
+
+
 class _Windows(QuantizedAttention):
     """Attention within windows: B images come as [B * windows, N, C], the windows of an image one after the other."""
 

@@ -26,6 +26,15 @@ class _Learning:
     soft: bool
 
 
+@dataclass
+class _Held:
+    """The weight of an update: its function of the variables, and the leaf that the network's gradients add up in."""
+
+    versions: tuple[int, int]
+    function: Tensor
+    leaf: Tensor
+
+
 class RoundedQuantizer(FixedQuantizer, kind=11):
     """Uniform, of a weight, as :class:`FixedQuantizer`, with a code kept for each weight instead of the nearest one.
 
@@ -35,6 +44,8 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     Attributes:
         codes: of the shape of the weight, uint8 up to 8 bits; empty before :meth:`initialise`.
+        holds: compute the learned weight once for all calls between two changes of the variables, whose gradients then
+            wait for :meth:`release`: with several calls in an update this is most of the cost of learning.
 
     >>> weight = torch.tensor([[0.4, 1.0], [-0.2, 3.0]])
     >>> quantizer = RoundedQuantizer(2, symmetric=False, axis=0)
@@ -53,6 +64,8 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         super().__init__(bits, symmetric, axis, **({} if estimator is None else {"estimator": estimator}))
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8 if bits <= 8 else torch.int32))
         self._learning: _Learning | None = None
+        self.holds = False
+        self._held: _Held | None = None
 
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
@@ -69,11 +82,29 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     def forward(self, x: Tensor) -> Tensor:
         """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialise`."""
-        return super().forward(x) if self._learning is None else self._learned().to(x.dtype)
+        if self._learning is None:
+            return super().forward(x)
+        return (self._hold().leaf if self.holds else self._learned()).to(x.dtype)
 
     def _of(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())
         return decode(self.codes + self.grid.low, scale, zero_point).to(x.dtype)
+
+    def _hold(self) -> _Held:
+        learning = self._learning
+        assert learning is not None
+        versions = (learning.alpha._version, learning.log_scale._version)
+        if self._held is None or self._held.versions != versions:
+            with torch.enable_grad():
+                function = self._learned()
+            self._held = _Held(versions, function, function.detach().requires_grad_(function.requires_grad))
+        return self._held
+
+    def release(self) -> None:
+        """Let the gradients that added up in the held weight flow on to the variables."""
+        held, self._held = self._held, None
+        if held is not None and held.leaf.grad is not None:
+            held.function.backward(held.leaf.grad)  # type: ignore[no-untyped-call]
 
     def _learned(self) -> Tensor:
         learning = self._learning
@@ -117,10 +148,11 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     def end(self) -> None:
         """Take over what was learned; nothing where nothing was begun."""
         learning, self._learning = self._learning, None
+        self.holds, self._held = False, None
         if learning is not None:
             self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
             self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
 
     def cancel(self) -> None:
         """Forget what was learned."""
-        self._learning = None
+        self._learning, self._held, self.holds = None, None, False

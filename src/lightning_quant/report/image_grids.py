@@ -184,10 +184,8 @@ def _draw_block(
 def _picture(axes: Axes, image: Tensor, corner: tuple[int, int], cell: tuple[int, int]) -> None:
     (x, y), (height, width) = corner, cell
     axes.imshow(
-        image.permute(1, 2, 0).squeeze(-1).numpy() if len(image) == 1 else image.permute(1, 2, 0).numpy(),
-        cmap="gray",
-        vmin=0,
-        vmax=1,
+        # As three channels grey keeps its 8 bits, which a colour map would round once more.
+        image.expand(3, -1, -1).permute(1, 2, 0).numpy(),
         extent=(x, x + width, y + height, y),
         aspect="auto",
         interpolation="nearest" if image.shape[1] <= height else "antialiased",

@@ -187,7 +187,7 @@ def draw_error_curves(
 
 
 def _curve(name: str, values: Tensor, steps: int) -> NDArray[np.float64]:
-    """(runs, N + 1)."""
+    """(runs, N + 1), NaN for the noise where it is left out."""
     curve = np.atleast_2d(numbers(values))
     if curve.ndim != 2 or steps < 1 or curve.shape[1] not in (steps, steps + 1) or not len(curve):
         raise ConfigurationError(
@@ -195,7 +195,7 @@ def _curve(name: str, values: Tensor, steps: int) -> NDArray[np.float64]:
             f" {steps + 1}), one for each state from the noise to the sample."
         )
     missing = steps + 1 - curve.shape[1]
-    return np.pad(curve, ((0, 0), (missing, 0)))
+    return np.pad(curve, ((0, 0), (missing, 0)), constant_values=np.nan)
 
 
 def _timesteps(timesteps: Sequence[int] | Tensor | None, steps: int) -> list[int] | None:

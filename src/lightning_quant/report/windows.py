@@ -173,7 +173,7 @@ def numbers(values: Values) -> NDArray[np.float64]:
     >>> numbers(torch.ones(2))
     array([1., 1.])
     """
-    array: NDArray[np.float64] = torch.as_tensor(values).detach().cpu().double().numpy()
+    array: NDArray[np.float64] = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
     return array
 
 

@@ -94,13 +94,11 @@ class ImageDiffusion(LightningModule):
         steps = self.scheduler.config.num_train_timesteps
         if min(padding, seed) < 0 or not 1 <= sampling_steps <= steps:
             raise ConfigurationError(
-                f"Expected padding and seed >= 0 and sampling_steps in 1..{steps} (the scheduler's num_train_timesteps), "
-                f"found padding={padding}, seed={seed} and sampling_steps={sampling_steps}."
+                f"Expected padding and seed >= 0 and sampling_steps in 1..{steps}, the scheduler's "
+                f"num_train_timesteps, found padding={padding}, seed={seed} and sampling_steps={sampling_steps}."
             )
         if self.network.config.sample_size is None:
-            raise ConfigurationError(
-                "The network has no sample_size. Write the height of the images, padding included."
-            )
+            raise ConfigurationError("The network has no sample_size. Write the height of the images, with padding.")
         if pipeline is not None and Path(pipeline).is_file():
             raise ConfigurationError(f"pipeline='{pipeline}' is a file. Write pipeline=FOLDER.")
         self.padding = padding

@@ -1,0 +1,198 @@
+"""A denoiser as samplers call it: a state and a timestep in, what the scheduler's step takes out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+
+# Rows (n, ...) by the name of the network's argument. Of the unconditional branch they are named "uncond_...".
+Conditioning = dict[str, Tensor]
+# How a network is called: (network, x, t, conditioning without "uncond_...") to its output (n, channels, H, W).
+Call = Callable[[nn.Module, Tensor, "int | Tensor", Conditioning], Tensor]
+
+UNCONDITIONAL = "uncond_"
+SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+
+
+class Denoiser:
+    """A network with its guidance, for one call at each step. It holds the network and owns nothing.
+
+    With guidance both branches are one batch, in the order of diffusers' pipelines: first the unconditional one, for
+    a DiT the conditional one. Gradients flow through both. Of a learned variance the channels are cut off.
+
+    Args:
+        network: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, or any module whose forward takes (sample,
+            timestep, **conditioning) and returns a tensor, a tuple that begins with one, or an object with ``sample``.
+        guidance: the scale w of uncond + w (cond - uncond), above 1; None or 1 for the conditional branch alone.
+        call: in place of the call of the network.
+
+    Attributes:
+        calls: how often the network was called; both branches of guidance are one call.
+
+    Raises:
+        ConfigurationError: guidance below 1.
+        UnsupportedModelError: another denoiser of diffusers, or one that needs more conditions than a state has.
+
+    >>> class Half(nn.Module):
+    ...     def forward(self, sample, timestep, class_labels):
+    ...         return sample / 2 + class_labels.view(-1, 1, 1, 1)
+    >>> denoiser = Denoiser(Half(), guidance=3.0)
+    >>> labels = {"class_labels": torch.tensor([1.0]), "uncond_class_labels": torch.tensor([0.0])}
+    >>> denoiser(torch.zeros(1, 1, 1, 1), 10, labels).item(), denoiser.calls
+    (3.0, 1)
+    """
+
+    def __init__(self, network: nn.Module, guidance: float | None = None, call: Call | None = None) -> None:
+        kind = check_denoiser(network) if call is None else ""
+        self.network, self.guidance = network, _checked_guidance(guidance)
+        self.calls = 0
+        self._call = call or _CALLS[kind]
+        self._conditional_first = kind == "DiTTransformer2DModel"
+
+    def __call__(self, x: Tensor, t: int | Tensor, conditioning: Conditioning | None = None) -> Tensor:
+        """The output that the scheduler's step takes.
+
+        Args:
+            x: (n, C, H, W).
+            t: of all images, or (n,).
+            conditioning: rows (n, ...) by name, {} or None for none.
+
+        Returns:
+            (n, C, H, W) in the dtype of ``x``.
+
+        Raises:
+            ConfigurationError: guidance without an unconditional branch, or rows that are not one for each image.
+            UnsupportedModelError: an output of another shape.
+        """
+        cond, uncond = _branches(conditioning or {}, len(x))
+        if self.guidance is None:
+            return self._output(x, t, cond)
+        _check_both(cond, uncond, self.guidance)
+        first, second = (cond, uncond) if self._conditional_first else (uncond, cond)
+        both = {name: torch.cat([first[name], second[name]]) for name in cond}
+        times = torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() and len(t) > 1 else t
+        halves = self._output(torch.cat([x, x]), times, both).chunk(2)
+        conditional, unconditional = halves if self._conditional_first else halves[::-1]
+        return unconditional + self.guidance * (conditional - unconditional)
+
+    def _output(self, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
+        dtype = next((p.dtype for p in self.network.parameters() if p.is_floating_point()), x.dtype)
+        rows = {name: r.to(dtype) if r.is_floating_point() else r for name, r in conditioning.items()}
+        self.calls += 1
+        output = self._call(self.network, x.to(dtype), t, rows)
+        if output.shape != x.shape:
+            raise UnsupportedModelError(
+                f"{type(self.network).__name__} made {tuple(output.shape)} of a state {tuple(x.shape)}: expected the"
+                " same shape, of which a DiT's learned variance alone is cut off. Give Denoiser(network, call=...) that"
+                " returns what the scheduler's step takes."
+            )
+        return output.to(x.dtype)
+
+    def __repr__(self) -> str:
+        return f"Denoiser({type(self.network).__name__}, guidance={self.guidance})"
+
+
+def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) -> Denoiser:
+    """A :class:`Denoiser` of a network; one that is a Denoiser already is taken as it is where guidance is None.
+
+    >>> denoiser_of(nn.Identity())
+    Denoiser(Identity, guidance=None)
+    """
+    if isinstance(network, Denoiser):
+        return network if guidance is None else Denoiser(network.network, guidance, network._call)
+    return Denoiser(network, guidance)
+
+
+def check_denoiser(network: nn.Module) -> str:
+    """The supported class of diffusers that a network is of; empty for networks of others.
+
+    Raises:
+        UnsupportedModelError: another class of diffusers, or a setting that asks for more conditions.
+    """
+    kinds = [kind.__name__ for kind in type(network).__mro__ if kind.__module__.split(".")[0] == "diffusers"]
+    found = next((name for name in kinds if name in SUPPORTED), "")
+    if kinds and not found:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} is no denoiser that AccuQuant knows; supported are {', '.join(SUPPORTED)}, and"
+            " modules of your own whose forward takes (sample, timestep, **conditioning)."
+        )
+    config: Any = getattr(network, "config", {}) if found else {}
+    for option in ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
+        if config.get(option) is not None:
+            raise UnsupportedModelError(
+                f"This {found} has {option}={config[option]!r}, and wants inputs beside encoder_hidden_states that"
+                " samplers here do not give: write Denoiser(network, call=...) with a function that adds them."
+            )
+    return found
+
+
+def _checked_guidance(guidance: float | None) -> float | None:
+    if guidance is None or guidance == 1:
+        return None
+    if not (math.isfinite(guidance) and guidance > 1):
+        raise ConfigurationError(f"guidance={guidance}: expected a scale above 1, as 7.5, or None for no guidance.")
+    return float(guidance)
+
+
+def _branches(conditioning: Conditioning, n: int) -> tuple[Conditioning, Conditioning]:
+    for name, rows in conditioning.items():
+        if len(rows) != n:
+            raise ConfigurationError(f"{name} has {len(rows)} rows for {n} images: give it one row for each image.")
+    uncond = {key.removeprefix(UNCONDITIONAL): r for key, r in conditioning.items() if key.startswith(UNCONDITIONAL)}
+    return {key: r for key, r in conditioning.items() if not key.startswith(UNCONDITIONAL)}, uncond
+
+
+def _check_both(cond: Conditioning, uncond: Conditioning, guidance: float) -> None:
+    if cond and cond.keys() == uncond.keys():
+        return
+    missing = [UNCONDITIONAL + name for name in cond if name not in uncond] or sorted(uncond)
+    raise ConfigurationError(
+        f"guidance={guidance} takes both branches, and the conditioning has {sorted(cond) or 'none'} and no"
+        f" {', '.join(missing) or 'class_labels and uncond_class_labels'}: give both, or guidance=None."
+    )
+
+
+def _call_module(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
+    """By position: the first two arguments go by several names."""
+    return _tensor(network(x, _times(t, x), **conditioning), network)
+
+
+def _call_unet(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
+    """With the plain number, which the network itself makes a tensor of."""
+    return _tensor(network(x, t, **conditioning), network)
+
+
+def _call_dit(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
+    """As DiTPipeline, the channels of a learned variance cut off."""
+    output = _tensor(network(x, timestep=_times(t, x), **conditioning), network)
+    return output[:, : x.shape[1]] if output.shape[1] // 2 == x.shape[1] else output
+
+
+_CALLS: dict[str, Call] = {
+    "": _call_module,
+    "UNet2DModel": _call_unet,
+    "UNet2DConditionModel": _call_unet,
+    "DiTTransformer2DModel": _call_dit,
+}
+
+
+def _times(t: int | Tensor, x: Tensor) -> Tensor:
+    """(n,), as int64 where it is a plain number."""
+    found = t if isinstance(t, Tensor) else torch.tensor(t)
+    return found.to(x.device).expand(len(x))
+
+
+def _tensor(output: Any, network: nn.Module) -> Tensor:
+    found = output[0] if isinstance(output, tuple | list) and output else getattr(output, "sample", output)
+    if not isinstance(found, Tensor):
+        raise UnsupportedModelError(
+            f"{type(network).__name__} returned a {type(output).__name__}: expected a tensor, a tuple that begins with"
+            " one, or an object with the attribute sample."
+        )
+    return found

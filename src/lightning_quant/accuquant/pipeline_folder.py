@@ -1,0 +1,217 @@
+"""The folder of a diffusers pipeline: which components it has, and each of them alone.
+
+Components are loaded one by one and not through their pipeline's class: Stable Diffusion's needs transformers even
+where no prompt is encoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.accuquant.samplers import SUPPORTED as SCHEDULERS
+from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+
+INDEX = "model_index.json"
+# In the place of a denoiser's weights where it is quantized; lightning_quant.export writes it.
+QUANTIZED = "quantization.json"
+DENOISERS, DECODERS = ("unet", "transformer"), ("vqvae", "vae")
+DENOISER_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
+DECODER_CLASSES = ("VQModel", "AutoencoderKL")
+OWN_PIPELINE = "ClassConditionalLDMPipeline"
+PIPELINES = (
+    "DDPMPipeline",
+    "DDIMPipeline",
+    "PNDMPipeline",
+    "LDMPipeline",
+    OWN_PIPELINE,
+    "StableDiffusionPipeline",
+    "DiTPipeline",
+)
+_CONFIGS = ("config.json", "scheduler_config.json")
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """What is in a folder.
+
+    Attributes:
+        path: of it.
+        pipeline: name of the pipeline's class; empty where there is no ``model_index.json``.
+        components: folder and class name of each component.
+        alone: whether the folder itself is that of the denoiser.
+    """
+
+    path: Path
+    pipeline: str
+    components: Mapping[str, tuple[Path, str]]
+    alone: bool = False
+
+    @property
+    def denoiser(self) -> str:
+        """Name of the component that denoises.
+
+        Raises:
+            ConfigurationError: there is none.
+        """
+        found = next((name for name in DENOISERS if name in self.components), None)
+        if found is None:
+            raise ConfigurationError(
+                f"{self.path} has no denoiser, found {', '.join(self.components) or 'no component'}: give the folder of"
+                f" a diffusers pipeline with {INDEX} and {' or '.join(DENOISERS)}/, or that of a"
+                f" {' or '.join(DENOISER_CLASSES)} with its config.json."
+            )
+        return found
+
+    @property
+    def decoder(self) -> str | None:
+        """Name of the component that makes images of latents."""
+        return next((name for name in DECODERS if name in self.components), None)
+
+
+def read_folder(path: Path) -> PipelineFolder:
+    """Look at a folder; nothing is loaded.
+
+    Args:
+        path: with ``model_index.json``; or with folders ``unet/`` or ``transformer/``, ``scheduler/`` and so on; or
+            with the ``config.json`` of a denoiser.
+
+    Raises:
+        UnsupportedModelError: another pipeline.
+        CheckpointError: JSON that is cut off or changed.
+    """
+    if (path / INDEX).is_file():
+        index = _json(path / INDEX)
+        pipeline = index.get("_class_name")
+        name = pipeline[-1] if isinstance(pipeline, list) else str(pipeline)
+        if name not in PIPELINES:
+            raise UnsupportedModelError(
+                f"{path} is a {name}; AccuQuant knows {', '.join(PIPELINES)}. Give the folder of its denoiser, and its"
+                " scheduler as scheduler=, where it takes class_labels or encoder_hidden_states and nothing else."
+            )
+        entries = {key: entry for key, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+        found = {key: (path / key, str(entry[1])) for key, entry in entries.items() if entry[1] and key[0] != "_"}
+        return PipelineFolder(path, name, found)
+    if (path / "config.json").is_file():
+        own = {DENOISERS[0]: (path, _class_name(path))}
+        beside = {"scheduler": (path, _class_name(path, _CONFIGS[1:]))} if (path / _CONFIGS[1]).is_file() else {}
+        return PipelineFolder(path, "", {**_below(path), **own, **beside}, alone=True)
+    return PipelineFolder(path, "", _below(path))
+
+
+def _below(path: Path) -> dict[str, tuple[Path, str]]:
+    names = (*DENOISERS, *DECODERS, "scheduler", "class_embedding")
+    there = [name for name in names if any((path / name / config).is_file() for config in _CONFIGS)]
+    return {name: (path / name, _class_name(path / name)) for name in there}
+
+
+def _class_name(path: Path, configs: tuple[str, ...] = _CONFIGS) -> str:
+    config = _json(next(path / name for name in configs if (path / name).is_file()))
+    return str(config.get("_class_name"))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"a {type(content).__name__} instead of an object")
+    except ValueError as error:
+        raise CheckpointError(f"{path} is cut off or changed ({error}): copy the pipeline's folder again.") from error
+    return content
+
+
+def load_denoiser(folder: PipelineFolder) -> Any:
+    """The denoiser of a folder, in FP32, for evaluation.
+
+    Raises:
+        UnsupportedModelError: another class.
+        ConfigurationError: it is quantized.
+        CheckpointError: weights that are missing or of another network.
+    """
+    path, name = folder.components[folder.denoiser]
+    if name == "Transformer2DModel" and (path / "config.json").is_file():
+        # So the DiT of the hub is named, from before it had a class of its own.
+        name = "DiTTransformer2DModel" if _json(path / "config.json").get("norm_type") == "ada_norm_zero" else name
+    if name not in DENOISER_CLASSES:
+        raise UnsupportedModelError(
+            f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. A network of your own"
+            " can be given as a module, with load_pipeline(folder, network=...)."
+        )
+    if (path / QUANTIZED).is_file():
+        raise ConfigurationError(
+            f"{path} holds a quantized denoiser: write open_model({str(folder.path)!r}), or open_pipeline for the"
+            " pipeline of diffusers, from lightning_quant.export.pipeline."
+        )
+    return load_component(path, name)
+
+
+def load_component(path: Path, name: str) -> Any:
+    """One component of a folder by the name of its class, networks in FP32 and for evaluation.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    import torch
+
+    try:
+        if name == "ClassEmbedding":
+            kind: Any = import_module("lightning_quant.accuquant.class_conditional").ClassEmbedding
+        else:
+            kind = getattr(import_module("diffusers"), name)
+        network: Any = kind.from_pretrained(path, torch_dtype=torch.float32)
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} is not the folder of a {name} that diffusers can load: {error}\nCopy the folder again, with its"
+            " config.json and its weights."
+        ) from error
+    return network.eval()
+
+
+def load_scheduler(folder: PipelineFolder, given: Any) -> Any:
+    """The scheduler that was given, as an object or a folder, or else that of the pipeline.
+
+    Raises:
+        ConfigurationError: there is none.
+        UnsupportedModelError: another class than those that can be sampled with.
+    """
+    if given is not None and not isinstance(given, str | Path):
+        return given
+    path, name = folder.components.get("scheduler", (folder.path / "scheduler", ""))
+    if given is not None:
+        path = Path(given).expanduser()
+        path = path if (path / _CONFIGS[1]).is_file() else path / "scheduler"
+    if not (path / _CONFIGS[1]).is_file():
+        where = f"{folder.path} has no scheduler" if given is None else f"scheduler={str(given)!r} has none"
+        raise ConfigurationError(
+            f"{where}: there is no {path / _CONFIGS[1]}. Add the folder scheduler/ that the model was trained with"
+            ' (scheduler.save_pretrained(folder + "/scheduler")), or write load_pipeline(folder,'
+            f" scheduler=DDIMScheduler(...)); supported are {', '.join(SCHEDULERS)}."
+        )
+    config = _json(path / _CONFIGS[1])
+    name = str(config.get("_class_name") or name)
+    if name not in SCHEDULERS:
+        raise UnsupportedModelError(
+            f"{path} holds a {name}; supported are {', '.join(SCHEDULERS)}. Write load_pipeline(folder,"
+            " scheduler=DDIMScheduler.from_config(config)) with one of these that does for the model."
+        )
+    return getattr(import_module("diffusers"), name).from_config(config)
+
+
+def as_the_pipeline_has_it(scheduler: Any, pipeline: str) -> Any:
+    """The scheduler as the constructor of a pipeline changes it, or itself.
+
+    ``DDIMPipeline`` makes every scheduler a DDIM one, and Stable Diffusion's corrects two settings of old
+    folders; without this the images would not be those of the pipeline.
+    """
+    config = scheduler.config
+    if pipeline == "DDIMPipeline" and type(scheduler).__name__ != "DDIMScheduler":
+        return import_module("diffusers").DDIMScheduler.from_config(config)
+    if pipeline == "StableDiffusionPipeline":
+        corrected = {"steps_offset": 1, "clip_sample": False}
+        changes = {key: value for key, value in corrected.items() if config.get(key, value) != value}
+        return type(scheduler).from_config(config, **changes) if changes else scheduler
+    return scheduler

@@ -1,0 +1,167 @@
+"""From a float denoiser and its scheduler to a calibration that can start: plan, estimate, trajectories, quantizers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
+from lightning_quant.accuquant.noise import initial_noise
+from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
+from lightning_quant.accuquant.ranges import prepare
+from lightning_quant.accuquant.samplers import Sampler, sampler_of
+from lightning_quant.accuquant.session import Calibration, Source
+from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
+from lightning_quant.accuquant.trajectories import check_finite, device_of, evaluating, rows_to, trajectory_bytes
+from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.nn.strip import strip
+from lightning_quant.tasks.calibration_progress import ProgressBar, duration
+
+# Measured in forwards of the float network (benchmarks/accuquant_time.py): of a quantized forward, and of one with its
+# backward.
+FORWARD, BACKWARD = 1.9, 5.0
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a diffusion model is made of, as a calibration sees it.
+
+    Attributes:
+        denoiser: around the network, with guidance.
+        scheduler: of diffusers.
+        shape: (C, H, W) of a state.
+        conditioning: rows for the images of some numbers.
+    """
+
+    denoiser: Denoiser
+    scheduler: Any
+    shape: tuple[int, ...]
+    conditioning: Callable[[range], Conditioning] = lambda ids: {}
+
+
+def image_numbers(settings: Settings) -> tuple[range, range]:
+    """Numbers of the images to learn from, and of those held out."""
+    first = range(settings.trajectories)
+    return first, range(first.stop, first.stop + settings.held_out)
+
+
+def sampler_for(parts: Parts, settings: Settings) -> Sampler:
+    """The sampler of the settings.
+
+    Raises:
+        UnsupportedModelError: a scheduler that is not known.
+        ConfigurationError: a window that is longer than the trajectory.
+    """
+    sampler = sampler_of(parts.scheduler, settings.steps, settings.eta)
+    if isinstance(settings.window, int) and settings.window > len(sampler.timesteps):
+        raise ConfigurationError(
+            f"window={settings.window} is longer than the trajectory, of {len(sampler.timesteps)} steps."
+        )
+    return sampler
+
+
+def start(trainer: pl.Trainer, parts: Parts, settings: Settings, cache_dir: str | Path | None) -> Calibration:
+    """Print plan and estimate, make the float trajectories, and put empty quantizers into the network.
+
+    Args:
+        trainer: says where files go and how ranks share the work.
+        parts: of the model, its network in float or quantized before, which is undone.
+        settings: of the calibration.
+        cache_dir: folder of the float trajectories; None is ``accuquant`` in ``default_root_dir``.
+
+    Raises:
+        ConfigurationError, UnsupportedModelError, CheckpointError, QuantizationError: as the parts below say.
+    """
+    network = parts.denoiser.network
+    strip(network)
+    sampler = sampler_for(parts, settings)
+    learned, held = image_numbers(settings)
+    with evaluating(network):
+        plan = plan_denoiser(network, settings, lambda: call_once(parts, sampler, 1))
+        seconds = _timed(parts, sampler, settings)
+    rank_zero_info(f"{plan}\n{estimate(plan, sampler, parts.shape, seconds, trainer.world_size)}")
+    cache = trajectories(trainer, parts, sampler, settings, cache_dir, range(learned.start, held.stop))
+    length = settings.window if isinstance(settings.window, int) else usual_window(len(sampler.timesteps))
+    groups = windows_of(len(sampler.timesteps), length) if settings.activation_parameters == "per_group" else []
+    starts = [sampler.timesteps[group.start] for group in groups]
+    prepare(network, plan, sorted(set(starts), reverse=True))
+    source = Source(parts.denoiser, sampler, plan, cache, learned, held, trainer.global_rank, trainer.world_size)
+    return Calibration(source)
+
+
+def trajectories(
+    trainer: pl.Trainer,
+    parts: Parts,
+    sampler: Sampler,
+    settings: Settings,
+    cache_dir: str | Path | None,
+    ids: range,
+) -> TrajectoryCache:
+    """The float trajectories of some images, made where they are not there yet; the network has to be in float."""
+    folder = Path(trainer.default_root_dir) / "accuquant" if cache_dir is None else Path(cache_dir)
+    cache = TrajectoryCache(folder / "trajectories", chunk=min(32, len(ids)))
+    share = -(-len(ids) // trainer.world_size)
+    with ProgressBar(trainer, share * len(sampler.timesteps), "Float trajectories") as bar:
+        conditioning = parts.conditioning(ids)
+        cache.ensure(parts.denoiser, sampler, conditioning, ids, parts.shape, settings.seed, bar.update)
+    return cache
+
+
+def call_once(parts: Parts, sampler: Sampler, images: int) -> Tensor:
+    """The float denoiser at the first step.
+
+    Raises:
+        QuantizationError: NaN in its output.
+    """
+    device = device_of(parts.denoiser.network, torch.device("cpu"))
+    x = initial_noise(parts.shape, range(images), 0).to(device)
+    output = parts.denoiser(x, sampler.timesteps[0], rows_to(parts.conditioning(range(images)), device))
+    check_finite(output, 0, sampler.timesteps[0], range(images))
+    return output
+
+
+@torch.no_grad()
+def _timed(parts: Parts, sampler: Sampler, settings: Settings) -> float:
+    """Seconds that the float denoiser takes for a batch."""
+    begin = time.perf_counter()
+    call_once(parts, sampler, settings.batch_size)
+    return time.perf_counter() - begin
+
+
+def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], seconds: float, ranks: int = 1) -> str:
+    """Sentences on time, memory and disk.
+
+    Args:
+        plan: of the denoiser.
+        sampler: its steps.
+        shape: (C, H, W) of a state.
+        seconds: that a float call of one batch took.
+        ranks: that share the work.
+    """
+    settings, steps = plan.settings, len(sampler.timesteps)
+    length = settings.window if isinstance(settings.window, int) else usual_window(steps)
+    images = settings.trajectories + settings.held_out
+    float_calls = images / settings.batch_size * steps
+    walks = FORWARD if settings.adjoint in ("identity", "coefficient", "exact") else 0
+    update = length * (walks + BACKWARD)
+    checks = (settings.updates / settings.check_every + 2) * settings.held_out / settings.batch_size * steps * FORWARD
+    learning = settings.updates * update * (1.25 if settings.window == "sweep" else 1) + checks
+    size = trajectory_bytes(images, steps, shape, sampler.history)
+    times = [duration(calls * seconds / ranks) for calls in (float_calls, learning)]
+    kept = length if settings.adjoint == "bptt" else 1
+    return (
+        f"Calibration over windows of {'a length that is searched, about ' * (settings.window == 'sweep')}{length} of"
+        f" {steps} steps, {settings.adjoint} gradient: float trajectories of {images} images, {times[0]} and"
+        f" {size / 1e6:.1f} MB on disk, where they are not there yet; {settings.updates} updates of"
+        f" {settings.batch_size} images, {times[1]}, in the memory of {kept} network call{'s' * (kept > 1)} with its"
+        " gradients."
+    )

@@ -1,0 +1,179 @@
+"""Pipelines of diffusers with a quantized denoiser: a folder as diffusers writes it, the denoiser as our artefact."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
+
+from lightning_quant.accuquant.pipeline_folder import INDEX, OWN_PIPELINE, QUANTIZED, PipelineFolder, read_folder
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.export.artifact import load_quantized, save_quantized
+
+# What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
+_OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
+
+
+def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, network: nn.Module | None = None) -> Path:
+    """Write a pipeline whose denoiser is quantized, for :func:`open_pipeline`.
+
+    The denoiser's folder is that of :func:`lightning_quant.save_quantized` with diffusers' ``config.json`` beside it;
+    all else is as in the float pipeline. A folder that was written before is replaced once the new one is complete. In
+    a distributed run rank 0 writes.
+
+    Args:
+        source: the float pipeline, a folder or a name on the hub; or a model with what surrounds the denoiser.
+        folder: where to; its parents are made.
+        network: the quantized denoiser; None for that of ``source``.
+
+    Returns:
+        the folder.
+
+    Raises:
+        ConfigurationError: a folder with other files.
+        UnsupportedModelError: a denoiser that is not quantized.
+        QuantizationError: none of its quantizers has a range yet.
+    """
+    target = Path(folder).expanduser()
+    _check_target(target)
+    if getattr(rank_zero_only, "rank", 0):
+        return target
+    model = source if isinstance(source, DiffusionModel) else load_pipeline(source, network=network)
+    quantized: Any = model.network if network is None else network
+    name = "transformer" if model.kind == "dit" else "unet"
+    with _replacing(target) as new:
+        save_quantized(quantized, new / name)
+        quantized.save_config(new / name)
+        saved = {"scheduler": model.scheduler, **model.components}
+        for key, component in saved.items():
+            component.save_pretrained(new / key)
+        index = {key: _entry(component) for key, component in {name: quantized, **saved}.items()}
+        content = {**_header(model), **_rest(model, new, index.keys()), **index}
+        (new / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return target
+
+
+def open_pipeline(folder: str | Path, **components: Any) -> Any:
+    """The pipeline of diffusers in a folder that :func:`save_pipeline` wrote, on the CPU.
+
+    Its images are those of the pipeline with the denoiser that was saved, bit for bit.
+
+    Args:
+        folder: with ``model_index.json``.
+        components: others in place of those in the folder, and whatever else the pipeline's ``from_pretrained`` takes.
+
+    Raises:
+        CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
+        ConfigurationError: a library is missing that the pipeline needs.
+    """
+    found = _quantized_folder(Path(folder).expanduser())
+    library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
+    kind: Any = getattr(import_module(library), found.pipeline)
+    network = load_quantized(found.components[found.denoiser][0])
+    try:
+        pipeline = kind.from_pretrained(found.path, **{found.denoiser: network, **components})
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{found.pipeline} needs a library that is not installed: {error}\nInstall it, or write"
+            f" open_model({str(folder)!r}), which loads the denoiser, the scheduler and the decoder alone."
+        ) from error
+    return pipeline
+
+
+def open_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
+    """As :func:`lightning_quant.accuquant.pipelines.load_pipeline`, of a folder that :func:`save_pipeline` wrote.
+
+    Args:
+        folder: with ``model_index.json``.
+        arguments: others of ``load_pipeline``, as ``scheduler``.
+
+    Raises:
+        CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
+    """
+    found = _quantized_folder(Path(folder).expanduser())
+    return load_pipeline(found.path, network=load_quantized(found.components[found.denoiser][0]), **arguments)
+
+
+def _quantized_folder(path: Path) -> PipelineFolder:
+    if not (path / INDEX).is_file():
+        raise CheckpointError(
+            f"{path} has no {INDEX}: give a folder that save_pipeline(model, folder) wrote; a denoiser alone is loaded"
+            " with lightning_quant.load_quantized(folder)."
+        )
+    found = read_folder(path)
+    denoiser, _ = found.components[found.denoiser]
+    if not (denoiser / QUANTIZED).is_file():
+        raise CheckpointError(
+            f"{denoiser} has no {QUANTIZED}, its denoiser is not quantized: load it with"
+            f" diffusers.{found.pipeline}.from_pretrained({str(path)!r}), or give a folder that save_pipeline wrote."
+        )
+    return found
+
+
+def _check_target(folder: Path) -> None:
+    """Raise a ConfigurationError where something else would be overwritten."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    ours = (folder / INDEX).is_file() and any(folder.glob(f"*/{QUANTIZED}"))
+    foreign = sorted({path.name for path in folder.iterdir()} - {INDEX, *_index(folder)}) if ours else [folder.name]
+    if foreign:
+        raise ConfigurationError(
+            f"{folder} holds {', '.join(foreign[:4]) if ours else 'other files'}, which saving would overwrite: give a"
+            " new or an empty folder, or one that save_pipeline wrote."
+        )
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the place of ``folder`` when all is written."""
+    target = folder.resolve()
+    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{word}") for word in ("new", "old"))
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        for left in (new, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _index(folder: Path | None) -> dict[str, Any]:
+    """What ``model_index.json`` says; empty where there is none."""
+    path = None if folder is None else folder / INDEX
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
+
+
+def _header(model: DiffusionModel) -> dict[str, Any]:
+    return {"_class_name": model.pipeline_class, "_diffusers_version": import_module("diffusers").__version__}
+
+
+def _entry(component: Any) -> list[str]:
+    """Library and class, as diffusers writes them."""
+    kind = type(component)
+    package = kind.__module__.split(".")[0]
+    return [package if package in ("diffusers", "transformers") else kind.__module__, kind.__name__]
+
+
+def _rest(model: DiffusionModel, new: Path, known: Any) -> dict[str, Any]:
+    """Entries of what was not loaded, as text encoders are not: copied from the folder that the model came from."""
+    entries: dict[str, Any] = {}
+    if model.kind == "sd":
+        entries = {**{key: [None, None] for key in _OPTIONAL}, "requires_safety_checker": False}
+    for key, entry in _index(model.folder).items():
+        if key.startswith("_") or key in known or key in ("unet", "transformer"):
+            continue
+        entries[key] = entry
+        if model.folder is not None and (model.folder / key).is_dir():
+            shutil.copytree(model.folder / key, new / key)
+    return entries
