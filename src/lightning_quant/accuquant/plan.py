@@ -121,7 +121,8 @@ def _row(
     name: str, module: nn.Module, parts: tuple[int, ...] | None, end: bool, excluded: bool, settings: Settings
 ) -> PlannedModule:
     if _is_attention(module):
-        return PlannedModule(name, "attention", 0, settings.activation_bits, note="excluded" * excluded, left_out=excluded)
+        note, left_out = "excluded" if excluded else "not called" * (parts is None), excluded or parts is None
+        return PlannedModule(name, "attention", 0, settings.activation_bits, note=note, left_out=left_out)
     bits = (settings.first_and_last_bits,) * 2 if end else (settings.weight_bits, settings.activation_bits)
     note = "excluded" if excluded else "not called" if parts is None else FIRST_AND_LAST if end else ""
     return PlannedModule(name, "layer", *bits, parts or (), note, left_out=excluded or parts is None)
@@ -165,7 +166,7 @@ class _Probe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is torch.cat and isinstance(result, Tensor):
+        if func in (torch.cat, torch.concat, torch.concatenate) and isinstance(result, Tensor):
             tensors, dim = args[0] if args else kwargs["tensors"], kwargs.get("dim", args[1] if len(args) > 1 else 0)
             if dim == 1 and result.dim() == 4:
                 self.joined[id(result)] = (result, tuple(t.shape[1] for t in tensors))

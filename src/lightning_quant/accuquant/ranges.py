@@ -138,7 +138,7 @@ class _Statistics:
 
     def widen(self, x: Tensor) -> None:
         """Take in the ends of a tensor."""
-        group = self.quantizer.group
+        group = self.quantizer.known_group
         for part, values in enumerate(self._parts(x)):
             low, high = values.aminmax()
             self.low[group, part] = torch.maximum(self.low[group, part], -low)
@@ -162,7 +162,7 @@ class _Statistics:
 
     def count(self, x: Tensor) -> None:
         """Take a tensor into the histogram between the ends."""
-        group = self.quantizer.group
+        group = self.quantizer.known_group
         for part, values in enumerate(self._parts(x)):
             low, high = self.low[group, part], self.high[group, part]
             bins = ((values.flatten() - low) * (BINS / (high - low).clamp_min(1e-30))).long().clamp_(0, BINS - 1)

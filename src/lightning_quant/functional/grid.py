@@ -180,7 +180,7 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | Non
         x: any shape.
         scale: positive, broadcastable to ``x`` (see :func:`per_channel`).
         grid: smallest and largest code.
-        zero_point: integral, broadcastable to ``x``.
+        zero_point: integral, of the shape of ``scale``.
 
     >>> fake_quantize(torch.tensor([0.2, 0.9, 5.0]), torch.tensor(0.5), symmetric_grid(3)).tolist()
     [0.0, 1.0, 1.5]

@@ -61,12 +61,19 @@ def _listeners(module: nn.Module) -> list[TimestepQuantizer]:
     return [child for child in module.modules() if isinstance(child, TimestepQuantizer) and len(child.starts) > 1]
 
 
+def _is_timestep(value: Any) -> bool:
+    """A number, or one for each image: blocks are given the embedding of the timestep under the same names."""
+    if isinstance(value, Tensor):
+        return value.numel() in (1, *value.shape[:1])
+    return isinstance(value, int | float)
+
+
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     found = _position(type(module))
     assert found is not None
     name, place = found
     timestep = kwargs.get(name, args[place] if place < len(args) else None)
-    if not isinstance(timestep, Tensor | int | float):
+    if not _is_timestep(timestep):
         return
     groups: dict[tuple[int, ...], int | Tensor] = {}
     for quantizer in _listeners(module):

@@ -80,6 +80,11 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         self.codes = (codes - self.grid.low).to(self.codes.dtype)
         self._kept = None
 
+    @property
+    def signed_codes(self) -> Tensor:
+        """Codes of the grid, from its ``low`` to its ``high``, in FP32."""
+        return self.codes.float() + self.grid.low
+
     def forward(self, x: Tensor) -> Tensor:
         """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialise`."""
         if self._learning is None:
@@ -88,7 +93,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     def _of(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())
-        return decode(self.codes + self.grid.low, scale, zero_point).to(x.dtype)
+        return decode(self.signed_codes, scale, zero_point).to(x.dtype)
 
     def _hold(self) -> _Held:
         learning = self._learning
@@ -114,6 +119,10 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         codes = (learning.base + rounding(learning.alpha)).clamp(self.grid.low, self.grid.high)
         return decode(codes, learning.log_scale.exp(), zero_point)
 
+    def __getstate__(self) -> dict[str, object]:
+        # What is held is a function of the variables, and made again.
+        return {**super().__getstate__(), "_held": None}
+
     @property
     def learns(self) -> bool:
         """Whether it is between :meth:`begin` and :meth:`end`."""
@@ -137,8 +146,11 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
             raise QuantizationError("The quantizer has no range yet: call initialise(weight) before begin(weight).")
         scale, zero_point = self.affine(weight.dim())
         position = weight.detach().float() / scale
-        base = position.floor() + (0 if zero_point is None else zero_point)
-        up = self.codes + self.grid.low > base
+        base, codes = position.floor() + (0 if zero_point is None else zero_point), self.signed_codes
+        # A scale that was learned has moved some weights by a step or more from their codes.
+        near = (codes >= base.clamp(*self.grid)) & (codes <= (base + 1).clamp(*self.grid))
+        base = torch.where(near, base, codes)
+        up = codes > base
         alpha = from_fraction(position - position.floor())
         alpha = torch.where((alpha >= 0) == up, alpha, torch.where(up, margin, -margin))
         self._learning = _Learning(base, alpha.requires_grad_(), scale.log().requires_grad_(), soft)

@@ -81,14 +81,23 @@ class TimestepQuantizer(Quantizer, kind=10):
         self.group = group_of(self.starts, timestep)
         return self
 
-    def _chosen(self, values: Tensor, x: Tensor) -> Tensor:
-        """The (groups, parts) values of the group, as they broadcast to ``x``."""
+    @property
+    def known_group(self) -> int | Tensor:
+        """The group, or one for each item of the batch.
+
+        Raises:
+            QuantizationError: several groups, and no timestep.
+        """
         if self.group is None:
             raise QuantizationError(
                 "The ranges depend on the timestep, which is not known: call the denoiser itself with its timestep as"
                 " diffusers does, network(sample, timestep, ...), or calibrate with activation_parameters='shared'."
             )
-        values = values[self.group]
+        return self.group
+
+    def _chosen(self, values: Tensor, x: Tensor) -> Tensor:
+        """The (groups, parts) values of the group, as they broadcast to ``x``."""
+        values = values[self.known_group]
         if self.parts:
             sizes = torch.tensor(self.parts, device=values.device)
             values = values.repeat_interleave(sizes, -1, output_size=sum(self.parts))

@@ -1,0 +1,145 @@
+"""Images by their numbers: what they are of, making them, and files of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from lightning_quant.accuquant.conditions import class_labels, prompt_conditioning, read_prompts
+from lightning_quant.accuquant.denoiser import Conditioning
+from lightning_quant.accuquant.noise import initial_noise
+from lightning_quant.accuquant.pipelines import DiffusionModel
+from lightning_quant.accuquant.preparation import Parts
+from lightning_quant.accuquant.prompt_encoders import embedded_prompts, text_encoder
+from lightning_quant.accuquant.samplers import Sampler
+from lightning_quant.accuquant.trajectories import generate
+from lightning_quant.errors import ConfigurationError
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+
+
+class GeneratedImages(TypedDict):
+    """Numbers (n,) and images (n, C, H, W) in [0, 1]."""
+
+    ids: Tensor
+    images: Tensor
+
+
+class Conditions:
+    """What the images of some numbers are of: nothing, classes in turn, or prompts in turn.
+
+    Args:
+        model: decides which.
+        guidance: whether the unconditional branch is wanted too.
+        seed: of draws.
+        classes: how many, or which; None takes all that the model knows.
+        prompts: file of prompts or of their embeddings; only text-to-image has them.
+
+    Raises:
+        ConfigurationError: prompts or classes that the model has no use for, or prompts that are missing.
+    """
+
+    def __init__(
+        self,
+        model: DiffusionModel,
+        guidance: float | None = None,
+        seed: int = 0,
+        classes: int | Sequence[int] | None = None,
+        prompts: str | None = None,
+    ) -> None:
+        self.model, self.guided, self.seed = model, guidance is not None, seed
+        self.classes = model.classes if classes is None else classes
+        self.prompts = prompts
+        if model.kind == "sd" and prompts is None:
+            raise ConfigurationError("A text-to-image model needs prompts: write prompts=FILE, one prompt a line.")
+        if model.kind != "sd" and prompts is not None:
+            raise ConfigurationError(f"prompts={prompts!r}: a {model.kind} model takes none, leave them out.")
+        if model.classes is None and classes is not None:
+            raise ConfigurationError(f"classes={classes!r}: a {model.kind} model takes none, leave them out.")
+        if guidance is not None and model.guidance is None:
+            raise ConfigurationError(
+                f"guidance={guidance}: a {model.kind} model has no unconditional branch, leave it out."
+            )
+        self._encode: Any = None
+        self._texts = read_prompts(prompts) if prompts is not None and not _is_table(prompts) else []
+
+    def rows(self, ids: Iterable[int]) -> Conditioning:
+        """Conditioning of some images, a row each."""
+        numbers = list(ids)
+        if self.prompts is not None and _is_table(self.prompts):
+            return embedded_prompts(self.prompts, numbers, self.guided)
+        if self._texts:
+            if self._encode is None:
+                self._encode = text_encoder(self.model)
+            unconditional = "" if self.guided else None
+            return prompt_conditioning(numbers, self._texts, self._encode, unconditional=unconditional)
+        if self.classes is None:
+            return {}
+        return self.model.label_conditioning(class_labels(numbers, self.classes, self.seed), self.guided)
+
+    def texts(self, ids: Iterable[int] | Tensor) -> list[str] | None:
+        """The prompts of some images; None where there are none."""
+        return [self._texts[int(number) % len(self._texts)] for number in ids] if self._texts else None
+
+
+def _is_table(prompts: str) -> bool:
+    return prompts.endswith(".safetensors")
+
+
+def generate_images(
+    model: DiffusionModel, parts: Parts, sampler: Sampler, ids: Sequence[int], seed: int, device: torch.device
+) -> Tensor:
+    """Images (n, C, H, W) in [0, 1] of some numbers, each by its number and the seed alone.
+
+    Args:
+        model: decodes the last states.
+        parts: the denoiser, quantized or not, and the conditioning.
+        sampler: takes the steps.
+        ids: numbers of the images.
+        seed: of the noise.
+        device: where the denoiser is.
+    """
+    x = initial_noise(parts.shape, ids, seed) * model.init_noise_sigma
+    made = generate(parts.denoiser, sampler, x.to(device), parts.conditioning(ids), ids, seed)
+    for component in model.components.values():
+        if isinstance(component, torch.nn.Module):
+            component.to(device)
+    return model.images(made.states[-1]).clamp(0, 1)
+
+
+def write_images(folder: str | Path, ids: Tensor, images: Tensor) -> None:
+    """PNG files named by the numbers of the images.
+
+    Args:
+        folder: made where it is missing.
+        ids: (n,).
+        images: (n, C, H, W) in [0, 1].
+    """
+    from torchvision.utils import save_image
+
+    target = Path(folder).expanduser()
+    target.mkdir(parents=True, exist_ok=True)
+    for number, image in zip(ids.tolist(), images, strict=True):
+        save_image(image, target / f"{number:06d}.png")
+
+
+def read_images(folder: str | Path, batch: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Numbers and images (n, C, H, W) in [0, 1] of the files of a folder, those of this rank; all of one size.
+
+    Raises:
+        ConfigurationError: no folder, or no images in it.
+    """
+    from torchvision.io import ImageReadMode, read_image
+
+    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in _SUFFIXES)
+    if not files:
+        raise ConfigurationError(f"real_images={str(folder)!r}: no images ({', '.join(_SUFFIXES)}) in it.")
+    numbers = list(range(len(files)))[rank::ranks]
+    for first in range(0, len(numbers), batch):
+        some = numbers[first : first + batch]
+        images = torch.stack([read_image(str(files[n]), ImageReadMode.RGB) for n in some])
+        yield torch.tensor(some), images.float() / 255

@@ -1,0 +1,241 @@
+"""The rounding of a block's weights, learned so that its output is what it was in float: stage A of a calibration.
+
+Sources: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv 2004.10568); Li et al.,
+"BRECQ" (arXiv 2102.05426).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, gather
+from lightning_quant.accuquant.plan import DenoiserPlan
+from lightning_quant.accuquant.ranges import activation_quantizers
+from lightning_quant.accuquant.settings import Settings
+from lightning_quant.accuquant.trajectories import device_of, evaluating
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.functional.soft_rounding import rounding_penalty
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.quantizers.rounded import RoundedQuantizer
+from lightning_quant.quantizers.statistics import all_reduce_sum, several_ranks
+from lightning_quant.quantizers.timestep import TimestepQuantizer
+
+# Weight of the penalty, its exponent at first and at last, and the share of the iterations that go without it: BRECQ's.
+PENALTY, FIRST_BETA, LAST_BETA, WARM_UP = 0.01, 20.0, 2.0, 0.2
+BATCH = 32
+# BRECQ's rates at its 20 000 iterations: with fewer they are as much larger, up to a limit.
+RATE, ACTIVATION_RATE, ITERATIONS = 1e-3, 4e-5, 20_000
+LARGEST_RATE, LARGEST_ACTIVATION_RATE = 5e-2, 1e-3
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How a block is learned.
+
+    Attributes:
+        iterations: updates of each block.
+        rate: of the variables of the rounding; default 1e-3, more where there are fewer than 20 000 iterations.
+        activation_rate: of the logarithm of activations' step sizes, and of zero points in parts of the range.
+        batch: images in an update.
+        seed: of the batches.
+    """
+
+    iterations: int
+    rate: float | None = None
+    activation_rate: float | None = None
+    batch: int = BATCH
+    seed: int = 0
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Of the rounding and of activations."""
+        factor = max(1.0, ITERATIONS / max(1, self.iterations))
+        rounding = min(RATE * factor, LARGEST_RATE) if self.rate is None else self.rate
+        activations = min(ACTIVATION_RATE * factor, LARGEST_ACTIVATION_RATE)
+        return rounding, activations if self.activation_rate is None else self.activation_rate
+
+    def beta(self, iteration: int) -> float | None:
+        """Exponent of the penalty at an iteration; None where there is none yet.
+
+        >>> [Schedule(10).beta(i) for i in (0, 1, 2, 6, 9)]
+        [None, None, 20.0, 11.0, 4.25]
+        """
+        start = WARM_UP * self.iterations
+        if iteration < start:
+            return None
+        return LAST_BETA + (FIRST_BETA - LAST_BETA) * (self.iterations - iteration) / (self.iterations - start)
+
+
+class Reconstruction:
+    """Reconstructs the blocks of a denoiser one by one; all that it finds is in the quantizers.
+
+    After any block the state of the network can be saved, and another ``Reconstruction`` goes on with the next.
+
+    Args:
+        network: prepared, with ranges.
+        plan: of it.
+        settings: ``reconstruction`` iterations a block, and the seed.
+        calls: of the network on float states, each with its timestep; on each rank with its own images, taken in turn.
+        branches: rows that an image has in the network's batch: 2 with classifier-free guidance.
+
+    Attributes:
+        blocks: their names in order of execution.
+    """
+
+    def __init__(
+        self, network: nn.Module, plan: DenoiserPlan, settings: Settings, calls: Sequence[Call], branches: int = 1
+    ) -> None:
+        self.network, self.settings, self.calls, self.branches = network, settings, calls, branches
+        self.blocks = blocks_of(network, plan)
+
+    def run(self, block: str) -> dict[str, float]:
+        """Reconstruct one; the mean square error of its output ``before`` and ``after``, which is never larger.
+
+        Raises:
+            ConfigurationError: a name that is not in ``blocks``.
+        """
+        if block not in self.blocks:
+            raise ConfigurationError(f"{block!r} is none of the blocks: expected one of {', '.join(self.blocks)}.")
+        seed = self.settings.seed * 1_000_003 + self.blocks.index(block)
+        with evaluating(self.network):
+            data = gather(self.network, block, self.calls, self.branches)
+            schedule = Schedule(self.settings.reconstruction, seed=seed)
+            return reconstruct_block(self.network, block, data, schedule)
+
+
+def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule: Schedule) -> dict[str, float]:
+    """Learn the rounding of a block's weights and the ranges of its activations.
+
+    Adam on ``sum over channels, mean elsewhere, of (output - float output)^2 + 0.01 * penalty``, the rounding soft until
+    the penalty has driven it to 0 or 1. Every rank takes its own of the same images, and gradients are summed.
+
+    Args:
+        network: prepared, with ranges, in evaluation mode.
+        block: name of the block.
+        data: of :func:`gather`.
+        schedule: iterations, rates, batch and seed.
+
+    Returns:
+        mean square errors ``before`` and ``after`` on all of the data; where learning made it worse the block is left
+        as it was, and they are equal.
+    """
+    module, device = network.get_submodule(block), device_of(network, torch.device("cpu"))
+    quantizers = [*_weights(module).values(), *activation_quantizers(module).values()]
+    before = block_error(module, data, device)
+    old = [{key: tensor.clone() for key, tensor in q.state_dict().items()} for q in quantizers]
+    try:
+        _learn(module, data, schedule, device)
+    except BaseException:
+        for quantizer in quantizers:
+            quantizer.cancel()
+        raise
+    for quantizer in quantizers:
+        quantizer.end()
+    after = block_error(module, data, device)
+    if after < before:
+        return {"before": before, "after": after}
+    for quantizer, state in zip(quantizers, old, strict=True):
+        quantizer.load_state_dict(state)
+    return {"before": before, "after": before}
+
+
+@torch.no_grad()
+def block_error(module: nn.Module, data: BlockData, device: torch.device) -> float:
+    """Mean square error of a block's output on the data of all ranks."""
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for rows in torch.arange(len(data)).split(BATCH):
+        _tell(module, data, rows)
+        output, target = data.run(module, rows, device)
+        sums += torch.stack([(output.double() - target).square().sum(), sums.new_tensor(target.numel())])
+    total, count = all_reduce_sum(sums).tolist()
+    return total / count
+
+
+def _weights(module: nn.Module) -> dict[nn.Module, RoundedQuantizer]:
+    """The layers of a block whose rounding is learned, with its quantizer."""
+    found = ((layer, layer.weight_quantizer) for _, layer in quantized_layers(module))
+    return {layer: quantizer for layer, quantizer in found if isinstance(quantizer, RoundedQuantizer)}
+
+
+def _learn(module: nn.Module, data: BlockData, schedule: Schedule, device: torch.device) -> None:
+    alphas, groups = _begin(module, schedule)
+    leaves: list[Tensor] = [leaf for group in groups for leaf in group["params"]]  # type: ignore[attr-defined]
+    optimizer = torch.optim.Adam(groups)
+    ranks = dist.get_world_size() if several_ranks() else 1
+    with torch.enable_grad():
+        for iteration, images in enumerate(_batches(len(data.places), schedule)):
+            loss = _data_loss(module, data, images, device)
+            beta = schedule.beta(iteration)
+            if beta is not None and alphas:
+                flat = torch.cat([alpha.flatten() for alpha in alphas])
+                loss = loss + PENALTY / ranks * rounding_penalty(flat, beta)
+            _give_gradients(loss, leaves)
+            optimizer.step()
+
+
+def _begin(module: nn.Module, schedule: Schedule) -> tuple[list[Tensor], list[dict[str, object]]]:
+    """Start all quantizers of a block; the variables of the rounding, and all that is learned by its rate."""
+    rate, activation_rate = schedule.rates
+    alphas = []
+    by_rate: dict[float, list[Tensor]] = {}
+    for layer, quantizer in _weights(module).items():
+        leaves = quantizer.begin(layer.weight, soft=True)  # type: ignore[arg-type]
+        leaves["log_scale"].requires_grad_(False)
+        alphas.append(leaves["alpha"])
+    for activation in activation_quantizers(module).values():
+        leaves = activation.begin()
+        by_rate.setdefault(activation_rate, []).append(leaves["log_scale"])
+        # As far as the end of the range, which a step size moves by the same rate.
+        by_rate.setdefault(activation_rate * activation.grid.high, []).append(leaves["zero_point"])
+    by_rate.setdefault(rate, []).extend(alphas)
+    return alphas, [{"params": params, "lr": lr} for lr, params in by_rate.items() if params]
+
+
+def _batches(images: int, schedule: Schedule) -> Iterator[Tensor]:
+    """Images of each iteration, the same on all ranks: all in turn, in a new order each time round."""
+    size = min(schedule.batch, images)
+    generator = torch.Generator().manual_seed(schedule.seed)
+    order = torch.empty(0, dtype=torch.int64)
+    for _ in range(schedule.iterations):
+        if len(order) < size:
+            order = torch.randperm(images, generator=generator)
+        yield order[:size]
+        order = order[size:]
+
+
+def _data_loss(module: nn.Module, data: BlockData, images: Tensor, device: torch.device) -> Tensor:
+    """This rank's share of the square error of some images: summed over channels, a mean over the rest."""
+    rows = data.of(images)
+    if not len(rows):
+        return torch.zeros((), device=device)
+    _tell(module, data, rows)
+    output, target = data.run(module, rows, device)
+    channels = target.shape[1] if target.dim() == 4 else target.shape[-1]
+    total = target[0].numel() * data.places.shape[1] * len(images) / channels
+    return (output.float() - target.float()).square().sum() / total
+
+
+def _tell(module: nn.Module, data: BlockData, rows: Tensor) -> None:
+    """Tell the quantizers of a block the timesteps of some rows."""
+    for quantizer in module.modules():
+        if isinstance(quantizer, TimestepQuantizer) and len(quantizer.starts) > 1:
+            quantizer.at(data.timesteps[rows])
+
+
+def _give_gradients(loss: Tensor, leaves: list[Tensor]) -> None:
+    """Gradients of the loss, summed over ranks in one collective; the network's parameters get none."""
+    found: Sequence[Tensor | None] = [None] * len(leaves)
+    if loss.requires_grad:
+        found = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+    if several_ranks():
+        flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
+        parts = flat.split([leaf.numel() for leaf in leaves])
+        gradients = [part.view_as(leaf) for leaf, part in zip(leaves, parts, strict=True)]
+    for leaf, gradient in zip(leaves, gradients, strict=True):
+        leaf.grad = gradient
