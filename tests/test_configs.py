@@ -23,7 +23,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-INT4 = [name for name in names() if not name.startswith("igq_vit/")]
+OTHERS = ("igq_vit/", "accuquant/", "diffusion/")
+INT4 = [name for name in names() if not name.startswith(OTHERS)]
 IGQ = [name for name in names() if name.startswith("igq_vit/") and name.split("/")[1] not in EMBEDDED]
 
 

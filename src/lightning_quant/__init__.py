@@ -11,9 +11,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_quant.data import CIFARDataModule, DigitsDataModule, ImageFolderDataModule
+    from lightning_quant.accuquant import AccuQuant, AccuQuantModule, load_pipeline
+    from lightning_quant.data import (
+        CIFARDataModule,
+        DigitsDataModule,
+        FashionMNISTDataModule,
+        ImageFolderDataModule,
+    )
     from lightning_quant.errors import QuantizationError
-    from lightning_quant.export import SaveQuantized, load_from_checkpoint, load_quantized, save_quantized
+    from lightning_quant.export import (
+        SaveQuantized,
+        load_from_checkpoint,
+        load_quantized,
+        open_pipeline,
+        save_pipeline,
+        save_quantized,
+    )
     from lightning_quant.gradient import (
         FixedInterval,
         GradientQuantization,
@@ -22,21 +35,28 @@ if TYPE_CHECKING:
         MinMaxInterval,
     )
     from lightning_quant.igq_vit import IGQViT, IGQViTModule
+    from lightning_quant.metrics import GenerationMetrics
     from lightning_quant.nn import strip
-    from lightning_quant.report import CalibrationPictures
-    from lightning_quant.tasks import ImageClassifier
+    from lightning_quant.report import CalibrationPictures, GenerationPictures
+    from lightning_quant.tasks import ImageClassifier, ImageDiffusion
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AccuQuant",
+    "AccuQuantModule",
     "CIFARDataModule",
     "CalibrationPictures",
     "DigitsDataModule",
+    "FashionMNISTDataModule",
     "FixedInterval",
+    "GenerationMetrics",
+    "GenerationPictures",
     "GradientQuantization",
     "IGQViT",
     "IGQViTModule",
     "ImageClassifier",
+    "ImageDiffusion",
     "ImageFolderDataModule",
     "LargeGradientInterval",
     "MinMaxInterval",
@@ -45,20 +65,29 @@ __all__ = [
     "SaveQuantized",
     "__version__",
     "load_from_checkpoint",
+    "load_pipeline",
     "load_quantized",
+    "open_pipeline",
+    "save_pipeline",
     "save_quantized",
     "strip",
 ]
 
 _HOME = {
+    "AccuQuant": "accuquant",
+    "AccuQuantModule": "accuquant",
     "CIFARDataModule": "data",
     "CalibrationPictures": "report",
     "DigitsDataModule": "data",
+    "FashionMNISTDataModule": "data",
     "FixedInterval": "gradient",
+    "GenerationMetrics": "metrics",
+    "GenerationPictures": "report",
     "GradientQuantization": "gradient",
     "IGQViT": "igq_vit",
     "IGQViTModule": "igq_vit",
     "ImageClassifier": "tasks",
+    "ImageDiffusion": "tasks",
     "ImageFolderDataModule": "data",
     "LargeGradientInterval": "gradient",
     "MinMaxInterval": "gradient",
@@ -66,7 +95,10 @@ _HOME = {
     "QuantizationError": "errors",
     "SaveQuantized": "export",
     "load_from_checkpoint": "export",
+    "load_pipeline": "accuquant",
     "load_quantized": "export",
+    "open_pipeline": "export",
+    "save_pipeline": "export",
     "save_quantized": "export",
     "strip": "nn",
 }

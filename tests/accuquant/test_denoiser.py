@@ -1,5 +1,6 @@
 """One call a step: both branches of guidance in one batch, and the output that the scheduler's step takes."""
 
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -73,7 +74,8 @@ class Recorder(nn.Module):
 
     def __init__(self, form: Any = lambda output: output) -> None:
         super().__init__()
-        self.form, self.inputs = form, [Any]
+        self.form = form
+        self.inputs: list[Any] = []
         self.scale = nn.Parameter(torch.tensor(2.0))
 
     def forward(self, state: Tensor, moment: Tensor, class_labels: Tensor | None = None) -> Any:
@@ -144,13 +146,13 @@ def test_a_denoiser_is_taken_as_it_is() -> None:
 
 @pytest.mark.parametrize("guidance", [0.0, 0.5, -3.0, float("nan"), float("inf")])
 def test_guidance_below_one_is_refused(guidance: float) -> None:
-    with pytest.raises(ConfigurationError, match="expected a scale above 1, as 7.5, or None"):
+    with pytest.raises(ConfigurationError, match=r"expected a scale above 1, as 7\.5, or None"):
         Denoiser(Recorder(), guidance)
 
 
 @pytest.mark.parametrize("conditioning", [{}, {"class_labels": torch.tensor([1, 2])}])
 def test_guidance_needs_the_unconditional_branch(conditioning: dict[str, Tensor]) -> None:
-    with pytest.raises(ConfigurationError, match="no .*uncond_class_labels: give both, or guidance=None"):
+    with pytest.raises(ConfigurationError, match=r"no .*uncond_class_labels: give both, or guidance=None"):
         Denoiser(Recorder(), 2.0)(torch.zeros(2, 1, 3, 3), 7, conditioning)
 
 
@@ -166,10 +168,9 @@ def test_a_learned_variance_of_a_unet_is_refused_with_both_shapes() -> None:
 
 
 def test_another_denoiser_of_diffusers_is_refused_with_those_that_are_supported() -> None:
-    from diffusers import UNet1DModel
-
-    with pytest.raises(UnsupportedModelError, match="UNet1DModel is no .* supported are UNet2DModel, UNet2DConditionM"):
-        Denoiser(UNet1DModel(block_out_channels=(8, 8, 16)))
+    network: Any = import_module("diffusers").UNet1DModel(block_out_channels=(8, 8, 16))
+    with pytest.raises(UnsupportedModelError, match=r"UNet1DModel is no .* supported are UNet2DModel, UNet2DCond"):
+        Denoiser(network)
 
 
 def test_a_unet_that_wants_more_conditions_is_refused() -> None:

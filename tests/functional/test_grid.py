@@ -20,7 +20,7 @@ from lightning_quant.functional import (
     unsigned_grid,
 )
 from lightning_quant.functional.grid import clamp_bounds, exact_in, is_inside
-from oracle import quantize_unsigned, quantize_weight
+from oracle import quantize_unsigned, quantize_weight, round_through
 
 few = settings(deadline=None, max_examples=40)
 real = st.floats(-1e4, 1e4, width=32)
@@ -269,6 +269,73 @@ def test_gradient_per_channel_with_a_zero_point_is_a_loop_over_channels() -> Non
         assert t.grad is not None
         assert torch.equal(a.grad[i], b.grad)
         torch.testing.assert_close(s.grad[i], t.grad)
+
+
+def asymmetric(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values of which the clamp of 4 bits moves some on both sides, scales, whole zero points, and weights of a loss."""
+    x, weights = normal(2, 3, 4, 5).double(), normal(2, 3, 4, 5, seed=1).double()
+    scale = normal(1, *shape, seed=2)[0].double().abs() * 0.1 + 0.1
+    zero_point = torch.randint(3, 9, shape, generator=torch.Generator().manual_seed(3)).double()
+    return x, scale, zero_point, weights
+
+
+def slow_affine(x: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """LSQ+ in FP64: s (round(clamp(x/s + z, 0, 15)) - z), by autograd."""
+    return scale * (round_through((x / scale + zero_point).clamp(0, 15)) - zero_point)
+
+
+every_shape = pytest.mark.parametrize("shape", [(), (1,), (3, 1, 1), (2, 1, 1, 1), (2, 3, 1, 1), (1, 1, 1, 5)])
+
+
+@every_shape
+def test_gradients_of_scale_and_zero_point_equal_the_oracle(shape: tuple[int, ...]) -> None:
+    x, scale, zero_point, weights = asymmetric(shape)
+    inside = is_inside(x, scale, Grid(0, 15), zero_point)
+    assert 0.2 < inside.double().mean() < 0.95, "both sides of the clamp must occur"
+    results = []
+    for quantize in (lambda *leaves: fake_quantize(leaves[0], leaves[1], Grid(0, 15), leaves[2]), slow_affine):
+        leaves = [t.clone().requires_grad_() for t in (x, scale, zero_point)]
+        output = quantize(*leaves)
+        (output * weights).sum().backward()
+        results.append((output.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@every_shape
+def test_beyond_the_clamp_the_gradients_are_differences_of_the_function(shape: tuple[int, ...]) -> None:
+    x, scale, zero_point, weights = asymmetric(shape)
+    x = torch.where(x > 0, 20.0, -20.0).double()
+    leaves = [scale.clone().requires_grad_(), zero_point.clone().requires_grad_()]
+    (fake_quantize(x, leaves[0], Grid(0, 15), leaves[1]) * weights).sum().backward()
+    for index, leaf in enumerate(leaves):
+        assert leaf.grad is not None
+        found = torch.zeros_like(leaf)
+        for place in range(leaf.numel()):
+            step = torch.zeros_like(leaf)
+            step.view(-1)[place] = 1e-4
+            ends = []
+            for sign in (1, -1):
+                s, z = (t + sign * step * (i == index) for i, t in enumerate((scale, zero_point)))
+                ends.append((fake_quantize(x, s, Grid(0, 15), z) * weights).sum())
+            found.view(-1)[place] = (ends[0] - ends[1]) / 2e-4
+        torch.testing.assert_close(leaf.grad, found, rtol=1e-6, atol=1e-6)
+
+
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for() -> None:
+    *tensors, weights = (t.float() for t in asymmetric((3, 1, 1)))
+
+    def gradients(asked: tuple[bool, ...]) -> list[Tensor | None]:
+        leaves = [t.clone().requires_grad_(wanted) for t, wanted in zip(tensors, asked, strict=True)]
+        (fake_quantize(leaves[0], leaves[1], Grid(0, 15), leaves[2]) * weights).sum().backward()
+        return [leaf.grad for leaf in leaves]
+
+    everything = gradients((True, True, True))
+    for index in range(3):
+        alone = gradients(tuple(i == index for i in range(3)))
+        assert [gradient is not None for gradient in alone] == [i == index for i in range(3)]
+        assert torch.equal(alone[index], everything[index])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

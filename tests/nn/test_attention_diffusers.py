@@ -79,8 +79,9 @@ def test_cross_attention_has_keys_of_the_condition() -> None:
 def test_a_processor_without_the_fused_call_is_refused_with_what_to_write(name: str) -> None:
     from diffusers.models import attention_processor
 
-    network = tiny_unet()
-    arguments = [2] if name.startswith("Sliced") else []
-    network.set_attn_processor(getattr(attention_processor, name)(*arguments))
-    with pytest.raises(UnsupportedModelError, match=rf"processor {name}, .*set_attn_processor\(AttnProcessor2_0"):
-        open_attention(attentions(network)[0])
+    attention: Any = attentions(tiny_unet())[0]
+    attention.set_processor(getattr(attention_processor, name)(*([2] if name.startswith("Sliced") else [])))
+    with pytest.raises(UnsupportedModelError, match=rf"processor {name}, .*set_processor\(AttnProcessor2_0"):
+        open_attention(attention)
+    attention.set_processor(attention_processor.AttnProcessor2_0())
+    open_attention(attention)

@@ -15,7 +15,13 @@ from lightning_quant.functional import mse_search, percentile
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
+from lightning_quant.quantizers import (
+    FixedQuantizer,
+    LearnedQuantizer,
+    Quantizer,
+    RoundedQuantizer,
+    TimestepQuantizer,
+)
 from lightning_quant.quantizers.base import FORMAT_VERSION, KINDS, quantizer_of_state, read_state
 
 Maker = Callable[[int], Quantizer]
@@ -45,11 +51,24 @@ QUANTIZERS: dict[str, Maker] = {
     "learned": LearnedQuantizer,
     "learned signed": partial(LearnedQuantizer, signed=True),
     "gradient": gradient_quantizer,
+    "timestep": TimestepQuantizer,
+    "timestep with groups": partial(TimestepQuantizer, starts=(900, 400, 30)),
+    "timestep with groups and parts": partial(TimestepQuantizer, starts=(900, 400), parts=(2, 4)),
+    "rounded": RoundedQuantizer,
+    "rounded per tensor and symmetric": partial(RoundedQuantizer, symmetric=True, axis=None),
 }
-every = pytest.mark.parametrize("make", QUANTIZERS.values(), ids=QUANTIZERS.keys())
-nearest = pytest.mark.parametrize(
-    "make", [make for name, make in QUANTIZERS.items() if name != "gradient"], ids=list(QUANTIZERS)[:-1]
-)
+
+
+def cases(*without: str) -> pytest.MarkDecorator:
+    kept = {name: make for name, make in QUANTIZERS.items() if not name.startswith(without)}
+    return pytest.mark.parametrize("make", kept.values(), ids=kept.keys())
+
+
+every = cases()
+# One of a weight keeps its codes, whatever it is called with.
+of_any_tensor = cases("rounded")
+nearest = cases("gradient")
+nearest_of_any_tensor = cases("gradient", "rounded")
 
 
 def sample(seed: int = 0) -> Tensor:
@@ -68,9 +87,11 @@ def started(make: Maker, bits: int = 4) -> Quantizer:
 
 
 def output(quantizer: Quantizer, x: Tensor) -> Tensor:
-    """From the same noise each time."""
+    """From the same noise each time, at the same timestep."""
     if isinstance(quantizer, GradientQuantizer):
         quantizer.noise = NoiseSource(0)
+    if isinstance(quantizer, TimestepQuantizer):
+        quantizer.at(300)
     result: Tensor = quantizer(x)
     return result.detach()
 
@@ -83,24 +104,30 @@ def test_shape_and_dtype_are_kept(make: Maker, dtype: torch.dtype) -> None:
     assert (moved.shape, moved.dtype) == (x.shape, x.dtype)
 
 
+def with_one_range(quantizer: Quantizer, moved: Tensor) -> tuple[Tensor, ...]:
+    if isinstance(quantizer, TimestepQuantizer):
+        return moved.split(quantizer.parts or moved.shape[1], 1)
+    axis = getattr(quantizer, "axis", None)
+    return (moved,) if axis is None else moved.unbind(axis)
+
+
 @every
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_no_more_values_than_codes(make: Maker, bits: int) -> None:
     quantizer = started(make, bits)
-    moved = output(quantizer, sample(1)).T if quantizer.extra_repr() and getattr(quantizer, "axis", None) else None
-    rows = output(quantizer, sample(1)).flatten()[None] if moved is None else moved
-    assert all(len(set(row.tolist())) <= 2**bits for row in rows)
-    assert not torch.equal(output(quantizer, sample(1)), sample(1))
+    moved = output(quantizer, sample(1))
+    assert all(len(set(part.flatten().tolist())) <= 2**bits for part in with_one_range(quantizer, moved))
+    assert not torch.equal(moved, sample(1))
 
 
-@nearest
+@nearest_of_any_tensor
 def test_idempotent(make: Maker) -> None:
     quantizer = started(make)
     once = output(quantizer, sample(1))
     assert torch.equal(output(quantizer, once), once)
 
 
-@every
+@of_any_tensor
 def test_zero_stays_zero(make: Maker) -> None:
     quantizer = started(make)
     assert output(quantizer, torch.zeros(8, 6)).eq(0).all()
@@ -226,14 +253,14 @@ def test_bits_out_of_range_are_refused(make: Maker) -> None:
 
 @every
 @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
-def test_state_stays_fp32(make: Maker, cast: str) -> None:
+def test_state_stays_fp32_and_codes_stay_whole(make: Maker, cast: str) -> None:
     quantizer = started(make)
     before = {name: buffer.clone() for name, buffer in quantizer.named_buffers()}
     getattr(quantizer, cast)()
     quantizer.to(torch.float64).to(torch.bfloat16)
     assert before
     for name, buffer in quantizer.named_buffers():
-        assert buffer.dtype == torch.float32
+        assert buffer.dtype == (torch.uint8 if name == "codes" else torch.float32)
         assert torch.equal(buffer, before[name])
 
 
@@ -273,7 +300,7 @@ def test_what_is_not_finite_never_starts_it(make: Maker, value: float) -> None:
     assert torch.equal(output(quantizer, sample(1)), output(started(make), sample(1)))
 
 
-@every
+@of_any_tensor
 def test_nan_passes_through_and_does_not_change_the_range(make: Maker) -> None:
     quantizer, x = started(make), sample()
     before = [buffer.clone() for buffer in quantizer.buffers()]

@@ -235,7 +235,7 @@ def test_images_of_another_size_or_range_are_refused(tmp_path: Path) -> None:
         ({"scheduler": {"beta_schedule": "cubic"}}, "DDIMScheduler cannot be built .* cubic"),
         ({"scheduler": "nowhere"}, r"No scheduler_config\.json in 'nowhere' or 'nowhere/scheduler'"),
         ({"network": {"up_block_types": ["UpBlock2D"] * 2}}, "UNet2DModel cannot be built .* same number"),
-        ({"sampling_steps": 1001}, r"sampling_steps in 1\.\.1000 .* sampling_steps=1001"),
+        ({"sampling_steps": 1001}, r"sampling_steps in 1\.\.1000, the .* sampling_steps=1001"),
         ({"padding": -1}, "padding=-1"),
         ({"seed": -1}, "seed=-1"),
         ({"network": {"sample_size": None}}, "no sample_size"),

@@ -15,10 +15,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.plan import DenoiserPlan
+from lightning_quant.accuquant.trajectories import device_of
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.nn.attention import QuantizedAttention, attention_form
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.quantizers.statistics import all_reduce_max, all_reduce_sum, several_ranks
+from lightning_quant.quantizers.timestep import TimestepQuantizer
 
 # Classes of diffusers that are one block, whatever they are derived from or made of; and all attentions outside them.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
@@ -61,18 +63,20 @@ class BlockData:
     """What a block met in some calls of the network, one call after the other.
 
     Attributes:
+        places: (images, branches), where in the rows of this rank each image of all ranks is; -1 for other ranks'.
+        device: of the network.
         inputs: by position or keyword, the tensors with a row for each row of the batch, (rows, ...).
         constants: the other arguments, which were the same in all calls.
         targets: output of the float network, (rows, ...).
         timesteps: (rows,).
-        places: (images, branches), where in the rows of this rank each image of all ranks is; -1 for other ranks'.
     """
 
+    places: Tensor
+    device: torch.device
     inputs: dict[int | str, Tensor] = field(default_factory=dict)
     constants: Arguments = field(default_factory=dict)
     targets: Tensor = field(default_factory=lambda: torch.empty(0))
     timesteps: Tensor = field(default_factory=lambda: torch.empty(0))
-    places: Tensor = field(default_factory=lambda: torch.empty(0, 1, dtype=torch.int64))
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -82,10 +86,14 @@ class BlockData:
         rows = self.places[images].flatten()
         return rows[rows >= 0]
 
-    def run(self, block: nn.Module, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Output of a block and what it should be, for some rows."""
-        chosen = {name: tensor[rows].to(device) for name, tensor in self.inputs.items()}
-        return call_with(block, {**chosen, **self.constants}), self.targets[rows].to(device)
+    def run(self, block: nn.Module, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of a block for some rows at their timesteps, and what it should be."""
+        for quantizer in block.modules():
+            if isinstance(quantizer, TimestepQuantizer) and len(quantizer.starts) > 1:
+                quantizer.at(self.timesteps[rows])
+        rows = rows.to(self.targets.device)
+        chosen = {name: tensor[rows].to(self.device) for name, tensor in self.inputs.items()}
+        return call_with(block, {**chosen, **self.constants}), self.targets[rows].to(self.device)
 
 
 def call_with(block: nn.Module, arguments: Arguments) -> Tensor:
@@ -117,14 +125,16 @@ def gather(network: nn.Module, block: str, calls: Sequence[Call], branches: int 
         with in_float(network):
             outputs = _captured(module, block, [call for call, _ in calls], through=True)
     rows = [_rows(found) for found in inputs]
-    places = _places(rows, branches, network)
+    device = device_of(network, torch.device("cpu"))
+    data = BlockData(_places(rows, branches, device), device)
     if not inputs:
-        return BlockData(places=places)
-    data = BlockData(targets=torch.cat([found.pop(0) for found in outputs]), places=places)
+        return data
+    data.targets = torch.cat([found.pop(0) for found in outputs])
     _check_finite(data.targets, block)
-    data.timesteps = torch.cat([torch.as_tensor(t).reshape(-1).expand(n) for (_, t), n in zip(calls, rows, strict=True)])
-    data.timesteps = data.timesteps.to(data.targets.device)
+    each = zip(calls, rows, strict=True)
+    data.timesteps = torch.cat([torch.as_tensor(t, device="cpu").reshape(-1).expand(n) for (_, t), n in each])
     for name in list(inputs[0]):
+        # Taken out one after the other: together they may be large.
         values = [found.pop(name, None) for found in inputs]
         if all(_has_rows(value, n) for value, n in zip(values, rows, strict=True)):
             data.inputs[name] = torch.cat([v.expand(n, *v.shape[1:]) for v, n in zip(values, rows, strict=True)])
@@ -142,7 +152,10 @@ def _captured(module: nn.Module, name: str, calls: Sequence[Callable[[], object]
     found: list[Arguments] = []
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append({**dict(enumerate(args)), **kwargs})
+        arguments: Arguments = {}
+        arguments.update(enumerate(args))
+        arguments.update(kwargs.items())
+        found.append(arguments)
         raise _Reached
 
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -210,12 +223,11 @@ def _check_finite(targets: Tensor, block: str) -> None:
         )
 
 
-def _places(rows: list[int], branches: int, network: nn.Module) -> Tensor:
+def _places(rows: list[int], branches: int, device: torch.device) -> Tensor:
     """See :class:`BlockData`: rank by rank the first images of a call, then their second ones, ..., then the next call.
 
     Where ranks take images in turn this is the order that one rank has for all of them.
     """
-    device = next((p.device for p in network.parameters()), torch.device("cpu"))
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
     calls = int(all_reduce_max(torch.tensor(len(rows), device=device)))
     counts = torch.zeros(ranks, calls, dtype=torch.int64, device=device)

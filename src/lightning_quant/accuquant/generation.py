@@ -14,8 +14,8 @@ from lightning_quant.accuquant.denoiser import Conditioning
 from lightning_quant.accuquant.noise import initial_noise
 from lightning_quant.accuquant.pipelines import DiffusionModel
 from lightning_quant.accuquant.preparation import Parts
-from lightning_quant.accuquant.prompt_encoders import embedded_prompts, text_encoder
 from lightning_quant.accuquant.samplers import Sampler
+from lightning_quant.accuquant.text_encoding import read_embeddings, text_encoder
 from lightning_quant.accuquant.trajectories import generate
 from lightning_quant.errors import ConfigurationError
 
@@ -71,7 +71,7 @@ class Conditions:
         """Conditioning of some images, a row each."""
         numbers = list(ids)
         if self.prompts is not None and _is_table(self.prompts):
-            return embedded_prompts(self.prompts, numbers, self.guided)
+            return read_embeddings(self.prompts, numbers)
         if self._texts:
             if self._encode is None:
                 self._encode = text_encoder(self.model)

@@ -42,14 +42,21 @@ class Learner:
                 tensor.requires_grad_(rate > 0)
                 groups += [{"params": [tensor], "lr": rate}] if rate > 0 else []
         self.optimizer = torch.optim.Adam(_merged(groups))
+        self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
     def learned(self) -> list[Tensor]:
         """The leaf tensors that move."""
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
-    def step(self) -> None:
-        """Move the leaves by the gradients of all ranks, and forget those."""
+    def step(self, rate: float = 1.0) -> None:
+        """Move the leaves by the gradients of all ranks, and forget those.
+
+        Args:
+            rate: share of the learning rates.
+        """
+        for group, full in zip(self.optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * full
         for quantizer in self.quantizers.values():
             if isinstance(quantizer, RoundedQuantizer):
                 quantizer.release()

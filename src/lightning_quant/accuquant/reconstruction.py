@@ -17,9 +17,10 @@ from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, gather
 from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.ranges import activation_quantizers
 from lightning_quant.accuquant.settings import Settings
-from lightning_quant.accuquant.trajectories import device_of, evaluating
+from lightning_quant.accuquant.trajectories import evaluating
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.soft_rounding import rounding_penalty
+from lightning_quant.nn.layers import QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.quantizers.rounded import RoundedQuantizer
 from lightning_quant.quantizers.statistics import all_reduce_sum, several_ranks
@@ -111,8 +112,9 @@ class Reconstruction:
 def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule: Schedule) -> dict[str, float]:
     """Learn the rounding of a block's weights and the ranges of its activations.
 
-    Adam on ``sum over channels, mean elsewhere, of (output - float output)^2 + 0.01 * penalty``, the rounding soft until
-    the penalty has driven it to 0 or 1. Every rank takes its own of the same images, and gradients are summed.
+    Adam on the square error of the output, summed over channels and a mean over the rest, plus 0.01 times the penalty,
+    which drives the rounding, soft at first, to 0 or 1. Every rank takes its own of the same images, and gradients are
+    summed.
 
     Args:
         network: prepared, with ranges, in evaluation mode.
@@ -124,52 +126,52 @@ def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule:
         mean square errors ``before`` and ``after`` on all of the data; where learning made it worse the block is left
         as it was, and they are equal.
     """
-    module, device = network.get_submodule(block), device_of(network, torch.device("cpu"))
-    quantizers = [*_weights(module).values(), *activation_quantizers(module).values()]
-    before = block_error(module, data, device)
+    module = network.get_submodule(block)
+    weights = (quantizer for _, quantizer in _weights(module))
+    quantizers: list[RoundedQuantizer | TimestepQuantizer] = [*weights, *activation_quantizers(module).values()]
+    before = block_error(module, data)
     old = [{key: tensor.clone() for key, tensor in q.state_dict().items()} for q in quantizers]
     try:
-        _learn(module, data, schedule, device)
+        _learn(module, data, schedule)
     except BaseException:
         for quantizer in quantizers:
             quantizer.cancel()
         raise
     for quantizer in quantizers:
         quantizer.end()
-    after = block_error(module, data, device)
+    after = block_error(module, data)
     if after < before:
         return {"before": before, "after": after}
+    # Also where it is NaN.
     for quantizer, state in zip(quantizers, old, strict=True):
         quantizer.load_state_dict(state)
     return {"before": before, "after": before}
 
 
 @torch.no_grad()
-def block_error(module: nn.Module, data: BlockData, device: torch.device) -> float:
+def block_error(module: nn.Module, data: BlockData) -> float:
     """Mean square error of a block's output on the data of all ranks."""
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    sums = torch.zeros(2, dtype=torch.float64, device=data.device)
     for rows in torch.arange(len(data)).split(BATCH):
-        _tell(module, data, rows)
-        output, target = data.run(module, rows, device)
+        output, target = data.run(module, rows)
         sums += torch.stack([(output.double() - target).square().sum(), sums.new_tensor(target.numel())])
-    total, count = all_reduce_sum(sums).tolist()
-    return total / count
+    return float(torch.div(*all_reduce_sum(sums)))
 
 
-def _weights(module: nn.Module) -> dict[nn.Module, RoundedQuantizer]:
-    """The layers of a block whose rounding is learned, with its quantizer."""
+def _weights(module: nn.Module) -> list[tuple[QuantizedLayer, RoundedQuantizer]]:
+    """The layers of a block whose rounding is learned."""
     found = ((layer, layer.weight_quantizer) for _, layer in quantized_layers(module))
-    return {layer: quantizer for layer, quantizer in found if isinstance(quantizer, RoundedQuantizer)}
+    return [(layer, quantizer) for layer, quantizer in found if isinstance(quantizer, RoundedQuantizer)]
 
 
-def _learn(module: nn.Module, data: BlockData, schedule: Schedule, device: torch.device) -> None:
+def _learn(module: nn.Module, data: BlockData, schedule: Schedule) -> None:
     alphas, groups = _begin(module, schedule)
     leaves: list[Tensor] = [leaf for group in groups for leaf in group["params"]]  # type: ignore[attr-defined]
     optimizer = torch.optim.Adam(groups)
     ranks = dist.get_world_size() if several_ranks() else 1
     with torch.enable_grad():
         for iteration, images in enumerate(_batches(len(data.places), schedule)):
-            loss = _data_loss(module, data, images, device)
+            loss = _data_loss(module, data, images)
             beta = schedule.beta(iteration)
             if beta is not None and alphas:
                 flat = torch.cat([alpha.flatten() for alpha in alphas])
@@ -183,8 +185,8 @@ def _begin(module: nn.Module, schedule: Schedule) -> tuple[list[Tensor], list[di
     rate, activation_rate = schedule.rates
     alphas = []
     by_rate: dict[float, list[Tensor]] = {}
-    for layer, quantizer in _weights(module).items():
-        leaves = quantizer.begin(layer.weight, soft=True)  # type: ignore[arg-type]
+    for layer, quantizer in _weights(module):
+        leaves = quantizer.begin(layer.weight, soft=True)
         leaves["log_scale"].requires_grad_(False)
         alphas.append(leaves["alpha"])
     for activation in activation_quantizers(module).values():
@@ -208,23 +210,15 @@ def _batches(images: int, schedule: Schedule) -> Iterator[Tensor]:
         order = order[size:]
 
 
-def _data_loss(module: nn.Module, data: BlockData, images: Tensor, device: torch.device) -> Tensor:
+def _data_loss(module: nn.Module, data: BlockData, images: Tensor) -> Tensor:
     """This rank's share of the square error of some images: summed over channels, a mean over the rest."""
     rows = data.of(images)
     if not len(rows):
-        return torch.zeros((), device=device)
-    _tell(module, data, rows)
-    output, target = data.run(module, rows, device)
+        return torch.zeros((), device=data.device)
+    output, target = data.run(module, rows)
     channels = target.shape[1] if target.dim() == 4 else target.shape[-1]
     total = target[0].numel() * data.places.shape[1] * len(images) / channels
     return (output.float() - target.float()).square().sum() / total
-
-
-def _tell(module: nn.Module, data: BlockData, rows: Tensor) -> None:
-    """Tell the quantizers of a block the timesteps of some rows."""
-    for quantizer in module.modules():
-        if isinstance(quantizer, TimestepQuantizer) and len(quantizer.starts) > 1:
-            quantizer.at(data.timesteps[rows])
 
 
 def _give_gradients(loss: Tensor, leaves: list[Tensor]) -> None:

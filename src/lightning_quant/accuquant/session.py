@@ -183,8 +183,12 @@ class Calibration:
         if self._reconstruction is None:
             source, steps = self.source, _steps_to_see(self.source)
             calls = [(call, source.sampler.timesteps[k]) for call, k in zip(self._calls(steps), steps, strict=False)]
-            self._reconstruction = Reconstruction(source.network, source.plan, source.settings, calls)
+            self._reconstruction = Reconstruction(source.network, source.plan, source.settings, calls, self._branches)
         return self._reconstruction
+
+    @property
+    def _branches(self) -> int:
+        return 1 if self.source.denoiser.guidance is None else 2
 
     def _reconstruct(self, block: str) -> str:
         if not self.blocks_done:
@@ -208,8 +212,9 @@ class Calibration:
         settings = self.source.settings
         calls = SWEEP_SHARE * settings.updates * usual_window(self.source.steps)
         learner = Learner(self.source.network, settings)
-        for update in range(max(1, round(calls / length))):
-            self._learn(learner, length, update)
+        updates = max(1, round(calls / length))
+        for update in range(updates):
+            self._learn(learner, length, update, updates)
         self.sweep[length] = float(self.held_out_errors()[-1])
         learner.cancel()
         return f"windows of {length}"
@@ -219,7 +224,7 @@ class Calibration:
         learner = self.learner
         if not self.checks:
             self._check(learner)
-        self.loss = self._learn(learner, self.window, self.updates)
+        self.loss = self._learn(learner, self.window, self.updates, settings.updates)
         self.updates += 1
         last = self.updates == settings.updates
         self.worth_saving = last or self.updates % settings.check_every == 0
@@ -251,8 +256,8 @@ class Calibration:
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
-    def _learn(self, learner: Learner, length: int, update: int) -> float:
-        """One update on a window and a batch that its number alone decides, over all ranks."""
+    def _learn(self, learner: Learner, length: int, update: int, updates: int) -> float:
+        """One update on a window and a batch that its number alone decides, over all ranks; rates fall to 0."""
         source, settings = self.source, self.source.settings
         steps, ids = _draw(settings, windows_of(source.steps, length), source.images, update)
         own, loss = source.share(ids), torch.zeros((), dtype=torch.float64)
@@ -263,7 +268,7 @@ class Calibration:
                 f"The loss of steps {steps.start} .. {steps.stop - 1} is {float(loss)} at update {update}: lower"
                 f" rounding_lr ({settings.rounding_lr}) or activation_lr ({settings.activation_lr})."
             )
-        learner.step()
+        learner.step(1 - update / updates)
         return float(loss)
 
     def _window_loss(self, ids: list[int], steps: range, total: int) -> Tensor:

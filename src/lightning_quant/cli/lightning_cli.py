@@ -51,15 +51,17 @@ class QuantizationCLI(LightningCLI):
             "--quantization",
             type=self.quantizations(),
             default=None,
-            help="GradientQuantization or IGQViT, e.g. `--quantization.weight_bits 6`; null leaves all in float.",
+            help="GradientQuantization, IGQViT or AccuQuant, e.g. `--quantization.weight_bits 6`; null leaves all in float.",
         )
 
     @staticmethod
     def quantizations() -> Any:
         """The type of `--quantization`; options without a class name are those of the first."""
-        from lightning_quant.igq_vit.callback import IGQViT  # brings libraries that help does without
+        # These bring libraries that help does without.
+        from lightning_quant.accuquant.callback import AccuQuant
+        from lightning_quant.igq_vit.callback import IGQViT
 
-        return GradientQuantization | IGQViT | None
+        return GradientQuantization | IGQViT | AccuQuant | None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse without Lightning's warning about arguments beside `sys.argv`: here they stem from it."""

@@ -13,6 +13,7 @@ from lightning_quant.data.calibration_source import (
 )
 from lightning_quant.data.cifar import CIFARDataModule
 from lightning_quant.data.digits import DigitsDataModule
+from lightning_quant.data.fashion_mnist import FashionMNISTDataModule
 from lightning_quant.data.image_folder import ImageFolderDataModule
 from lightning_quant.data.tensor_images import RandomCropFlip, TensorImages
 
@@ -21,6 +22,7 @@ __all__ = [
     "CalibrationData",
     "CalibrationSource",
     "DigitsDataModule",
+    "FashionMNISTDataModule",
     "ImageDataModule",
     "ImageFolderDataModule",
     "RandomCropFlip",

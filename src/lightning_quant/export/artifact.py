@@ -20,7 +20,7 @@ from lightning_quant.functional.packing import pack_bits, unpack_bits
 from lightning_quant.nn.attention import opened_attentions
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import quantizers_of, rebuild
-from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
+from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer, RoundedQuantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
 _STATE = "_extra_state"
@@ -30,7 +30,7 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
     """Write a quantized model as a folder with ``model.safetensors`` and ``quantization.json``.
 
     Weights on a grid are stored as codes of their bit-width without gaps, all else as it is; the float values that
-    were rounded to the codes are not kept. A folder that was written before is replaced once the new one is complete.
+    were rounded to the codes, to the nearest or as was learned, are not kept. A folder that was written before is replaced once the new one is complete.
     In a distributed run rank 0 writes.
 
     Args:
@@ -79,6 +79,8 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
         weight = tensors[key]
         packed[key] = {"bits": quantizer.bits, "shape": list(weight.shape), "dtype": str(weight.dtype)[6:]}
         tensors[key] = pack_bits(_codes(quantizer, weight) - quantizer.grid.low, quantizer.bits)
+        # The codes that a RoundedQuantizer keeps are these.
+        tensors.pop(_quantizer_of(key) + "codes", None)
     on_cpu = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
     write_folder(folder, on_cpu, Description(_modules(model), packed, tied, found, 4 * elements))
     return folder
@@ -176,8 +178,15 @@ def _coded(model: nn.Module) -> Iterator[tuple[str, FixedQuantizer | LearnedQuan
             yield f"{name}.weight".lstrip("."), quantizer
 
 
+def _quantizer_of(weight: str) -> str:
+    """Prefix in the state dict of the quantizer of a weight."""
+    return weight.removesuffix("weight") + "weight_quantizer."
+
+
 @torch.no_grad()
 def _codes(quantizer: FixedQuantizer | LearnedQuantizer, weight: Tensor) -> Tensor:
+    if isinstance(quantizer, RoundedQuantizer):
+        return quantizer.signed_codes
     scale, zero_point = quantizer.affine(weight.dim())
     return encode(weight, scale, quantizer.grid, zero_point)
 
@@ -195,17 +204,20 @@ def _state(tensors: Mapping[str, Tensor], description: Description) -> dict[str,
             state[f"{owner}.{slot}.{_STATE}".lstrip(".")] = torch.tensor(values)
     state.update({name: tensors[source] for name, source in description.tied.items()})
     for key, weight in description.packed.items():
-        quantizer = _quantizer(key.removesuffix("weight") + "weight_quantizer.", state)
         shape = weight["shape"]
-        codes = unpack_bits(tensors[key], weight["bits"], math.prod(shape)).view(shape) + quantizer.grid.low
-        state[key] = _real(quantizer, codes, getattr(torch, weight["dtype"]))
+        codes = unpack_bits(tensors[key], weight["bits"], math.prod(shape)).view(shape)
+        quantizer = _quantizer(_quantizer_of(key), state, codes)
+        state[key] = _real(quantizer, codes + quantizer.grid.low, getattr(torch, weight["dtype"]))
     state.update({name: state[source] for name, source in description.tied.items()})
     return state
 
 
-def _quantizer(prefix: str, state: Mapping[str, Tensor]) -> FixedQuantizer | LearnedQuantizer:
+def _quantizer(prefix: str, state: dict[str, Tensor], codes: Tensor) -> FixedQuantizer | LearnedQuantizer:
+    """The quantizer of a weight with these codes, which go into the state where it keeps them."""
     own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     quantizer: Quantizer = quantizer_of_state(own[_STATE])
+    if isinstance(quantizer, RoundedQuantizer):
+        own["codes"] = state[f"{prefix}codes"] = codes.to(quantizer.codes.dtype)
     quantizer.load_state_dict(own)
     assert isinstance(quantizer, FixedQuantizer | LearnedQuantizer)
     return quantizer

@@ -154,7 +154,7 @@ def _other_settings(model: nn.Module, other: nn.Module) -> str:
         if not isinstance(module, Quantizer):
             for key in vars(built).keys() - _IRRELEVANT:
                 value = vars(built)[key]
-                if not key.startswith("_") and _is_plain(value) and vars(module).get(key) != value:
+                if not key.startswith("_") and _is_plain(value) and _as_json(vars(module).get(key)) != _as_json(value):
                     return f"{name}.{key} is {vars(module).get(key)}, in the built one {value}"
     return f"{next(iter(theirs))} is missing" if theirs else ""
 
@@ -163,6 +163,11 @@ def _is_plain(value: object) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _as_json(value: object) -> object:
+    """Tuples as lists."""
+    return [_as_json(each) for each in value] if isinstance(value, tuple | list) else value
 
 
 def _lightning(model: pl.LightningModule) -> Iterator[Build]:

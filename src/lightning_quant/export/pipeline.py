@@ -79,8 +79,10 @@ def open_pipeline(folder: str | Path, **components: Any) -> Any:
     library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
     kind: Any = getattr(import_module(library), found.pipeline)
     network = load_quantized(found.components[found.denoiser][0])
+    # What the folder has as null is not taken for given.
+    absent = [key for key, entry in _index(found.path).items() if entry == [None, None]]
     try:
-        pipeline = kind.from_pretrained(found.path, **{found.denoiser: network, **components})
+        pipeline = kind.from_pretrained(found.path, **{**dict.fromkeys(absent), found.denoiser: network, **components})
     except ImportError as error:
         raise ConfigurationError(
             f"{found.pipeline} needs a library that is not installed: {error}\nInstall it, or write"

@@ -39,7 +39,7 @@ class ProcessedAttention(QuantizedAttention):
         if processor.__module__.startswith("diffusers.") and "2_0" not in processor.__name__:
             return (
                 f"has the processor {processor.__name__}, which does not call F.scaled_dot_product_attention (write"
-                " network.set_attn_processor(AttnProcessor2_0()) from diffusers.models.attention_processor)"
+                " attention.set_processor(AttnProcessor2_0()), of diffusers.models.attention_processor)"
             )
         return super().obstacle(module)
 

@@ -2,15 +2,25 @@
 
 from lightning_quant.report.calibration import CalibrationPictures, draw_calibration
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
+from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.intervals import Curve, LayerMetrics, draw_intervals, read_layer_metrics
+from lightning_quant.report.trajectories import GenerationPictures, draw_error_curves, draw_generation
+from lightning_quant.report.windows import draw_gradient_cosines, draw_memory, draw_window_sweep
 
 __all__ = [
     "CalibrationPictures",
     "Curve",
+    "GenerationPictures",
     "LayerMetrics",
     "draw_budget_curve",
     "draw_calibration",
     "draw_channel_ranges",
+    "draw_error_curves",
+    "draw_generation",
+    "draw_gradient_cosines",
+    "draw_image_pairs",
     "draw_intervals",
+    "draw_memory",
+    "draw_window_sweep",
     "read_layer_metrics",
 ]

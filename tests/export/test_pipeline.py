@@ -1,0 +1,259 @@
+"""A pipeline with a quantized denoiser is a folder that opens with one call and generates the same images."""
+
+import json
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from artifacts import quantized, weights
+from diffusion import Kind, tiny_inputs, tiny_pipeline_folder, tiny_unet
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from lightning_quant.export.pipeline import open_model, open_pipeline, save_pipeline
+from lightning_quant.nn import open_attention, swap
+from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.timesteps import watch_timesteps
+from lightning_quant.quantizers import FixedQuantizer, TimestepQuantizer
+
+# Untyped, as it is in parts.
+diffusers: Any = import_module("diffusers")
+OBJECTS: list[Kind] = ["ddpm", "ddim", "ldm", "ldm_class", "dit"]
+KINDS: list[Kind] = [*OBJECTS, "sd"]
+NAMES = {"dit": "transformer"}
+
+
+def softmax() -> FixedQuantizer:
+    quantizer = FixedQuantizer(8, symmetric=False)
+    quantizer.initialise(torch.rand(100))
+    return quantizer
+
+
+def by_timestep() -> TimestepQuantizer:
+    """Coarser late, so that a group that is not found is seen."""
+    quantizer = TimestepQuantizer(6, starts=(999, 500))
+    quantizer.set_range(torch.tensor([[-3.0], [-9.0]]), torch.tensor([[3.0], [9.0]]))
+    return quantizer
+
+
+def quantize(network: nn.Module) -> nn.Module:
+    for name, module in list(network.named_modules()):
+        if type(module).__name__ == "Attention":
+            open_attention(module, softmax_quantizer=softmax())
+        elif isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("conv_out"):
+            swap(module, by_timestep(), weights(module))
+    watch_timesteps(network)
+    return network
+
+
+@torch.no_grad()
+def sample(model: DiffusionModel, steps: int = 3) -> Tensor:
+    """The images of a few steps."""
+    x, conditioning = tiny_inputs(model.network)
+    denoiser = model.denoiser(model.guidance)
+    model.scheduler.set_timesteps(steps)
+    for t in model.scheduler.timesteps:
+        generator = {"generator": torch.manual_seed(1)} if model.pipeline_class == "DDPMPipeline" else {}
+        x = model.scheduler.step(denoiser(x, t, conditioning), t, x, **generator).prev_sample
+    return model.images(x)
+
+
+def images(pipeline: Any, kind: Kind) -> Tensor:
+    """Of a pipeline object."""
+    pipeline.set_progress_bar_config(disable=True)
+    which = {"class_labels": [3, 7]} if kind in ("dit", "ldm_class") else {"batch_size": 2}
+    found = pipeline(**which, num_inference_steps=3, output_type="np", generator=torch.manual_seed(0)).images
+    return torch.from_numpy(found)
+
+
+@pytest.mark.parametrize("kind", OBJECTS)
+def test_the_opened_pipeline_is_of_diffusers_and_generates_the_same_bits(tmp_path: Path, kind: Kind) -> None:
+    source = tiny_pipeline_folder(kind, tmp_path / "float")
+    model = load_pipeline(source)
+    before = sample(model)
+    quantize(model.network)
+    pipeline = open_pipeline(save_pipeline(model, tmp_path / "deep" / "quantized"))
+    assert type(pipeline).__name__ == model.pipeline_class
+    assert len(list(opened_attentions(getattr(pipeline, NAMES.get(kind, "unet"))))) > 0
+    found = images(pipeline, kind)
+    pipeline.register_modules(**{NAMES.get(kind, "unet"): model.network})
+    assert torch.equal(images(pipeline, kind), found)
+    assert not torch.equal(sample(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_opened_model_generates_the_same_bits(tmp_path: Path, kind: Kind) -> None:
+    source = tiny_pipeline_folder(kind, tmp_path / "float")
+    model = load_pipeline(source)
+    quantize(model.network)
+    for given in ((model, None), (source, model.network)):
+        found = open_model(save_pipeline(given[0], tmp_path / "quantized", given[1]))
+        assert (found.kind, found.sample_shape, found.guidance) == (model.kind, model.sample_shape, model.guidance)
+        assert type(found.scheduler) is type(model.scheduler)
+        assert torch.equal(sample(found), sample(model))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_is_as_diffusers_has_it_but_for_the_denoiser(tmp_path: Path, kind: Kind) -> None:
+    source = tiny_pipeline_folder(kind, tmp_path / "float")
+    model = load_pipeline(source)
+    quantize(model.network)
+    folder, name = save_pipeline(model, tmp_path / "quantized"), NAMES.get(kind, "unet")
+    indices = [json.loads((each / "model_index.json").read_text()) for each in (source, folder)]
+    assert indices[0] == indices[1]
+    assert {path.name for path in (folder / name).iterdir()} == {
+        "model.safetensors",
+        "quantization.json",
+        "config.json",
+    }
+    configs = [json.loads((each / name / "config.json").read_text()) for each in (source, folder)]
+    assert configs[0] == {key: value for key, value in configs[1].items() if key != "_name_or_path"}
+    for component in model.components:
+        for path in (source / component).iterdir():
+            if path.suffix == ".safetensors":
+                assert (folder / component / path.name).stat().st_size == path.stat().st_size
+    floats = (source / name / "diffusion_pytorch_model.safetensors").stat().st_size
+    assert (folder / name / "model.safetensors").stat().st_size < 0.8 * floats
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="Stable Diffusion's pipeline")
+def test_stable_diffusion_opens_as_a_pipeline(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
+    quantize(model.network)
+    pipeline = open_pipeline(save_pipeline(model, tmp_path / "quantized"))
+    pipeline.set_progress_bar_config(disable=True)
+    x, conditioning = tiny_inputs(model.network)
+    arguments = {
+        "latents": x,
+        "prompt_embeds": conditioning["encoder_hidden_states"],
+        "negative_prompt_embeds": conditioning["uncond_encoder_hidden_states"],
+        "num_inference_steps": 3,
+        "output_type": "pt",
+    }
+    found = pipeline(**arguments).images
+    pipeline.register_modules(unet=model.network)
+    assert torch.equal(pipeline(**arguments).images, found)
+
+
+@pytest.mark.skipif(find_spec("transformers") is not None, reason="without transformers")
+def test_a_pipeline_whose_library_is_missing_says_so(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
+    quantize(model.network)
+    folder = save_pipeline(model, tmp_path / "quantized")
+    with pytest.raises(
+        ConfigurationError, match=r"StableDiffusionPipeline needs a library(.|\n)*transformers(.|\n)*open_mo"
+    ):
+        open_pipeline(folder)
+
+
+def test_what_was_not_loaded_is_copied(tmp_path: Path) -> None:
+    source = tiny_pipeline_folder("sd", tmp_path / "float")
+    (source / "tokenizer").mkdir()
+    (source / "tokenizer" / "vocab.json").write_text("{}")
+    index = json.loads((source / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "CLIPTokenizer"]
+    (source / "model_index.json").write_text(json.dumps(index))
+    model = load_pipeline(source)
+    quantize(model.network)
+    folder = save_pipeline(model, tmp_path / "quantized")
+    assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"
+    assert json.loads((folder / "model_index.json").read_text())["tokenizer"] == ["transformers", "CLIPTokenizer"]
+
+
+def test_a_bare_denoiser_becomes_a_pipeline(tmp_path: Path) -> None:
+    tiny_unet().save_pretrained(tmp_path / "net")
+    model = load_pipeline(tmp_path / "net", scheduler=diffusers.DDIMScheduler(beta_end=0.01))
+    quantize(model.network)
+    pipeline = open_pipeline(save_pipeline(model, tmp_path / "quantized"))
+    assert isinstance(pipeline, diffusers.DDIMPipeline)
+    assert pipeline.scheduler.config.beta_end == 0.01
+
+
+def test_components_can_be_given_in_place_of_the_folders(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    quantize(model.network)
+    folder, scheduler = save_pipeline(model, tmp_path / "quantized"), diffusers.DDIMScheduler(beta_end=0.01)
+    assert open_pipeline(folder, scheduler=scheduler).scheduler.config.beta_end == 0.01
+    assert open_model(folder, scheduler=scheduler).scheduler is scheduler
+
+
+def test_a_folder_that_was_saved_before_is_replaced(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    quantize(model.network)
+    folder = save_pipeline(model, tmp_path / "quantized")
+    with torch.no_grad():
+        model.network.conv_out.weight.add_(1.0)  # type: ignore[union-attr, operator]
+    assert not torch.equal(sample(open_model(folder)), sample(model))
+    assert torch.equal(sample(open_model(save_pipeline(model, folder))), sample(model))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "quantized"]
+
+
+def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    quantize(model.network)
+    folder, expected = save_pipeline(model, tmp_path / "quantized"), sample(model)
+
+    def fail(path: Path) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(model.scheduler, "save_pretrained", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_pipeline(model, folder)
+    assert torch.equal(sample(open_model(folder)), expected)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "quantized"]
+
+
+# -- what cannot be saved or opened -----------------------------------------------------------------------------------
+
+
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
+    source = tiny_pipeline_folder("ldm", tmp_path / "float")
+    model = load_pipeline(source)
+    quantize(model.network)
+    with pytest.raises(ConfigurationError, match="which saving would overwrite: give a new or an empty folder"):
+        save_pipeline(model, source)
+    folder = save_pipeline(model, tmp_path / "quantized")
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigurationError, match=r"holds notes\.txt, which saving would overwrite"):
+        save_pipeline(model, folder)
+
+
+def test_a_float_denoiser_is_not_saved(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    with pytest.raises(UnsupportedModelError, match="UNet2DModel is not quantized"):
+        save_pipeline(model, tmp_path / "quantized")
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
+
+
+@pytest.mark.parametrize("opener", [open_pipeline, open_model])
+def test_a_float_pipeline_is_not_opened(tmp_path: Path, opener: Any) -> None:
+    folder = tiny_pipeline_folder("ldm", tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"its denoiser is not quantized: .* diffusers\.LDMPipeline\.from_pretrained"
+    ):
+        opener(folder)
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json: give a folder that save_pipeline"):
+        opener(folder / "unet")
+
+
+def test_a_quantized_folder_is_not_loaded_as_float(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    quantize(model.network)
+    with pytest.raises(ConfigurationError, match=r"holds a quantized denoiser: write open_model\("):
+        load_pipeline(save_pipeline(model, tmp_path / "quantized"))
+
+
+def test_a_denoiser_that_was_changed_is_not_opened(tmp_path: Path) -> None:
+    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    quantized(model.network)
+    folder = save_pipeline(model, tmp_path / "quantized")
+    path = folder / "unet" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(CheckpointError, match="is cut off or changed"):
+        open_pipeline(folder)
