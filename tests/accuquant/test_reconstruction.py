@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -81,11 +82,12 @@ def test_rates_are_those_of_the_papers_at_their_iterations_and_more_with_fewer()
 
 def layer_with(weight: Tensor, x: Tensor, bits: int = 3) -> tuple[nn.Module, BlockData]:
     """A network of one layer, its activations all but exact, and its data."""
-    network = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False)).eval()
-    network[0].weight.data.copy_(weight)
-    swap(network[0], TimestepQuantizer(16), RoundedQuantizer(bits))
-    network[0].input_quantizer.initialise(x)
-    network[0].weight_quantizer.initialise(weight)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data.copy_(weight)
+    network, inputs, weights = nn.Sequential(layer).eval(), TimestepQuantizer(16), RoundedQuantizer(bits)
+    swap(layer, inputs, weights)
+    inputs.initialise(x)
+    weights.initialise(weight)
     return network, gather(network, "0", [(partial(network, x), 0)])
 
 
@@ -233,8 +235,10 @@ def test_weights_keep_their_scales() -> None:
     before = quantizer_state(stage.network)
     stage.run(BLOCK)
     after = quantizer_state(stage.network)
-    kept = [key for key in before if "weight_quantizer" in key and not key.endswith("codes")]
-    assert all(torch.equal(before[key], after[key]) for key in kept)
+    for key in before:
+        if "weight_quantizer" in key and not key.endswith("codes"):
+            # By way of their logarithm.
+            torch.testing.assert_close(before[key], after[key], rtol=1e-6, atol=0, msg=key)
 
 
 def test_it_goes_on_after_any_block_as_if_it_had_not_stopped() -> None:
@@ -269,16 +273,17 @@ def test_a_name_that_is_no_block_is_refused() -> None:
 # -- ranks ------------------------------------------------------------------------------------------------------------
 
 
-def on_share(rank: int, ranks: int, kind: str = "unet", images: int = 5) -> tuple[dict[str, float], dict[str, Tensor]]:
+def on_share(rank: int, ranks: int, kind: str = "unet", images: int = 5) -> tuple[dict[str, float], dict[str, Any]]:
     """One block, from this rank's images alone."""
     guidance = None if kind == "unet" else 3.0
     denoiser, plan, _ = prepared(kind, images, guidance=guidance)
     own = list(range(images))[rank::ranks]
     calls = calls_of(denoiser, own, images) if own else []
     branches = 1 if guidance is None else 2
-    stage = Reconstruction(denoiser.network, plan, Settings(reconstruction=10), calls, branches)
+    stage = Reconstruction(denoiser.network, plan, Settings(reconstruction=30), calls, branches)
     block = next(name for name in stage.blocks if "resnets" in name or "transformer_blocks" in name)
-    return stage.run(block), quantizer_state(denoiser.network)
+    errors = stage.run(block)
+    return errors, {key: value.numpy() for key, value in quantizer_state(denoiser.network).items()}
 
 
 @pytest.mark.parametrize(("kind", "ranks", "images"), [("unet", 2, 5), ("dit", 2, 4), ("unet", 3, 2)])
@@ -288,13 +293,13 @@ def test_ranks_agree_and_find_what_one_finds_on_the_union(kind: str, ranks: int,
     found = on_ranks(ranks, partial(on_share, kind=kind, images=images))
     for other_errors, state in found:
         assert other_errors == found[0][0]
-        assert equal(state, found[0][1])
+        assert all(np.array_equal(value, found[0][1][key], equal_nan=True) for key, value in state.items())
     errors_there, state = found[0]
     assert errors_there["before"] == pytest.approx(errors["before"], rel=1e-5)
     assert errors_there["after"] == pytest.approx(errors["after"], rel=2e-2)
     assert errors_there["after"] < errors_there["before"]
     for key, value in whole.items():
         if key.endswith("codes"):
-            assert float((value != state[key]).float().mean()) < 0.005, key
+            assert (value != state[key]).mean() < 0.005, key
         else:
-            torch.testing.assert_close(value, state[key], rtol=1e-3, atol=1e-3, equal_nan=True, msg=key)
+            np.testing.assert_allclose(state[key], value, rtol=1e-3, atol=1e-3, err_msg=key)

@@ -243,7 +243,7 @@ def test_a_float_pipeline_is_not_opened(tmp_path: Path, opener: Any) -> None:
 def test_a_quantized_folder_is_not_loaded_as_float(tmp_path: Path) -> None:
     model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantize(model.network)
-    with pytest.raises(ConfigurationError, match=r"holds a quantized denoiser: write open_model\("):
+    with pytest.raises(ConfigurationError, match=r"holds a quantized denoiser: write lightning_quant\.open_pipeline\("):
         load_pipeline(save_pipeline(model, tmp_path / "quantized"))
 
 

@@ -20,9 +20,9 @@ from lightning_quant import (
     strip,
 )
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.igq_vit.callback import is_calibrated
 from lightning_quant.igq_vit.session import Calibration
 from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.tasks.calibration import is_calibrated
 from vits import VitData, VitModule, images, quiet
 
 

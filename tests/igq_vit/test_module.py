@@ -13,8 +13,8 @@ from torch import nn
 
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationError, load_quantized, save_quantized
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.igq_vit.callback import is_calibrated
 from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.tasks.calibration import is_calibrated
 from vits import quiet, spread, vit
 
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}

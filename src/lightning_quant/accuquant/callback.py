@@ -13,6 +13,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
+from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
+from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_denoiser
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.samplers import SUPPORTED
@@ -21,8 +23,10 @@ from lightning_quant.accuquant.settings import ActivationParameters, Learn, Sett
 from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.nn.strip import quantized_layers, strip
+from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.nn.strip import strip
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
+from lightning_quant.tasks.calibration import is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.calibration_progress import ProgressBar
 
@@ -30,9 +34,9 @@ from lightning_quant.tasks.calibration_progress import ProgressBar
 class AccuQuant(pl.Callback):
     """Evaluate a diffusion model with a quantized denoiser, calibrated on the error that piles up while it samples.
 
-    Before the first ``validate``, ``test`` or ``predict`` it samples float trajectories from the model itself, and learns
-    the rounding of weights and the ranges of activations over windows of consecutive steps; ``fit`` stays in float. Products
-    are simulated in floating point.
+    Before the first ``validate``, ``test`` or ``predict`` it samples float trajectories from the model itself, and
+    learns the rounding of weights and the ranges of activations over windows of consecutive steps; ``fit`` stays in
+    float. Products are simulated in floating point.
 
     Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
     (arXiv 2510.20348).
@@ -147,7 +151,7 @@ class AccuQuant(pl.Callback):
         """The denoiser as samplers call it."""
         return Denoiser(network, self.settings.guidance)
 
-    def conditioning(self, pl_module: pl.LightningModule, ids: range) -> Conditioning:
+    def conditioning(self, pl_module: pl.LightningModule, ids: Sequence[int]) -> Conditioning:
         """What the denoiser is given for the images of some numbers, a row each."""
         return {}
 
@@ -221,14 +225,13 @@ class AccuQuant(pl.Callback):
 
     def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         begin = time.perf_counter()
-        with still(pl_module):
-            calibration = self.calibration = self.start(trainer, self.parts(pl_module))
-            file = self.state_file(trainer, calibration)
-            file.load(calibration)
-            with ProgressBar(trainer, calibration.total - calibration.done, "Calibrating") as bar:
-                while not calibration.finished:
-                    bar.update(1, calibration.step())
-                    file.save(calibration)
+        calibration = self.calibration = self.start(trainer, self.parts(pl_module))
+        file = self.state_file(trainer, calibration)
+        file.load(calibration)
+        with ProgressBar(trainer, calibration.total - calibration.done, "Calibrating") as bar:
+            while not calibration.finished:
+                bar.update(1, calibration.step())
+                file.save(calibration)
         rank_zero_info(summarise(calibration, time.perf_counter() - begin))
 
     def start(self, trainer: pl.Trainer, parts: Parts) -> Calibration:
@@ -237,13 +240,8 @@ class AccuQuant(pl.Callback):
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
         """Where the calibration is written to, and taken from."""
-        raise NotImplementedError
-
-
-def is_calibrated(module: nn.Module) -> bool:
-    """Whether all weight quantizers of a module have ranges."""
-    quantizers = [layer.weight_quantizer for _, layer in quantized_layers(module)]
-    return bool(quantizers) and all(quantizer is not None and quantizer.ready for quantizer in quantizers)
+        weights = weights_hash(calibration.source.network)
+        return StateFile(trainer, self.cache_dir, "accuquant", calibration.fingerprint(), weights)
 
 
 def _attribute(pl_module: pl.LightningModule, path: str, argument: str) -> Any:
@@ -257,10 +255,9 @@ def _attribute(pl_module: pl.LightningModule, path: str, argument: str) -> Any:
 
 
 def _denoiser_of(pl_module: pl.LightningModule) -> nn.Module:
-    found = {}
-    for name, child in pl_module.named_modules():
-        if type(child).__name__ in ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel"):
-            found[name] = child
+    found: dict[str, nn.Module] = {
+        name: child for name, child in pl_module.named_modules() if type(child).__name__ in DENOISERS
+    }
     if len(found) == 1:
         return next(iter(found.values()))
     what = f"several denoisers: {', '.join(found)}" if found else "no denoiser of diffusers"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +11,12 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.denoiser import Denoiser
+from lightning_quant.errors import CheckpointError, ConfigurationError
 
 
 class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-call]
@@ -31,6 +35,44 @@ class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-
     def forward(self, labels: Tensor) -> Tensor:
         """(n, 1, width) of labels (n,) int64."""
         return self.weight[labels].unsqueeze(1)
+
+
+def class_embedding(source: str | Path | Tensor, width: int) -> ClassEmbedding:
+    """A table that is given, or the one in a file.
+
+    Args:
+        source: (classes + 1, width), last the row for no class; or a safetensors file with one such tensor.
+        width: the ``cross_attention_dim`` of the denoiser.
+
+    Raises:
+        CheckpointError: no such file, or one that is cut off.
+        ConfigurationError: another shape, or several tensors.
+
+    >>> class_embedding(torch.zeros(11, 4), 4)(torch.tensor([3, 10])).shape
+    torch.Size([2, 1, 4])
+    """
+    table = source if isinstance(source, Tensor) else _only_tensor(Path(source).expanduser())
+    if table.dim() != 2 or len(table) < 2 or table.shape[1] != width:
+        raise ConfigurationError(
+            f"class_embedding has shape {tuple(table.shape)}: expected (classes + 1, {width}), one row for each class"
+            " and a last one for no class, as wide as the denoiser's cross_attention_dim."
+        )
+    found: ClassEmbedding = ClassEmbedding(*table.shape)
+    found.weight.data = table.detach().float().clone()
+    found.eval()
+    return found
+
+
+def _only_tensor(path: Path) -> Tensor:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"class_embedding={str(path)!r} is no safetensors file ({error}).") from error
+    if len(tensors) != 1:
+        raise ConfigurationError(
+            f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:4])}): expected one, (classes + 1, D)."
+        )
+    return next(iter(tensors.values()))
 
 
 class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc, no-untyped-call]

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_quant.accuquant.callback import AccuQuant, is_calibrated
+from lightning_quant.accuquant.callback import AccuQuant
 from lightning_quant.accuquant.generation import Conditions, GeneratedImages, generate_images, read_images, write_images
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
 from lightning_quant.accuquant.preparation import Parts, image_numbers, sampler_for, trajectories
 from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors, single_step_errors
-from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.tasks.calibration import CalibratingModule
@@ -32,10 +32,10 @@ SHOWN = 16
 class AccuQuantModule(CalibratingModule):
     """A diffusion model of diffusers whose ``fit`` calibrates it; then it measures and generates.
 
-    ``fit`` (``lightning-quant calibrate``) is the calibration, a step of which is a training step; ``validate`` measures the
-    error that piles up over held-out trajectories; ``test`` generates images with the float and the quantized denoiser
-    from the same seeds and compares them; ``predict`` generates images in batches over all ranks. An image depends on its
-    number and the seed alone.
+    ``fit`` (``lightning-quant calibrate``) is the calibration, a step of which is a training step; ``validate``
+    measures the error that piles up over held-out trajectories; ``test`` generates images with the float and the
+    quantized denoiser from the same seeds and compares them; ``predict`` generates images in batches over all ranks. An
+    image depends on its number and the seed alone.
 
     Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
     (arXiv 2510.20348).
@@ -46,13 +46,13 @@ class AccuQuantModule(CalibratingModule):
         scheduler: folder of a scheduler in place of the pipeline's.
         class_embedding: file of a class-conditional LDM's table of classes.
         prompts: file with one prompt a line, for text-to-image; or a safetensors file, see
-            :func:`~lightning_quant.accuquant.conditions.embedded_prompts`.
+            :func:`~lightning_quant.accuquant.text_encoding.read_embeddings`.
         classes: number of classes to draw from; None takes the model's.
         images: how many ``test`` and ``predict`` make.
         image_batch_size: at once, on one rank.
         image_folder: where ``predict`` writes PNG files named by their numbers; None writes none.
         real_images: folder of images of the data, for FID.
-        metrics: what ``test`` measures, as the arguments of :class:`lightning_quant.metrics.GenerationMetrics` or itself.
+        metrics: what ``test`` measures, as the arguments of :class:`lightning_quant.GenerationMetrics` or itself.
         quantization: the arguments of the calibration, as the callback's or as a mapping of them.
 
     Raises:
@@ -70,6 +70,7 @@ class AccuQuantModule(CalibratingModule):
 
     calibration_key: ClassVar[str] = "accuquant"
     callback_name: ClassVar[str] = "AccuQuant"
+    own_batches: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -87,10 +88,11 @@ class AccuQuantModule(CalibratingModule):
     ) -> None:
         super().__init__()
         for name, value in (("images", images), ("image_batch_size", image_batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least 1.")
-        given = dict(quantization) if isinstance(quantization, Mapping) else quantization
-        self.quantization = AccuQuant(**given) if isinstance(given, dict) else given or AccuQuant()
+        self.quantization = (
+            AccuQuant(**quantization) if isinstance(quantization, Mapping) else quantization or AccuQuant()
+        )
         self.metrics = GenerationMetrics(**metrics) if isinstance(metrics, Mapping) else metrics or GenerationMetrics()
         named = {"model": model} if isinstance(model, str | Path) else {}
         self.hparams.update(
@@ -167,8 +169,8 @@ class AccuQuantModule(CalibratingModule):
                 cache = trajectories(self.trainer, parts, sampler, settings, self.quantization.cache_dir, held)
             own = list(held)[self.trainer.global_rank :: self.trainer.world_size]
             some = cache.trajectories(own) if own else None
-            accumulated = accumulated_errors(parts.denoiser, sampler, some)
-            return accumulated, single_step_errors(parts.denoiser, sampler, some)
+            found = [measure(parts.denoiser, sampler, some) for measure in (accumulated_errors, single_step_errors)]
+        return found[0], found[1]
 
     # -- test ---------------------------------------------------------------------------------------------------------
 
@@ -205,7 +207,7 @@ class AccuQuantModule(CalibratingModule):
         timesteps = list(sampler_for(self.parts, self.quantization.settings).timesteps)
         curves = {"accumulated": {"quantized": accumulated}, "single_step": {"quantized": single}}
         self.generation_report.update(curves, timesteps=timesteps)
-        if self.calibration is not None and self.calibration.sweep:
+        if isinstance(self.calibration, Calibration) and self.calibration.sweep:
             self.generation_report.update(sweep=self.calibration.sweep, chosen=self.calibration.window)
 
     # -- predict ------------------------------------------------------------------------------------------------------
@@ -225,14 +227,6 @@ class AccuQuantModule(CalibratingModule):
     def generate(self, ids: Tensor) -> Tensor:
         """Images (n, C, H, W) in [0, 1] of some numbers, by the network as it is."""
         settings, parts = self.quantization.settings, self.parts
-        return generate_images(self.model, parts, sampler_for(parts, settings), ids.tolist(), settings.seed, self.device)
-
-    # -- what may be evaluated ------------------------------------------------------------------------------------------
-
-    def check_calibrated(self) -> None:
-        """Raise a QuantizationError where the denoiser is in float."""
-        if not is_calibrated(self):
-            raise QuantizationError(
-                "The denoiser is not calibrated: call trainer.fit(module) first, or pass ckpt_path= with a checkpoint"
-                " of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
-            )
+        return generate_images(
+            self.model, parts, sampler_for(parts, settings), ids.tolist(), settings.seed, self.device
+        )

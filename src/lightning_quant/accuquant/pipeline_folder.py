@@ -143,8 +143,8 @@ def load_denoiser(folder: PipelineFolder) -> Any:
         )
     if (path / QUANTIZED).is_file():
         raise ConfigurationError(
-            f"{path} holds a quantized denoiser: write open_model({str(folder.path)!r}), or open_pipeline for the"
-            " pipeline of diffusers, from lightning_quant.export.pipeline."
+            f"{path} holds a quantized denoiser: write lightning_quant.open_pipeline({str(folder.path)!r}), or for a"
+            " DiffusionModel lightning_quant.export.pipeline.open_model."
         )
     return load_component(path, name)
 

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.decoding import Decoder, to_images
@@ -28,7 +26,7 @@ from lightning_quant.accuquant.pipeline_folder import (
     load_scheduler,
     read_folder,
 )
-from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 
 Kind = Literal["ddpm", "ldm", "ldm_class", "sd", "dit"]
 # Those of the pipelines of diffusers; of the class-conditional LDM that of its paper.
@@ -225,7 +223,7 @@ def _model(
     name: str,
 ) -> DiffusionModel:
     if class_embedding is not None:
-        components["class_embedding"] = _embedding(class_embedding, network)
+        components["class_embedding"] = _table(class_embedding, network)
     kind = _kind(network, components)
     config: Any = network.config
     size = config.sample_size
@@ -253,30 +251,9 @@ def _kind(network: nn.Module, components: Mapping[str, Any]) -> Kind:
     )
 
 
-def _embedding(source: str | Path | Tensor, network: nn.Module) -> Any:
-    """A table of classes as a component."""
-    from lightning_quant.accuquant.class_conditional import ClassEmbedding
+def _table(source: str | Path | Tensor, network: nn.Module) -> Any:
+    """A table of classes as a component; here, as its module imports diffusers."""
+    from lightning_quant.accuquant.class_conditional import class_embedding
 
-    table = source if isinstance(source, Tensor) else _table(Path(source).expanduser())
     config: Any = network.config
-    width = config.get("cross_attention_dim")
-    if table.dim() != 2 or len(table) < 2 or table.shape[1] != width:
-        raise ConfigurationError(
-            f"class_embedding has shape {tuple(table.shape)}: expected (classes + 1, {width}), one row for each class"
-            " and a last one for no class, as wide as the denoiser's cross_attention_dim."
-        )
-    found = ClassEmbedding(*table.shape)
-    found.weight.data = table.detach().float().clone()
-    return found.eval()
-
-
-def _table(path: Path) -> Tensor:
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"class_embedding={str(path)!r} is no safetensors file ({error}).") from error
-    if len(tensors) != 1:
-        raise ConfigurationError(
-            f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:4])}): expected one, (classes + 1, D)."
-        )
-    return next(iter(tensors.values()))
+    return class_embedding(source, config.get("cross_attention_dim"))

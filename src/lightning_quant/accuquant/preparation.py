@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ class Parts:
     denoiser: Denoiser
     scheduler: Any
     shape: tuple[int, ...]
-    conditioning: Callable[[range], Conditioning] = lambda ids: {}
+    conditioning: Callable[[Sequence[int]], Conditioning] = lambda ids: {}
 
 
 def image_numbers(settings: Settings) -> tuple[range, range]:

@@ -103,7 +103,9 @@ def _reduce(over_ranks: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> No
         tensor.copy_(part.view_as(tensor))
 
 
-def _watch(network: nn.Module, observers: dict[Slot, Callable[[Tensor], None]], calls: Iterable[Callable[[], object]]) -> None:
+def _watch(
+    network: nn.Module, observers: dict[Slot, Callable[[Tensor], None]], calls: Iterable[Callable[[], object]]
+) -> None:
     """Make the calls, and show each observer the tensors that come to its slot."""
     hooks = []
     for name, layer in quantized_layers(network):

@@ -152,8 +152,8 @@ def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule:
 def block_error(module: nn.Module, data: BlockData) -> float:
     """Mean square error of a block's output on the data of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=data.device)
-    for rows in torch.arange(len(data)).split(BATCH):
-        output, target = data.run(module, rows)
+    for start in range(0, len(data), BATCH):
+        output, target = data.run(module, torch.arange(start, min(start + BATCH, len(data))))
         sums += torch.stack([(output.double() - target).square().sum(), sums.new_tensor(target.numel())])
     return float(torch.div(*all_reduce_sum(sums)))
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -83,8 +84,8 @@ class Source:
 class Calibration:
     """Calibrates a denoiser step by step: ranges, then a block each, then window lengths, then updates.
 
-    Each check keeps the best by the error that has piled up at the end of held-out trajectories, so that nothing worse than
-    the beginning is ever returned.
+    Each check keeps the best by the error that has piled up at the end of held-out trajectories, so that nothing worse
+    than the beginning is ever returned.
 
     Args:
         source: network, plan and trajectories.
@@ -149,7 +150,12 @@ class Calibration:
     def step(self, advance: Callable[[str], None] = lambda name: None) -> str:
         """Do the next step; returns what was done, in a few words."""
         # Between Trainer loops this may be called in inference mode, whose tensors could not be learned.
-        with torch.inference_mode(False), torch.enable_grad(), evaluating(self.source.network):
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            evaluating(self.source.network),
+            _still(self.source.network),
+        ):
             self.worth_saving = True
             if not self.errors:
                 return self._find_ranges()
@@ -351,6 +357,19 @@ class Calibration:
         rows = [(row.name, row.kind, row.parts, row.left_out) for row in source.plan.rows]
         parts = (sorted(source.settings.as_dict().items()), rows, source.sampler.describe(), source.images)
         return hashlib.sha256(repr((*parts, source.held_out)).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _still(network: nn.Module) -> Iterator[None]:
+    """Gradients flow through the parameters to the quantizers, not into them."""
+    moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in moving:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in moving:
+            parameter.requires_grad_(True)
 
 
 def _denoise(denoiser: Denoiser, some: Trajectories, x: Tensor, t: int) -> Tensor:

@@ -77,12 +77,14 @@ class Settings:
                 f"batch_size={self.batch_size} with trajectories={self.trajectories}: a batch is drawn from the"
                 f" trajectories, write trajectories={self.batch_size} or more."
             )
-        window = self.window
+        window: Any = self.window
         if window is None or window == "sweep":
             return
         if not isinstance(window, int) or window < 1:
-            raise ConfigurationError(f"window={window!r}: expected a number of steps, 'sweep', or None for {self.steps}"
-                                     f" steps' usual {usual_window(self.steps)}.")
+            raise ConfigurationError(
+                f"window={window!r}: expected a number of steps, 'sweep', or None for {self.steps}"
+                f" steps' usual {usual_window(self.steps)}."
+            )
         if window > self.steps:
             raise ConfigurationError(
                 f"window={window} is longer than the trajectory of {self.steps} steps: write window="

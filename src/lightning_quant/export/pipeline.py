@@ -42,6 +42,20 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
         ConfigurationError: a folder with other files.
         UnsupportedModelError: a denoiser that is not quantized.
         QuantizationError: none of its quantizers has a range yet.
+
+    >>> import tempfile
+    >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+    >>> from lightning_quant.nn import swap
+    >>> from lightning_quant.quantizers import FixedQuantizer
+    >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
+    >>> layer = swap(pipeline.unet.conv_in, weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
+    >>> layer.weight_quantizer.initialise(layer.weight)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     opened = open_pipeline(save_pipeline(load_pipeline(pipeline), folder))
+    >>> type(opened).__name__, opened.unet.conv_in.weight_quantizer
+    ('DDIMPipeline', FixedQuantizer(bits=4, ready=True))
     """
     target = Path(folder).expanduser()
     _check_target(target)

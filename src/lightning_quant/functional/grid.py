@@ -143,7 +143,8 @@ class _FakeQuantize(torch.autograd.Function):
         passed = grad * is_inside(x, scale, ctx.grid, zero_point)
         grad_scale = grad_zero = None
         if ctx.needs_input_grad[1]:
-            output = rest[-1] if x.dtype == scale.dtype else decode(encode(x, scale, ctx.grid, zero_point), scale, zero_point)
+            exact = x.dtype == scale.dtype
+            output = rest[-1] if exact else decode(encode(x, scale, ctx.grid, zero_point), scale, zero_point)
             # grad ((code - zero) - x / scale inside the clamp): of values that are there.
             grad_scale = (_dots(grad, output, scale) - _dots(passed, x, scale)) / scale
         if ctx.needs_input_grad[2]:

@@ -15,16 +15,18 @@ from torch import Tensor
 from lightning_quant.data.calibration import calibration_images
 from lightning_quant.data.calibration_source import CalibrationData, from_trainer
 from lightning_quant.igq_vit.agreement import check_agrees
-from lightning_quant.igq_vit.cache import Cache, images_hash
+from lightning_quant.igq_vit.cache import images_hash, state_file
 from lightning_quant.igq_vit.perturbation import log_posteriors
-from lightning_quant.igq_vit.progress import CalibrationBar, estimate
+from lightning_quant.igq_vit.progress import estimate, units
 from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn import strip
 from lightning_quant.nn.attention_check import check_attentions
-from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
+from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.tasks.calibration_progress import ProgressBar
 
 # One image alone takes longer than its share of a batch.
 TIMED_IMAGES = 8
@@ -175,12 +177,15 @@ class IGQViT(pl.Callback):
         count, seed = self.settings.calibration_images, self.settings.seed
         images = calibration_images(source, count, seed, trainer.global_rank, trainer.world_size)
         calibration = self.start(trainer, pl_module, images)
-        cache = Cache(trainer, self.cache_dir, calibration)
-        cache.load()
-        with CalibrationBar(trainer, calibration) as bar:
+        file = self.state_file(trainer, calibration)
+        file.load(calibration)
+        with ProgressBar(trainer, units(calibration), "Calibrating") as bar:
             while not calibration.finished:
-                bar.done(calibration.step(bar.module_done))
-                cache.save()
+                what = calibration.step(lambda name: bar.update(what=name))
+                # Of the first step its modules were counted.
+                if calibration.done > 1:
+                    bar.update(what=what)
+                file.save(calibration)
         rank_zero_info(summarise(calibration, time.perf_counter() - start))
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
@@ -205,8 +210,6 @@ class IGQViT(pl.Callback):
         self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
         return self.calibration
 
-
-def is_calibrated(module: torch.nn.Module) -> bool:
-    """Whether all weight quantizers of a module have ranges."""
-    quantizers = [layer.weight_quantizer for _, layer in quantized_layers(module)]
-    return bool(quantizers) and all(quantizer is not None and quantizer.ready for quantizer in quantizers)
+    def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
+        """Where the calibration is written to, and taken from."""
+        return state_file(trainer, self.cache_dir, calibration)

@@ -2,52 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.data.calibration import calibration_images
 from lightning_quant.data.calibration_source import calibration_source
-from lightning_quant.errors import ConfigurationError, QuantizationError
-from lightning_quant.igq_vit.cache import Cache
-from lightning_quant.igq_vit.callback import IGQViT, is_calibrated
-from lightning_quant.igq_vit.session import STEPS, Calibration
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.igq_vit.callback import IGQViT
+from lightning_quant.igq_vit.session import Calibration
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.attention_check import check_attentions
-from lightning_quant.nn.structure import mark
 from lightning_quant.tasks import ImageClassifier
+from lightning_quant.tasks.calibration import CalibratingModule
+from lightning_quant.tasks.calibration_files import StateFile
 
 
-class _Steps(IterableDataset[int]):
-    """As an iterable it is not divided among ranks: each does every step, on its share of the images."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class _Loader(DataLoader[Any]):
-    """Says to Lightning that it can go on in the middle."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Which step comes next is known to the calibration."""
-
-
-class IGQViTModule(ImageClassifier):
+class IGQViTModule(CalibratingModule, ImageClassifier):
     """A vision transformer of timm or torchvision whose ``fit`` calibrates it; then it validates, tests and predicts.
 
     Each training step is one step of the calibration: all quantizers first, then the perturbation of a layer each,
@@ -73,7 +45,10 @@ class IGQViTModule(ImageClassifier):
     8
     """
 
-    fit_is_calibration = True
+    calibration_key: ClassVar[str] = "igq_vit"
+    callback_name: ClassVar[str] = "IGQViT"
+
+    calibration: Calibration | None
 
     def __init__(
         self,
@@ -93,22 +68,9 @@ class IGQViTModule(ImageClassifier):
         self.hparams.update(kept, quantization=settings.as_dict())
         self._hparams_initial = dict(self.hparams)
         check_attentions(self.network, settings.exclude)
-        self.automatic_optimization = False
-        self.calibration: Calibration | None = None
-        self._cache: Cache | None = None
-        self._resumed: dict[str, torch.Tensor] = {}
 
-    # -- fit ----------------------------------------------------------------------------------------------------------
-
-    def setup(self, stage: str) -> None:
-        super().setup(stage)
-        if stage == "fit":
-            # The steps take the place of the user's training batches, of which the draw of images takes what it needs.
-            self.trainer.fit_loop._data_source.instance = self
-            self.trainer.fit_loop.max_epochs = 1
-
-    def on_fit_start(self) -> None:
-        """Draw the images and prepare the network; continue where a checkpoint ended."""
+    def start_calibration(self) -> Calibration:
+        """Draw the images and prepare the network."""
         datamodule = getattr(self.trainer, "datamodule", None)
         data = self.quantization.calibration_data
         if datamodule is None and data is None:
@@ -124,88 +86,18 @@ class IGQViTModule(ImageClassifier):
             self.trainer.global_rank,
             self.trainer.world_size,
         )
-        self.calibration = self.quantization.start(self.trainer, self, images)
-        self._cache = Cache(self.trainer, self.quantization.cache_dir, self.calibration)
-        if self._resumed:
-            self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
-        else:
-            self._cache.load()
+        return self.quantization.start(self.trainer, self, images)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The steps that are left."""
-        assert self.calibration is not None
-        # A loop that was restored counts the batches that were before it.
-        before = self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        # Of what the cache has finished one is left that does nothing: without a batch no checkpoint is written.
-        left = max(self.calibration.total - self.calibration.done, 1)
-        return _Loader(_Steps(before + left), batch_size=None)
+    def state_file(self, calibration: Calibration) -> StateFile:
+        """As the callback's."""
+        return self.quantization.state_file(self.trainer, calibration)
 
-    def _apply_batch_transfer_handler(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
-        # A step is no batch that the datamodule's hooks could take.
-        return batch if self.trainer.training else super()._apply_batch_transfer_handler(batch, *args, **kwargs)
+    def after_step(self, calibration: Calibration) -> None:
+        """Show the least divergence of a layer that was perturbed."""
+        if calibration.omega and not calibration.groups:
+            last = next(reversed(calibration.omega.values()))
+            self.log("calibration/kl", min(last.values()), prog_bar=True)
 
-    def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
-        """One step of the calibration."""
-        assert self.calibration is not None
-        assert self._cache is not None
-        before = set(self.calibration.omega)
-        if not self.calibration.finished:
-            self.calibration.step()
-            self._cache.save()
-        for slot in set(self.calibration.omega) - before:
-            table = self.calibration.omega[slot]
-            self.log("calibration/kl", min(table.values()), prog_bar=True)
-        # Counts the step: checkpoints are made by the number of optimizer steps.
-        optimizer = self.optimizers()
-        assert not isinstance(optimizer, list)
-        optimizer.step()
-
-    def on_train_end(self) -> None:
-        """Say what came out."""
-        if self.calibration is not None and self.calibration.finished:
-            rank_zero_info(summarise(self.calibration))
-
-    def on_validation_start(self) -> None:
-        """Refuse what is not calibrated; Lightning's sanity check before the calibration is of the float network."""
-        if self.trainer.state.fn == TrainerFn.VALIDATING:
-            self._check_calibrated()
-
-    def on_test_start(self) -> None:
-        """Refuse what is not calibrated."""
-        self._check_calibrated()
-
-    def on_predict_start(self) -> None:
-        """Refuse what is not calibrated."""
-        self._check_calibrated()
-
-    def _check_calibrated(self) -> None:
-        if not is_calibrated(self):
-            raise QuantizationError(
-                "The network is not calibrated: call trainer.fit(module, datamodule) first, or pass ckpt_path= with a"
-                " checkpoint of a calibration (lightning-quant calibrate, then test --ckpt_path FILE)."
-            )
-        state = self._resumed if self.calibration is None else self.calibration.state_dict()
-        done, total = state[STEPS].tolist() if state else (0, 0)
-        if done < total:
-            raise QuantizationError(
-                f"The calibration stopped after step {done} of {total}, before groups were allocated: go on with"
-                " trainer.fit(module, datamodule, ckpt_path=...), then test."
-            )
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-    # -- checkpoints --------------------------------------------------------------------------------------------------
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.calibration is not None:
-            checkpoint["igq_vit"] = self.calibration.state_dict()
-        elif self._resumed:
-            checkpoint["igq_vit"] = self._resumed
-        mark(checkpoint["state_dict"], "IGQViT")
-        super().on_save_checkpoint(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_load_checkpoint(checkpoint)
-        self._resumed = checkpoint.get("igq_vit", {})
-        self.calibration = None
+    def summarise(self, calibration: Calibration) -> str:
+        """Groups and bit operations."""
+        return summarise(calibration)

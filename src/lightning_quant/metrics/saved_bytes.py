@@ -39,7 +39,8 @@ class _Saved:
     """In the graph in place of a tensor; gone when the graph lets go of it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        # Without its graph, which would hold itself where the tensor is the result of its node.
+        self.tensor = tensor.detach()
 
     def unpack(self) -> Tensor:
         return self.tensor

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -50,8 +50,8 @@ def unwatch_timesteps(module: nn.Module) -> None:
             handle.remove()
 
 
-@lru_cache(maxsize=None)
-def _position(kind: type[nn.Module]) -> tuple[str, int] | None:
+@cache
+def _position(kind: Any) -> tuple[str, int] | None:
     """Name and place of the timestep among the arguments of a class's forward."""
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     return next(((name, names.index(name)) for name in NAMES if name in names), None)
@@ -61,7 +61,7 @@ def _listeners(module: nn.Module) -> list[TimestepQuantizer]:
     return [child for child in module.modules() if isinstance(child, TimestepQuantizer) and len(child.starts) > 1]
 
 
-def _is_timestep(value: Any) -> bool:
+def _is_timestep(value: Any) -> TypeGuard[float | Tensor]:
     """A number, or one for each image: blocks are given the embedding of the timestep under the same names."""
     if isinstance(value, Tensor):
         return value.numel() in (1, *value.shape[:1])

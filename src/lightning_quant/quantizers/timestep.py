@@ -167,7 +167,7 @@ class TimestepQuantizer(Quantizer, kind=10):
 
 
 def group_of(starts: Sequence[int], timestep: float | Tensor) -> int | Tensor:
-    """Index of the group that holds a timestep: group g is ``starts[g] >= t > starts[g + 1]``, the first has no upper end.
+    """Index of the group of a timestep: group g is ``starts[g] >= t > starts[g + 1]``, the first has no upper end.
 
     A tensor of timesteps that are not all in one group gives a tensor; one on an accelerator is not waited for.
 
