@@ -1,11 +1,11 @@
-"""Errors of a diffusion model over its denoising steps: ranges alone, per step, and AccuQuant, with equal network calls.
+"""Errors of a diffusion model over its denoising steps: ranges alone, per step, and AccuQuant.
 
     python benchmarks/accuquant_errors.py --model FOLDER --features digits
 
-For each bit-width and seed it makes float trajectories and calibrates from the same ranges three times: not at all, with
-each step from the float state, and over windows. Network calls of the two are the same: a window of M steps is walked and
-then walked again with gradients, so the per-step baseline has twice the updates. Every run is written to a file of results when
-it is done, and one that is there is not repeated. It prints tables for the README, and draws curves and images.
+For each bit-width and seed it makes float trajectories and calibrates from the same ranges three times: not at all,
+with each step from the float state, and over windows. Network calls of the last two are the same: a window is walked,
+and then walked again with gradients, so the per-step baseline has twice the updates. Every run is written to a file of
+results when it is done, and one that is there is not repeated. It prints a table and draws curves and images.
 
 FID2FP32 is between images of the quantized and of the float model from the same seeds, by the features of a small
 classifier of the same data, which it trains (``digits``, ``fashion_mnist``; seconds to minutes).
@@ -122,7 +122,7 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, seed: int
     return Settings(
         weight, activation, steps=arguments.steps, window=arguments.window, updates=updates,
         adjoint="per_step" if method == "per_step" else common.pop("adjoint", "identity"), seed=seed,
-        check_every=max(1, updates // 10), **common,
+        check_every=max(1, updates // 5), **common,
     )
 
 

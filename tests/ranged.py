@@ -26,7 +26,7 @@ TIMESTEPS = (900, 500, 100)
 def network_of(kind: Kind | Literal["flat"] = "ddpm") -> Any:
     """In float, its weights not to be trained; "flat" is a UNet of one level, with skips and one attention."""
     if kind == "flat":
-        one = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
+        one: Any = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (16,)}
         return tiny_unet(**one).requires_grad_(False)
     return tiny_denoiser(kind).requires_grad_(False)
 

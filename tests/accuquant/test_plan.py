@@ -84,7 +84,9 @@ def test_the_halves_are_those_that_were_put_together() -> None:
     def before(name: str) -> Callable[..., None]:
         return lambda module, args: expected.update({f"{name}.conv1": joined[-1]})
 
-    blocks = [(n, m) for n, m in network.named_modules() if n.startswith("up_blocks") and type(m).__name__ == "ResnetBlock2D"]
+    blocks = [
+        (n, m) for n, m in network.named_modules() if n.startswith("up_blocks") and type(m).__name__ == "ResnetBlock2D"
+    ]
     hooks = [block.register_forward_pre_hook(before(name)) for name, block in blocks]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "cat", noting)
@@ -144,7 +146,9 @@ def test_patterns_leave_layers_and_attentions_out() -> None:
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_names_near_it() -> None:
-    with pytest.raises(ConfigurationError, match=r"exclude='conv_inn' matches none of the \d+ layers. Near it: conv_in"):
+    with pytest.raises(
+        ConfigurationError, match=r"exclude='conv_inn' matches none of the \d+ layers. Near it: conv_in"
+    ):
         plan_of(network_of(), exclude=("conv_out", "conv_inn"))
 
 

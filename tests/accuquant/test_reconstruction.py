@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,7 +15,13 @@ from torch import Tensor, nn
 from lightning_quant.accuquant.blocks import BlockData, gather
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers
-from lightning_quant.accuquant.reconstruction import Reconstruction, Schedule, block_error, reconstruct_block
+from lightning_quant.accuquant.reconstruction import (
+    Reconstruction,
+    Schedule,
+    _weights,
+    block_error,
+    reconstruct_block,
+)
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.soft_rounding import rounding_penalty
@@ -193,7 +199,7 @@ def test_all_blocks_get_better_and_the_network_with_them(
         target = torch.cat([run() for run, _ in calls_of(untouched, [0, 1], 2)])  # type: ignore[misc]
         start = torch.cat([run() for run, _ in calls])  # type: ignore[misc]
     branches = 1 if guidance is None else 2
-    stage = Reconstruction(network, plan, Settings(reconstruction=20), calls, branches)
+    stage = Reconstruction(network, plan, Settings(reconstruction=8), calls, branches)
     found = {block: stage.run(block) for block in stage.blocks}
     assert all(errors["after"] <= errors["before"] for errors in found.values())
     assert sum(errors["after"] < errors["before"] for errors in found.values()) > 0.6 * len(found)
@@ -284,6 +290,46 @@ def on_share(rank: int, ranks: int, kind: str = "unet", images: int = 5) -> tupl
     block = next(name for name in stage.blocks if "resnets" in name or "transformer_blocks" in name)
     errors = stage.run(block)
     return errors, {key: value.numpy() for key, value in quantizer_state(denoiser.network).items()}
+
+
+class Recorder:
+    """In place of Adam: keeps the gradients of each update, and moves nothing."""
+
+    found: ClassVar[list[Any]] = []
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        self.leaves = [leaf for group in groups for leaf in group["params"]]
+
+    def step(self) -> None:
+        Recorder.found.append(torch.cat([leaf.grad.flatten() for leaf in self.leaves]).numpy())
+
+
+def gradients_on(rank: int, ranks: int) -> list[Any]:
+    Recorder.found.clear()
+    on_share(rank, ranks)
+    return Recorder.found
+
+
+def test_gradients_are_those_of_the_loss_on_any_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "Adam", Recorder)
+    alone = np.stack(gradients_on(0, 1))
+    assert len(alone) == 30
+    for found in on_ranks(2, gradients_on):
+        np.testing.assert_allclose(np.stack(found), alone, rtol=1e-3, atol=1e-6)
+    # By hand, at the last update: all images fit into one batch.
+    denoiser, _, calls = prepared("unet", 5)
+    network, block = denoiser.network, "down_blocks.0.resnets.0"
+    data = gather(network, block, calls)
+    module, beta = network.get_submodule(block), Schedule(30).beta(29)
+    assert beta is not None
+    begun = [q.begin() for q in activation_quantizers(module).values()]
+    weights = [q.begin(layer.weight, soft=True)["alpha"] for layer, q in _weights(module)]
+    ranges = [leaves[name] for name in ("log_scale", "zero_point") for leaves in begun]
+    output, target = data.run(module, torch.arange(len(data)))
+    loss = (output - target).square().sum(1).mean()
+    penalty = torch.stack([rounding_penalty(alpha, beta) for alpha in weights]).sum()
+    by_hand = torch.autograd.grad(loss + 0.01 * penalty, [*ranges, *weights])
+    np.testing.assert_allclose(alone[-1], torch.cat([g.flatten() for g in by_hand]).numpy(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(("kind", "ranks", "images"), [("unet", 2, 5), ("dit", 2, 4), ("unet", 3, 2)])

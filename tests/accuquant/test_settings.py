@@ -29,12 +29,15 @@ from lightning_quant.errors import ConfigurationError
         ({"reconstruction": -5}, r"reconstruction=-5: expected a whole number of at least 0"),
         (
             {"batch_size": 32, "trajectories": 16},
-            r"batch_size=32 with trajectories=16: a batch is drawn from the trajectories, write trajectories=32 or more",
+            r"batch_size=32 with trajectories=16: a batch is drawn from the trajectories, write trajectories=32",
         ),
         ({"rounding_lr": 0.0}, r"rounding_lr=0\.0: expected a positive number"),
         ({"activation_lr": -1e-3}, r"activation_lr=-0\.001: expected a positive number"),
         ({"rounding_lr": float("nan")}, r"rounding_lr=nan: expected a positive number"),
-        ({"adjoint": "none"}, r"adjoint='none': expected one of 'identity', 'coefficient', 'exact', 'bptt', 'per_step'"),
+        (
+            {"adjoint": "none"},
+            r"adjoint='none': expected one of 'identity', 'coefficient', 'exact', 'bptt', 'per_step'",
+        ),
         ({"start": "quantized"}, r"start='quantized': expected one of 'float', 'prefix'"),
         ({"activation_parameters": "each"}, r"activation_parameters='each': expected one of 'shared', 'per_group'"),
         ({"learn": "weights"}, r"learn='weights': expected one of 'all', 'rounding', 'activations', 'nothing'"),

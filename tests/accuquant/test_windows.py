@@ -156,7 +156,8 @@ def derivative(function: Callable[[Tensor], Tensor], at: Tensor, step: float = 1
 def test_identity_and_coefficient_are_their_sums_over_the_steps(start: int, stop: int, straight: bool) -> None:
     """sum_k (d x_{k+1} / d q with x_k fixed)^T u_k: u_k = u, or u with the sampler's own factors of x."""
     own = sampler("ddim", clip_sample=False, set_alpha_to_one=True)
-    alphas = DDIMScheduler().alphas_cumprod.double()
+    scheduler: Any = DDIMScheduler()
+    alphas = scheduler.alphas_cumprod.double()
     window, q = double_window(start, stop, 2, 1, 2, 2), Q
 
     def step(k: int, x: Tensor, numbers: Tensor) -> Tensor:
@@ -228,7 +229,9 @@ def test_a_stochastic_sampler_takes_the_noise_of_the_float_trajectory(adjoint: A
     other = replace(window, noises=tuple(-noise for noise in window.noises if noise is not None))
     denoiser = denoiser_of(network_of("flat"))
     leaf = torch.zeros((), requires_grad=True)
-    with_own, with_other = (window_loss(lambda x, t: leaf + denoiser(x, t, {}), own, w, adjoint) for w in (window, other))
+    with_own, with_other = (
+        window_loss(lambda x, t: leaf + denoiser(x, t, {}), own, w, adjoint) for w in (window, other)
+    )
     assert float(with_own) < 1e-8
     assert float(with_other) > 1e-3
 
@@ -247,7 +250,13 @@ def test_a_window_may_start_where_the_quantized_model_is() -> None:
 
 # -- costs, counted ---------------------------------------------------------------------------------------------------
 
-WITHOUT_AND_WITH_GRADIENTS = {"identity": (1, 1), "coefficient": (1, 1), "exact": (1, 1), "bptt": (0, 1), "per_step": (0, 1)}
+WITHOUT_AND_WITH_GRADIENTS = {
+    "identity": (1, 1),
+    "coefficient": (1, 1),
+    "exact": (1, 1),
+    "bptt": (0, 1),
+    "per_step": (0, 1),
+}
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)

@@ -272,7 +272,7 @@ def test_gradient_per_channel_with_a_zero_point_is_a_loop_over_channels() -> Non
 
 
 def asymmetric(shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Values of which the clamp of 4 bits moves some on both sides, scales, whole zero points, and weights of a loss."""
+    """Values of which the clamp of 4 bits moves some on both sides, scales, zero points, and weights of a loss."""
     x, weights = normal(2, 3, 4, 5).double(), normal(2, 3, 4, 5, seed=1).double()
     scale = normal(1, *shape, seed=2)[0].double().abs() * 0.1 + 0.1
     zero_point = torch.randint(3, 9, shape, generator=torch.Generator().manual_seed(3)).double()

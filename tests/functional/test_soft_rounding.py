@@ -22,7 +22,7 @@ def slow_rounding(alpha: float) -> float:
 
 def slow_penalty(alpha: Tensor, beta: float) -> float:
     """Equation 24."""
-    return sum(1 - abs(2 * slow_rounding(a) - 1) ** beta for a in alpha.tolist())
+    return math.fsum(1 - abs(2 * slow_rounding(a) - 1) ** beta for a in alpha.tolist())
 
 
 @few

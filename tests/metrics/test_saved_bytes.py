@@ -31,7 +31,7 @@ def test_graphs_one_after_the_other_take_what_the_largest_takes() -> None:
 
 
 def test_graphs_that_are_kept_add_up_and_those_let_go_of_do_not() -> None:
-    kept = []
+    kept: list[Tensor] = []
     assert peak_saved_bytes(lambda: kept.extend(chain(3) for _ in range(4))) == 12 * 250 * FLOAT
     assert peak_saved_bytes(lambda: [None for _ in range(4) if chain(3) is None]) == 3 * 250 * FLOAT
     assert len(kept) == 4
@@ -79,7 +79,7 @@ def test_recomputing_shows() -> None:
 def test_gradients_are_what_they_are_without_counting() -> None:
     x = torch.randn(5, 5, requires_grad=True)
     (plain,) = torch.autograd.grad(x.exp().mm(x).sum(), x)
-    found = []
+    found: list[Tensor] = []
     peak_saved_bytes(lambda: found.extend(torch.autograd.grad(x.exp().mm(x).sum(), x)))
     assert torch.equal(found[0], plain)
 

@@ -106,7 +106,7 @@ def test_shape_and_dtype_are_kept(make: Maker, dtype: torch.dtype) -> None:
 
 def with_one_range(quantizer: Quantizer, moved: Tensor) -> tuple[Tensor, ...]:
     if isinstance(quantizer, TimestepQuantizer):
-        return moved.split(quantizer.parts or moved.shape[1], 1)
+        return torch.split(moved, list(quantizer.parts) or moved.shape[1], 1)
     axis = getattr(quantizer, "axis", None)
     return (moved,) if axis is None else moved.unbind(axis)
 

@@ -31,7 +31,8 @@ def rounded(weight: Tensor, bits: int = 4, symmetric: bool = False, axis: int | 
 
 def steps(quantizer: RoundedQuantizer, weight: Tensor) -> Tensor:
     """Where the quantized weights stand, in steps from the weights."""
-    return (quantizer(weight).detach() - weight) / quantizer.affine(weight.dim())[0]
+    moved: Tensor = quantizer(weight).detach()
+    return (moved - weight) / quantizer.affine(weight.dim())[0]
 
 
 @kinds

@@ -87,7 +87,7 @@ def test_rows_of_heads_take_the_timestep_of_their_image() -> None:
 
 
 def test_rows_that_no_timestep_belongs_to_are_refused() -> None:
-    with pytest.raises(QuantizationError, match="tensor of 3 rows .* called with 2 different timesteps: call it with"):
+    with pytest.raises(QuantizationError, match=r"tensor of 3 rows .* called with 2 different timesteps: call it with"):
         ranged().at(torch.tensor([950, 20]))(normal(3, 4))
 
 

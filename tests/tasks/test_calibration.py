@@ -351,6 +351,9 @@ def test_what_is_not_calibrated_or_only_in_part_is_refused(verb: str, tmp_path: 
         getattr(trainer, verb)(Walking(), ckpt_path=str(tmp_path / "part.ckpt"))
     quiet(default_root_dir=tmp_path).fit(module, ckpt_path=str(tmp_path / "part.ckpt"))
     getattr(trainer, verb)(module)
+    # Of the checkpoint, not of the calibration that the module has finished.
+    with pytest.raises(QuantizationError, match=in_part):
+        getattr(trainer, verb)(module, ckpt_path=str(tmp_path / "part.ckpt"))
 
 
 def test_validation_within_the_fit_is_let_through(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
-from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_denoiser
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.samplers import SUPPORTED

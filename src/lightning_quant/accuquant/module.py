@@ -72,6 +72,8 @@ class AccuQuantModule(CalibratingModule):
     callback_name: ClassVar[str] = "AccuQuant"
     own_batches: ClassVar[bool] = True
 
+    calibration: Calibration | None
+
     def __init__(
         self,
         model: str | Any,
@@ -207,7 +209,7 @@ class AccuQuantModule(CalibratingModule):
         timesteps = list(sampler_for(self.parts, self.quantization.settings).timesteps)
         curves = {"accumulated": {"quantized": accumulated}, "single_step": {"quantized": single}}
         self.generation_report.update(curves, timesteps=timesteps)
-        if isinstance(self.calibration, Calibration) and self.calibration.sweep:
+        if self.calibration is not None and self.calibration.sweep:
             self.generation_report.update(sweep=self.calibration.sweep, chosen=self.calibration.window)
 
     # -- predict ------------------------------------------------------------------------------------------------------

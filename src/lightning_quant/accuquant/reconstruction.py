@@ -31,7 +31,7 @@ PENALTY, FIRST_BETA, LAST_BETA, WARM_UP = 0.01, 20.0, 2.0, 0.2
 BATCH = 32
 # BRECQ's rates at its 20 000 iterations: with fewer they are as much larger, up to a limit.
 RATE, ACTIVATION_RATE, ITERATIONS = 1e-3, 4e-5, 20_000
-LARGEST_RATE, LARGEST_ACTIVATION_RATE = 5e-2, 1e-3
+LARGEST_RATE, LARGEST_ACTIVATION_RATE = 0.1, 1e-3
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
     """Write a quantized model as a folder with ``model.safetensors`` and ``quantization.json``.
 
     Weights on a grid are stored as codes of their bit-width without gaps, all else as it is; the float values that
-    were rounded to the codes, to the nearest or as was learned, are not kept. A folder that was written before is replaced once the new one is complete.
-    In a distributed run rank 0 writes.
+    were rounded to the codes, to the nearest or as was learned, are not kept. A folder that was written before is
+    replaced once the new one is complete. In a distributed run rank 0 writes.
 
     Args:
         model: calibrated, or trained with quantizers; it is not changed.
@@ -46,7 +46,7 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
 
     Raises:
         UnsupportedModelError: a model without quantizers.
-        QuantizationError: none of the quantizers has a range yet.
+        QuantizationError: none of the quantizers has a range yet, or some are still learning.
         ConfigurationError: a folder with other files; a ``build`` that makes another network.
 
     >>> import tempfile
@@ -131,6 +131,12 @@ def _check_started(model: nn.Module) -> None:
         raise QuantizationError(
             f"None of the {len(quantizers)} quantizers of {type(model).__name__} has a range yet: run the calibration"
             " or the training before save_quantized(model, folder)."
+        )
+    learning = [name for name, quantizer in quantizers_of(model) if getattr(quantizer, "learns", False)]
+    if learning:
+        raise QuantizationError(
+            f"{len(learning)} quantizers of {type(model).__name__} still learn, for example {learning[0]}: let the"
+            " calibration come to its end before save_quantized(model, folder)."
         )
 
 

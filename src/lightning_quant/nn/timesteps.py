@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any, TypeGuard
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from lightning_quant.quantizers.timestep import TimestepQuantizer, group_of
 
 NAMES = ("timestep", "timesteps", "t")
-HOOK = "_tells_timesteps"
+HOOK, ARGUMENT = "_tells_timesteps", "_timestep_argument"
 
 
 def watch_timesteps(module: nn.Module) -> None:
@@ -37,9 +36,10 @@ def watch_timesteps(module: nn.Module) -> None:
     1
     """
     for child in module.modules():
-        if HOOK in vars(child) or _position(type(child)) is None or not _listeners(child):
-            continue
-        setattr(child, HOOK, child.register_forward_pre_hook(_tell, with_kwargs=True))
+        position = _position(type(child))
+        if HOOK not in vars(child) and position is not None and _listeners(child):
+            vars(child)[ARGUMENT] = position
+            setattr(child, HOOK, child.register_forward_pre_hook(_tell, with_kwargs=True))
 
 
 def unwatch_timesteps(module: nn.Module) -> None:
@@ -48,10 +48,10 @@ def unwatch_timesteps(module: nn.Module) -> None:
         handle = vars(child).pop(HOOK, None)
         if handle is not None:
             handle.remove()
+            del vars(child)[ARGUMENT]
 
 
-@cache
-def _position(kind: Any) -> tuple[str, int] | None:
+def _position(kind: type[nn.Module]) -> tuple[str, int] | None:
     """Name and place of the timestep among the arguments of a class's forward."""
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     return next(((name, names.index(name)) for name in NAMES if name in names), None)
@@ -69,9 +69,7 @@ def _is_timestep(value: Any) -> TypeGuard[float | Tensor]:
 
 
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    found = _position(type(module))
-    assert found is not None
-    name, place = found
+    name, place = vars(module)[ARGUMENT]
     timestep = kwargs.get(name, args[place] if place < len(args) else None)
     if not _is_timestep(timestep):
         return

@@ -163,7 +163,9 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         self.holds, self._held = False, None
         if learning is not None:
             self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
-            self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
+            # The exponential of the logarithm is another number.
+            if learning.log_scale.requires_grad:
+                self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
 
     def cancel(self) -> None:
         """Forget what was learned."""

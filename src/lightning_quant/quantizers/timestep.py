@@ -130,6 +130,11 @@ class TimestepQuantizer(Quantizer, kind=10):
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
+    @property
+    def learns(self) -> bool:
+        """Whether it is between :meth:`begin` and :meth:`end`."""
+        return self._leaves is not None
+
     def begin(self) -> dict[str, Tensor]:
         """Start learning; the leaf tensors ``log_scale`` and ``zero_point``, each (groups, parts)."""
         if not self.ready:
@@ -144,7 +149,8 @@ class TimestepQuantizer(Quantizer, kind=10):
     def end(self) -> None:
         """Take over what was learned; nothing where nothing was begun."""
         leaves, self._leaves = self._leaves, None
-        if leaves is not None:
+        # The exponential of the logarithm is another number.
+        if leaves is not None and leaves["log_scale"].requires_grad:
             self.scale, self.zero_point = leaves["log_scale"].exp(), self._rounded(leaves["zero_point"])
 
     def cancel(self) -> None:

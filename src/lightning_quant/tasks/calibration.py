@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import lightning.pytorch as pl
@@ -12,11 +11,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import mark, rebuild
+from lightning_quant.nn.structure import is_quantized, mark, rebuild
+from lightning_quant.tasks.calibration_steps import Anchor, outside_of_a_step, step_loader
 
 if TYPE_CHECKING:
     from lightning_quant.tasks.calibration_files import StateFile
@@ -130,7 +130,7 @@ class CalibratingModule(pl.LightningModule):
             # How many epochs is known when a checkpoint has said how many there were.
             self.trainer.fit_loop.max_epochs = -1
             if not any(parameter.requires_grad for parameter in self.parameters()):
-                self.anchor = _Anchor()
+                self.anchor = Anchor()
         if self.own_batches:
             self._take_own_batches()
 
@@ -167,7 +167,7 @@ class CalibratingModule(pl.LightningModule):
         before = loop.epoch_loop.batch_progress.current.ready
         # Of what the file has finished one is left that does nothing: without a batch no checkpoint is written.
         left = max(self.calibration.total - self.calibration.done, 1)
-        return _Loader(_Steps(before + left), batch_size=None)
+        return step_loader(before + left)
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
         # A step is no batch that the datamodule's hooks could take.
@@ -179,7 +179,7 @@ class CalibratingModule(pl.LightningModule):
         """One step of the calibration."""
         assert self.calibration is not None
         if not self.calibration.finished:
-            with _outside_of_a_step(self.device):
+            with outside_of_a_step(self.device):
                 self.calibration.step()
             if self._file is not None:
                 self._file.save(self.calibration)
@@ -237,7 +237,8 @@ class CalibratingModule(pl.LightningModule):
         state = self._resumed if self.calibration is None else self.calibration.state_dict()
         if state:
             checkpoint[self.calibration_key] = state
-        mark(checkpoint["state_dict"], self.callback_name)
+        if is_quantized(self):
+            mark(checkpoint["state_dict"], self.callback_name)
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -258,52 +259,3 @@ def is_calibrated(module: nn.Module) -> bool:
     """
     quantizers = [layer.weight_quantizer for _, layer in quantized_layers(module)]
     return bool(quantizers) and all(quantizer is not None and quantizer.ready for quantizer in quantizers)
-
-
-class _Steps(IterableDataset[int]):
-    """As an iterable it is not divided among ranks: each does every step, on its share of the data."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self.count))
-
-    def __len__(self) -> int:
-        return self.count
-
-
-class _Loader(DataLoader[Any]):
-    """Says to Lightning that it can go on in the middle."""
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Which step comes next is known to the calibration."""
-
-
-class _Anchor(nn.Module):
-    """A parameter that requires a gradient, without which DDP takes no module; in no checkpoint."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.nothing = nn.Parameter(torch.zeros(1))
-
-    def _save_to_state_dict(self, *args: Any) -> None:
-        """Nothing."""
-
-    def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing."""
-
-
-@contextmanager
-def _outside_of_a_step(device: torch.device) -> Iterator[None]:
-    """Without the autocast and default type of a Trainer's precision: the calibration knows where it wants them."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)

@@ -1,0 +1,201 @@
+"""AccuQuant on the digits: a small diffusion model, calibrated step by step and over windows of steps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from lightning_quant.accuquant.module import AccuQuantModule
+from lightning_quant.accuquant.session import Calibration
+from lightning_quant.data import DigitsDataModule
+from lightning_quant.demo.runs import cpu_trainer
+from lightning_quant.demo.terminal import RunBar
+from lightning_quant.export.pipeline import open_pipeline, save_pipeline
+from lightning_quant.metrics import GenerationMetrics
+from lightning_quant.report import draw_generation
+from lightning_quant.tasks import ImageDiffusion
+
+METHOD = "accuquant"
+NETWORK: dict[str, Any] = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [16, 32],
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+    "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+    "attention_head_dim": 16,
+    "norm_num_groups": 8,
+}
+# So few pixels are noise long before the usual 0.02.
+SCHEDULER = {"beta_end": 0.012}
+EPOCHS = 50
+BATCH_SIZE = 64
+FEATURE_EPOCHS = 30
+
+BITS = (4, 8)
+STEPS = 20
+WINDOW = 4
+UPDATES = 80
+TRAJECTORIES = 128
+IMAGES = 256
+TITLES = {
+    "float": "float",
+    "ranges": "ranges alone",
+    "per_step": "per step",
+    "accuquant": "AccuQuant",
+}
+# Of equal images; see GenerationMetrics.
+FLOAT = {"end_error": 0.0, "FID2FP32": 0.0, "PSNR": 100.0}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One calibration and test.
+
+    Attributes:
+        measures: ``end_error``, ``FID2FP32`` and ``PSNR``, as :func:`run` has them.
+        seconds: of the calibration.
+        module: quantized, with what its test found.
+    """
+
+    measures: Mapping[str, float]
+    seconds: float
+    module: AccuQuantModule
+
+
+def run(console: Console, output: Path, seed: int) -> dict[str, dict[str, float]]:
+    """Train a small UNet in float, and show how far its images move under each calibration.
+
+    Args:
+        console: to print to.
+        output: folder for ``images.png``, ``error_curves.png``, the float pipeline and the quantized one.
+        seed: of the training, the noise and the draws.
+
+    Returns:
+        for ``float``, ``per_step`` and ``accuquant`` the distance to the float model: ``end_error``, RMSE of the last
+        states from held-out noise, images being in [-1, 1]; ``FID2FP32``; and ``PSNR`` in dB, 100 for equal images.
+    """
+    start = time.perf_counter()
+    _introduce(console)
+    pipeline = output / METHOD / "float"
+    _train(pipeline, seed)
+    features = _features(seed)
+    with tempfile.TemporaryDirectory() as cache:
+        runs = {name: _calibrate(name, pipeline, features, cache, seed) for name in _quantizations()}
+    _conclude(console, runs, time.perf_counter() - start)
+    pictures = draw_generation(_drawn(runs), output)
+    _show_one(console, runs["accuquant"].module, output, pictures)
+    return {"float": FLOAT, **{name: dict(runs[name].measures) for name in ("per_step", "accuquant")}}
+
+
+def _train(pipeline: Path, seed: int) -> None:
+    """Train in float, keep averaged weights as a pipeline of diffusers."""
+    pl.seed_everything(seed, verbose=False)
+    adamw = partial(torch.optim.AdamW, lr=4e-3, weight_decay=1e-4)
+    model = ImageDiffusion(NETWORK, SCHEDULER, pipeline=str(pipeline), optimizer=adamw, lr_scheduler="one_cycle")
+    callbacks = [RunBar(f"UNet in float, seed {seed}"), EMAWeightAveraging(decay=0.99)]
+    trainer = cpu_trainer(max_epochs=EPOCHS, callbacks=callbacks, logger=False, gradient_clip_val=1.0)
+    trainer.fit(model, _digits(mean=(0.5,), std=(0.5,)))
+
+
+def _features(seed: int) -> nn.Module:
+    """The last hidden layer of a small classifier of the digits, trained in seconds."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()),
+        *(nn.Linear(32 * 4 * 4, 32), nn.ReLU()),
+    )
+    head = nn.Linear(32, 10)
+    optimizer = torch.optim.Adam([*network.parameters(), *head.parameters()], 2e-3)
+    data = _digits(mean=(0.0,), std=(1.0,))
+    data.setup("fit")
+    for _ in range(FEATURE_EPOCHS):
+        for images, labels in data.train_dataloader():
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(head(network(images)), labels).backward()
+            optimizer.step()
+    return nn.Sequential(_Grey(), network)
+
+
+class _Grey(nn.Module):
+    """Back from the three equal channels that feature networks are given."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, :1]
+
+
+def _digits(mean: tuple[float], std: tuple[float]) -> DigitsDataModule:
+    return DigitsDataModule(BATCH_SIZE, validation_fraction=0.0, mean=mean, std=std)
+
+
+def _quantizations() -> dict[str, dict[str, Any]]:
+    """What differs. A window is walked, then walked again with gradients: two network calls for one of per step."""
+    return {
+        "ranges": {"updates": 0},
+        "per_step": {"updates": 2 * UPDATES, "adjoint": "per_step"},
+        "accuquant": {"updates": UPDATES},
+    }
+
+
+def _calibrate(name: str, pipeline: Path, features: nn.Module, cache: str, seed: int) -> Run:
+    """What a user writes: the module, ``trainer.fit`` and ``trainer.test``."""
+    chosen = _quantizations()[name]
+    module = AccuQuantModule(
+        str(pipeline),
+        images=IMAGES,
+        image_batch_size=64,
+        metrics=GenerationMetrics(features, lpips_net=None),
+        quantization={
+            **{"weight_bits": BITS[0], "activation_bits": BITS[1], "steps": STEPS, "window": WINDOW},
+            **{"trajectories": TRAJECTORIES, "seed": seed, "cache_dir": cache},
+            # All updates are done, so that network calls are equal.
+            **{"check_every": max(1, chosen["updates"] // 8), "patience": chosen["updates"] + 1},
+            **chosen,
+        },
+    )
+    trainer = cpu_trainer(callbacks=[RunBar(f"{TITLES[name]}, seed {seed}")], logger=False)
+    start = time.perf_counter()
+    trainer.fit(module)
+    seconds = time.perf_counter() - start
+    with _without_real_images():
+        found = trainer.test(module, verbose=False)[0]
+    measures = {"end_error": found["test/error_end"], **{key: found[f"test/{key}"] for key in ("FID2FP32", "PSNR")}}
+    return Run(measures, seconds, module)
+
+
+@contextmanager
+def _without_real_images() -> Iterator[None]:
+    """Without the warning that FID to the data is left out: only the distance to the float model is shown."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Not computed: ")
+        yield
+
+
+def _drawn(runs: Mapping[str, Run]) -> Any:
+    """The reports of all tests as one."""
+    reports = {TITLES[name]: run.module.generation_report for name, run in runs.items()}
+    first = next(iter(reports.values()))
+    quantized = {title: report["images"]["quantized"] for title, report in reports.items()}
+    return {
+        "images": {"float": first["images"]["float"], **quantized},
+        "timesteps": first["timesteps"],
+        **{
+            kind: {title: report[kind]["quantized"] for title, report in reports.items()}
+            for kind in ("accumulated", "single_step")
+        },
+    }

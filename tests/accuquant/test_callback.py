@@ -1,0 +1,158 @@
+"""AccuQuant as a callback of somebody's module."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from torch import nn
+
+from lightning_quant import AccuQuant, load_from_checkpoint
+from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
+from lightning_quant.nn import strip
+from lightning_quant.tasks.calibration import is_calibrated
+
+
+def callback(**arguments: Any) -> AccuQuant:
+    return AccuQuant(**{**SMALL, "denoiser": "unet", "sample_shape": SHAPE, **arguments})
+
+
+def test_what_is_tested_is_calibrated_first(tmp_path: Path) -> None:
+    plain, quantized = Project(), Project()
+    quiet_trainer(tmp_path).test(plain, batches(), verbose=False)
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(quantized, batches(), verbose=False)
+    assert is_calibrated(quantized.unet)
+    assert not torch.equal(quantized.seen[0], plain.seen[0])
+    torch.testing.assert_close(quantized.seen[0], plain.seen[0], rtol=0.3, atol=0.3)
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_any_evaluation_calibrates_and_the_next_does_not(tmp_path: Path, verb: str) -> None:
+    module, ours = Project(), callback()
+    for _ in range(2):
+        trainer = quiet_trainer(tmp_path, callbacks=[ours])
+        getattr(trainer, verb)(module, batches())
+    first = ours.calibration
+    assert first is not None
+    assert first.finished
+    assert first.source.network is module.unet
+
+
+def test_fit_stays_in_float_and_what_follows_calibrates_anew(tmp_path: Path) -> None:
+    module, ours = Project(), callback()
+    quiet_trainer(tmp_path, callbacks=[ours]).test(module, batches(), verbose=False)
+    quiet_trainer(tmp_path, callbacks=[ours], max_steps=1).fit(module, batches())
+    assert not is_calibrated(module)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_a_finished_calibration_is_taken_from_its_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first, second = Project(), Project()
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(first, batches(), verbose=False)
+    ours = callback()
+    quiet_trainer(tmp_path, callbacks=[ours]).test(second, batches(), verbose=False)
+    assert torch.equal(first.seen[0], second.seen[0])
+    assert "taken from" in caplog.text
+
+
+def test_stopped_it_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, module = Project(), Project()
+    quiet_trainer(tmp_path / "whole", callbacks=[callback()]).test(whole, batches(), verbose=False)
+    from lightning_quant.accuquant.session import Calibration
+
+    steps = []
+    step = Calibration.step
+
+    def stopping(self: Calibration, *args: Any) -> str:
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        steps.append(1)
+        return step(self, *args)
+
+    monkeypatch.setattr(Calibration, "step", stopping)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+    assert not is_calibrated(module)
+    monkeypatch.setattr(Calibration, "step", step)
+    module.seen.clear()
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+    assert torch.equal(module.seen[0], whole.seen[0])
+
+
+def test_a_checkpoint_opens_in_a_float_class(tmp_path: Path) -> None:
+    module = Project()
+    trainer = quiet_trainer(tmp_path, callbacks=[callback(activation_parameters="per_group")])
+    trainer.test(module, batches(), verbose=False)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    loaded = load_from_checkpoint(Project, tmp_path / "last.ckpt").eval()
+    noise = torch.randn(3, *SHAPE)
+    for t in (900, 20):
+        times = torch.full((3,), t)
+        assert torch.equal(loaded.unet(noise, times), module.unet(noise, timestep=times))
+    again = Project()
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(again, batches(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    assert torch.equal(again.seen[0], module.seen[0])
+
+
+def test_stripped_it_is_the_float_module_again(tmp_path: Path) -> None:
+    plain, module = Project(), Project()
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+    strip(module)
+    noise, times = torch.randn(2, *SHAPE), torch.tensor([5, 5])
+    assert torch.equal(module.unet(noise, times), plain.unet(noise, times))
+
+
+def test_denoiser_and_scheduler_are_found(tmp_path: Path) -> None:
+    from diffusion import tiny_unet
+
+    class Own(Project):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = tiny_unet()
+
+    parts = AccuQuant(**SMALL).parts(Own())
+    assert type(parts.denoiser.network).__name__ == "UNet2DModel"
+    assert isinstance(parts.scheduler, DDIMScheduler)
+    config = parts.denoiser.network.config
+    assert parts.shape == (config.in_channels, config.sample_size, config.sample_size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"denoiser": None}, r"Project has no denoiser of diffusers. Write AccuQuant\(denoiser='unet', ...\)"),
+        ({"denoiser": "model.unet"}, r"denoiser='model.unet': Project has no such attribute"),
+        ({"scheduler": "steps"}, r"scheduler='steps': Project has no such attribute"),
+        ({"sample_shape": None}, r"SmallDenoiser does not say what shape .*sample_shape=\(3, 32, 32\)"),
+        ({"exclude": ["unett*"]}, r"exclude='unett\*' matches none"),
+    ],
+)
+def test_what_cannot_be_found_is_said(tmp_path: Path, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        quiet_trainer(tmp_path, callbacks=[callback(**arguments)]).test(Project(), batches(), verbose=False)
+
+
+def test_a_scheduler_that_is_not_supported_is_named(tmp_path: Path) -> None:
+    module = Project()
+    module.noise_scheduler = EulerDiscreteScheduler()
+    with pytest.raises(UnsupportedModelError, match=r"EulerDiscreteScheduler.*DDIMScheduler.*DPMSolverMultistepScheduler"):
+        quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+
+
+def test_a_prediction_type_that_is_not_known_is_named(tmp_path: Path) -> None:
+    module = Project()
+    module.noise_scheduler = DDIMScheduler(prediction_type="flow")
+    with pytest.raises(ConfigurationError, match="prediction_type='flow'"):
+        quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+
+
+def test_nan_in_the_denoiser_is_found_before_anything_long(tmp_path: Path) -> None:
+    module = Project()
+    nn.init.constant_(module.unet.last.bias, torch.nan)  # type: ignore[arg-type]
+    with pytest.raises(QuantizationError, match=r"output contains NaN at step 0 \(timestep 830\)"):
+        quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
+    assert not is_calibrated(module)
