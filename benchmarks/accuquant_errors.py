@@ -62,8 +62,16 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for bits in arguments.bits:
             for method in arguments.methods:
-                key = {"method": method, "bits": bits, "seed": seed, "steps": arguments.steps, "option": arguments.option,
-                       "window": arguments.window, "updates": arguments.updates, "model": arguments.model.name}
+                key = {
+                    "method": method,
+                    "bits": bits,
+                    "seed": seed,
+                    "steps": arguments.steps,
+                    "option": arguments.option,
+                    "window": arguments.window,
+                    "updates": arguments.updates,
+                    "model": arguments.model.name,
+                }
                 if not any(key.items() <= run.items() for run in done):
                     run = {**key, **measure(arguments, method, bits, seed, features)}
                     done.append(run)
@@ -76,8 +84,13 @@ def main() -> None:
 def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, features: nn.Module) -> dict[str, Any]:
     """One calibration, and what its images are worth."""
     settings = settings_of(arguments, method, bits, seed)
-    trainer = pl.Trainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-                         default_root_dir=str(arguments.output))
+    trainer = pl.Trainer(
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        accelerator="cpu",
+        default_root_dir=str(arguments.output),
+    )
     model = load_pipeline(arguments.model)
     model.network.requires_grad_(False).eval()
     parts = Parts(model.denoiser(), model.scheduler, model.sample_shape)
@@ -102,9 +115,16 @@ def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, fe
     measured = metrics.compute()
     strip(model.network)
     return {
-        "end": float(accumulated[-1]), "FID2FP32": measured["FID2FP32"], "PSNR": measured["PSNR"],
-        "SSIM": measured.get("SSIM"), "updates_done": calibration.updates, "calls": calls, "seconds": round(seconds),
-        "checks": calibration.checks, "accumulated": accumulated.tolist(), "single_step": single.tolist(),
+        "end": float(accumulated[-1]),
+        "FID2FP32": measured["FID2FP32"],
+        "PSNR": measured["PSNR"],
+        "SSIM": measured.get("SSIM"),
+        "updates_done": calibration.updates,
+        "calls": calls,
+        "seconds": round(seconds),
+        "checks": calibration.checks,
+        "accumulated": accumulated.tolist(),
+        "single_step": single.tolist(),
     }
 
 
@@ -113,16 +133,29 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, seed: int
     weight, activation = map(int, bits.split("/"))
     updates = {"ranges": 0, "reconstruction": 0, "per_step": 2 * arguments.updates}.get(method, arguments.updates)
     options = dict(pair.split("=") for pair in arguments.option)
-    kinds = {"trajectories": int, "held_out": int, "rounding_lr": float, "activation_lr": float, "reconstruction": int,
-             "batch_size": int, "patience": int}
+    kinds = {
+        "trajectories": int,
+        "held_out": int,
+        "rounding_lr": float,
+        "activation_lr": float,
+        "reconstruction": int,
+        "batch_size": int,
+        "patience": int,
+    }
     common: dict[str, Any] = {name: kinds.get(name, str)(value) for name, value in options.items()}
     common = {"trajectories": 128, "held_out": 64, "patience": 1000, **common}
     if method == "ranges":
         common["reconstruction"] = 0
     return Settings(
-        weight, activation, steps=arguments.steps, window=arguments.window, updates=updates,
-        adjoint="per_step" if method == "per_step" else common.pop("adjoint", "identity"), seed=seed,
-        check_every=max(1, updates // 5), **common,
+        weight,
+        activation,
+        steps=arguments.steps,
+        window=arguments.window,
+        updates=updates,
+        adjoint="per_step" if method == "per_step" else common.pop("adjoint", "identity"),
+        seed=seed,
+        check_every=max(1, updates // 5),
+        **common,
     )
 
 
@@ -132,8 +165,16 @@ def feature_network(name: str, data: Path | None, folder: Path) -> nn.Module:
     images, labels = (digits if name == "digits" else fashion)(data)
     torch.manual_seed(0)
     network = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(128, 32), nn.ReLU(),
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, 2, 1),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(128, 32),
+        nn.ReLU(),
     )
     head = nn.Linear(32, 10)
     if file.exists():
@@ -173,7 +214,10 @@ def fashion(data: Path | None) -> tuple[Tensor, Tensor]:
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Means over the seeds, and each."""
-    lines = ["| bits | method | end error | each | FID2FP32 | each | PSNR | calls |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| bits | method | end error | each | FID2FP32 | each | PSNR | calls |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for bits in dict.fromkeys(run["bits"] for run in runs):
         for method in dict.fromkeys(run["method"] for run in runs):
             some = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]

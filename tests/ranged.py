@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from diffusion import Kind, tiny_denoiser, tiny_inputs, tiny_unet
 from lightning_quant.accuquant.denoiser import denoiser_of
-from lightning_quant.accuquant.noise import initial_noise
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers, activation_ranges, prepare, weight_ranges
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.trajectories import Trajectories, generate
+from lightning_quant.data.noise import initial_noise
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.quantizers import RoundedQuantizer
 

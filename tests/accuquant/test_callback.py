@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
 from torch import nn
 
 from lightning_quant import AccuQuant, load_from_checkpoint
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.nn import strip
 from lightning_quant.tasks.calibration import is_calibrated
+from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
 
 
 def callback(**arguments: Any) -> AccuQuant:
@@ -94,7 +94,9 @@ def test_a_checkpoint_opens_in_a_float_class(tmp_path: Path) -> None:
         times = torch.full((3,), t)
         assert torch.equal(loaded.unet(noise, times), module.unet(noise, timestep=times))
     again = Project()
-    quiet_trainer(tmp_path, callbacks=[callback()]).test(again, batches(), ckpt_path=tmp_path / "last.ckpt", verbose=False)
+    quiet_trainer(tmp_path, callbacks=[callback()]).test(
+        again, batches(), ckpt_path=tmp_path / "last.ckpt", verbose=False
+    )
     assert torch.equal(again.seen[0], module.seen[0])
 
 
@@ -139,7 +141,9 @@ def test_what_cannot_be_found_is_said(tmp_path: Path, arguments: dict[str, Any],
 def test_a_scheduler_that_is_not_supported_is_named(tmp_path: Path) -> None:
     module = Project()
     module.noise_scheduler = EulerDiscreteScheduler()
-    with pytest.raises(UnsupportedModelError, match=r"EulerDiscreteScheduler.*DDIMScheduler.*DPMSolverMultistepScheduler"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"EulerDiscreteScheduler.*DDIMScheduler.*DPMSolverMultistepScheduler"
+    ):
         quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
 
 

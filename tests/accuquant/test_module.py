@@ -9,12 +9,12 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from lightning.pytorch.callbacks import ModelCheckpoint
-from small_diffusion import SMALL, quiet_trainer
 from torch import Tensor, nn
 
 from lightning_quant import AccuQuant, AccuQuantModule, GenerationMetrics, open_pipeline, save_pipeline
 from lightning_quant.accuquant.module import FIRST_GENERATED
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
+from small_diffusion import SMALL, quiet_trainer
 
 SIZES: dict[str, Any] = {
     "sample_size": 8,
@@ -145,7 +145,9 @@ def test_a_quantized_pipeline_folder_opens_with_the_same_images(
     save_pipeline(folder, tmp_path / "quantized", network=module.network)
     opened = open_pipeline(tmp_path / "quantized")
     images = [
-        pipeline(batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(1), output_type="np").images
+        pipeline(
+            batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(1), output_type="np"
+        ).images
         for pipeline in (opened, DDIMPipeline(module.network, DDIMScheduler()))
     ]
     assert (images[0] == images[1]).all()

@@ -187,11 +187,11 @@ def test_an_error_midway_leaves_everything_as_it_was() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "starts", "guidance"),
-    [("unet", (), None), ("unet", (801, 401), None), ("condition", (), 3.0), ("dit", (801, 1), 3.0)],
+    ("kind", "starts", "guidance", "iterations"),
+    [("unet", (), None, 8), ("unet", (801, 401), None, 8), ("condition", (), 3.0, 8), ("dit", (801, 1), 3.0, 30)],
 )
 def test_all_blocks_get_better_and_the_network_with_them(
-    kind: str, starts: tuple[int, ...], guidance: float | None
+    kind: str, starts: tuple[int, ...], guidance: float | None, iterations: int
 ) -> None:
     denoiser, plan, calls = prepared(kind, 2, starts, guidance)
     network, untouched = denoiser.network, Denoiser(NETWORKS[kind](), guidance)
@@ -199,7 +199,7 @@ def test_all_blocks_get_better_and_the_network_with_them(
         target = torch.cat([run() for run, _ in calls_of(untouched, [0, 1], 2)])  # type: ignore[misc]
         start = torch.cat([run() for run, _ in calls])  # type: ignore[misc]
     branches = 1 if guidance is None else 2
-    stage = Reconstruction(network, plan, Settings(reconstruction=8), calls, branches)
+    stage = Reconstruction(network, plan, Settings(reconstruction=iterations), calls, branches)
     found = {block: stage.run(block) for block in stage.blocks}
     assert all(errors["after"] <= errors["before"] for errors in found.values())
     assert sum(errors["after"] < errors["before"] for errors in found.values()) > 0.6 * len(found)

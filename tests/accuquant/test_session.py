@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PNDMScheduler
-from processes import on_ranks
-from small_diffusion import SMALL, finished, parts, started
 from torch import Tensor
 
 from lightning_quant.accuquant.preparation import image_numbers, sampler_for
@@ -18,6 +16,8 @@ from lightning_quant.accuquant.session import Calibration, Source
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
+from processes import on_ranks
+from small_diffusion import SMALL, finished, parts, started
 
 
 def quantizers(calibration: Calibration) -> dict[str, Tensor]:
@@ -45,14 +45,18 @@ def test_it_never_ends_worse_than_it_began(tmp_path: Path, rate: float) -> None:
 
 
 def test_it_stops_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
-    calibration = finished(started(tmp_path, rounding_lr=30.0, activation_lr=3.0, updates=40, check_every=1, patience=3))
+    calibration = finished(
+        started(tmp_path, rounding_lr=30.0, activation_lr=3.0, updates=40, check_every=1, patience=3)
+    )
     assert calibration.updates < 40
     values = list(calibration.checks.values())
     assert min(values) < min(values[-3:])
     assert calibration.done == calibration.total
 
 
-@pytest.mark.parametrize("options", [{}, {"window": "sweep"}, {"reconstruction": 4}, {"activation_parameters": "per_group"}])
+@pytest.mark.parametrize(
+    "options", [{}, {"window": "sweep"}, {"reconstruction": 4}, {"activation_parameters": "per_group"}]
+)
 def test_stopped_after_any_step_it_goes_on_to_the_same_end(tmp_path: Path, options: dict[str, Any]) -> None:
     whole = finished(started(tmp_path, **options))
     running = started(tmp_path, **options)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_quant.accuquant.noise import drawn_number, numbers
+from lightning_quant.data.noise import drawn_number, numbers
 from lightning_quant.errors import ConfigurationError, QuantizationError
 
 if TYPE_CHECKING:

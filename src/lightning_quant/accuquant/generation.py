@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightning_quant.accuquant.conditions import class_labels, prompt_conditioning, read_prompts
 from lightning_quant.accuquant.denoiser import Conditioning
-from lightning_quant.accuquant.noise import initial_noise
 from lightning_quant.accuquant.pipelines import DiffusionModel
 from lightning_quant.accuquant.preparation import Parts
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.text_encoding import read_embeddings, text_encoder
 from lightning_quant.accuquant.trajectories import generate
+from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

@@ -49,6 +49,12 @@ class Learner:
         """The leaf tensors that move."""
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
+    def release(self) -> None:
+        """Let gradients that wait in held weights flow on to the leaves."""
+        for quantizer in self.quantizers.values():
+            if isinstance(quantizer, RoundedQuantizer):
+                quantizer.release()
+
     def step(self, rate: float = 1.0) -> None:
         """Move the leaves by the gradients of all ranks, and forget those.
 
@@ -57,9 +63,7 @@ class Learner:
         """
         for group, full in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * full
-        for quantizer in self.quantizers.values():
-            if isinstance(quantizer, RoundedQuantizer):
-                quantizer.release()
+        self.release()
         leaves = self.learned
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
         flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))

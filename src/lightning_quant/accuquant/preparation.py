@@ -14,7 +14,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
-from lightning_quant.accuquant.noise import initial_noise
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import prepare
 from lightning_quant.accuquant.samplers import Sampler, sampler_of
@@ -22,6 +21,7 @@ from lightning_quant.accuquant.session import Calibration, Source
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
 from lightning_quant.accuquant.trajectories import check_finite, device_of, evaluating, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
+from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.strip import strip
 from lightning_quant.tasks.calibration_progress import ProgressBar, duration

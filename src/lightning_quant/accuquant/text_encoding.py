@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lightning_quant.accuquant.conditions import Encode
 from lightning_quant.accuquant.denoiser import Conditioning
-from lightning_quant.accuquant.noise import numbers
 from lightning_quant.accuquant.pipeline_folder import read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel
+from lightning_quant.data.noise import numbers
 from lightning_quant.errors import CheckpointError, ConfigurationError
 
 _HIDDEN, _EMPTY = "encoder_hidden_states", "uncond_encoder_hidden_states"

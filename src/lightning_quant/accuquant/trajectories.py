@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.accuquant.noise import numbers, step_noise
 from lightning_quant.accuquant.windows import History, Window
+from lightning_quant.data.noise import numbers, step_noise
 from lightning_quant.errors import ConfigurationError, QuantizationError
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_quant.accuquant.noise import initial_noise, numbers
 from lightning_quant.accuquant.trajectories import (
     Progress,
     Trajectories,
@@ -35,6 +34,7 @@ from lightning_quant.accuquant.trajectory_files import (
     write,
 )
 from lightning_quant.data.calibration import fingerprint
+from lightning_quant.data.noise import initial_noise, numbers
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.quantizers.statistics import all_reduce_sum, several_ranks
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch.utilities import rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_quant.accuquant.trajectories import Trajectories
 from lightning_quant.data.calibration import fingerprint
 from lightning_quant.errors import CheckpointError
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.nn.hashing import weights_hash
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Denoiser
@@ -52,16 +52,6 @@ def describe(denoiser: Denoiser, sampler: Sampler, shape: Sequence[int], seed: i
         "shape": list(shape),
     }
     return dict(json.loads(json.dumps(described)))
-
-
-def weights_hash(network: nn.Module) -> str:
-    """SHA-256 over the parameters and buffers of a network by name, quantizers left out."""
-    digest = hashlib.sha256()
-    quantizers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
-    for name, tensor in sorted([*network.named_parameters(), *network.named_buffers()], key=lambda item: item[0]):
-        if not name.startswith(quantizers):
-            digest.update(f"{name} {fingerprint(tensor)} ".encode())
-    return digest.hexdigest()[:32]
 
 
 def check_description(folder: Path, described: Mapping[str, Any]) -> None:

@@ -16,15 +16,12 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.module import AccuQuantModule
-from lightning_quant.accuquant.session import Calibration
 from lightning_quant.data import DigitsDataModule
 from lightning_quant.demo.runs import cpu_trainer
 from lightning_quant.demo.terminal import RunBar
-from lightning_quant.export.pipeline import open_pipeline, save_pipeline
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.report import draw_generation
 from lightning_quant.tasks import ImageDiffusion
@@ -161,10 +158,10 @@ def _calibrate(name: str, pipeline: Path, features: nn.Module, cache: str, seed:
         image_batch_size=64,
         metrics=GenerationMetrics(features, lpips_net=None),
         quantization={
-            **{"weight_bits": BITS[0], "activation_bits": BITS[1], "steps": STEPS, "window": WINDOW},
-            **{"trajectories": TRAJECTORIES, "seed": seed, "cache_dir": cache},
+            "weight_bits": BITS[0], "activation_bits": BITS[1], "steps": STEPS, "window": WINDOW,
+            "trajectories": TRAJECTORIES, "seed": seed, "cache_dir": cache,
             # All updates are done, so that network calls are equal.
-            **{"check_every": max(1, chosen["updates"] // 8), "patience": chosen["updates"] + 1},
+            "check_every": max(1, chosen["updates"] // 8), "patience": chosen["updates"] + 1,
             **chosen,
         },
     )
@@ -199,3 +196,34 @@ def _drawn(runs: Mapping[str, Run]) -> Any:
             for kind in ("accumulated", "single_step")
         },
     }
+
+
+def _introduce(console: Console) -> None:
+    console.print(
+        f"[bold]AccuQuant[/bold]: a small diffusion model is trained on the same digits, {EPOCHS} epochs in float, and "
+        f"samples them in {STEPS} steps. Then its weights are quantized to {BITS[0]} bits and its activations to "
+        f"{BITS[1]}. Their ranges are the same three times; the rounding of weights and the step sizes are then learned "
+        f"not at all, for each step from the float state, and over windows of {WINDOW} steps of the quantized model.\n",
+        highlight=False,
+    )
+
+
+def _conclude(console: Console, runs: Mapping[str, Run], seconds: float) -> None:
+    title = f"Digits, UNet of 8x8 pixels, weights/activations {BITS[0]}/{BITS[1]}, {seconds:.0f} s in all"
+    table = Table(title=title, title_justify="left")
+    table.add_column("to the float model, same seeds", no_wrap=True)
+    for heading in ("end error", "FID2FP32", "PSNR", "network calls", "s to calibrate"):
+        table.add_column(heading, justify="right")
+    table.add_row(TITLES["float"], "0", "0", "equal", "-", "-")
+    for name, each in runs.items():
+        measures = each.measures
+        table.add_row(
+            TITLES[name],
+            f"{measures['end_error']:.4f}",
+            f"{measures['FID2FP32']:.3f}",
+            f"{measures['PSNR']:.1f} dB",
+            str(_calls(each)),
+            f"{each.seconds:.0f}",
+        )
+    console.print()
+    console.print(table)

@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 
 _SCHEDULERS = ("DDIMScheduler", "DDPMScheduler")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
-
-
-def image_noise(shape: Sequence[int], ids: Sequence[int], seed: int) -> Tensor:
-    """Standard normal noise ``(N, *shape)``, that of each image made of ``seed`` and its id alone.
-
-    Example:
-        >>> torch.equal(image_noise((1, 2, 2), [5, 7], seed=0)[1:], image_noise((1, 2, 2), [7], seed=0))
-        True
-    """
-    seeds = [np.random.SeedSequence([seed, number]).generate_state(1, np.uint64).item() for number in ids]
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(each)) for each in seeds])
 
 
 def learned_target(scheduler: Any, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:

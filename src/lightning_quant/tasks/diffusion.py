@@ -13,9 +13,10 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.structure import rebuild
-from lightning_quant.tasks.denoisers import described, image_noise, learned_target, noise_scheduler, unet
+from lightning_quant.tasks.denoisers import described, learned_target, noise_scheduler, unet
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 
 Batch = Tensor | Sequence[Tensor]
@@ -183,7 +184,7 @@ class ImageDiffusion(LightningModule):
 
         sampler: Any = DDIMScheduler.from_config(self.scheduler.config)
         sampler.set_timesteps(self.sampling_steps)
-        images = image_noise(self.image_shape, ids.tolist(), self.seed).to(self.device)
+        images = initial_noise(self.image_shape, ids, self.seed).to(self.device)
         for timestep in sampler.timesteps.tolist():
             images = sampler.step(self(images, timestep, labels), timestep, images).prev_sample
         return F.pad(images, (-self.padding,) * 4).add(1).div(2).clamp(0, 1)
@@ -218,7 +219,7 @@ class ImageDiffusion(LightningModule):
     def _evaluate(self, batch: Batch, split: Literal["val", "test"]) -> None:
         images, labels = self._images_and_labels(batch)
         numbers = self._numbers(len(images))
-        noise = image_noise(self.image_shape, numbers.tolist(), self.seed).to(images)
+        noise = initial_noise(self.image_shape, numbers, self.seed).to(images)
         shares = (numbers.double() + 0.5).mul(_GOLDEN).frac()
         timesteps = shares.mul(self.scheduler.config.num_train_timesteps).long().to(self.device)
         loss = self._loss(images, labels, noise, timesteps)

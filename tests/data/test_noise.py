@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.accuquant.noise import drawn_number, initial_noise, numbers, step_noise
+from lightning_quant.data.noise import drawn_number, initial_noise, numbers, step_noise
 from lightning_quant.errors import ConfigurationError
 
 SHAPE = (2, 3, 4)
