@@ -131,8 +131,8 @@ def times(bench: Bench, length: int = 5, repeats: int = 7) -> str:
         taken.setdefault("forward", []).append((time.perf_counter() - begin) / length)
         for adjoint in (*ADJOINTS, "bptt"):
             begin = time.perf_counter()
-            window_loss(bench.denoise, bench.source.sampler, window, adjoint)  # type: ignore[arg-type]
-            bench.learner.step(0.0)
+            loss = window_loss(bench.denoise, bench.source.sampler, window, adjoint)  # type: ignore[arg-type]
+            bench.learner.step(loss, 0.0)
             taken.setdefault(adjoint, []).append(time.perf_counter() - begin)
     forward = statistics.median(taken.pop("forward"))
     lines = [f"| update over {length} steps | forwards | forwards a step |", "|---|---|---|"]

@@ -14,6 +14,7 @@ classifier of the same data, which it trains (``digits``, ``fashion_mnist``; sec
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import time
@@ -32,6 +33,7 @@ from lightning_quant.accuquant.trajectory_errors import single_step_errors
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.nn import strip
 from lightning_quant.nn.in_float import in_float
+from lightning_quant.report import draw_error_curves, draw_window_sweep
 
 METHODS = ("ranges", "per_step", "accuquant")
 NAMES = {"ranges": "ranges alone", "reconstruction": "block reconstruction", "per_step": "per step"}
@@ -46,39 +48,48 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/8", "4/6", "3/6"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--window", type=int, default=4)
-    parser.add_argument("--updates", type=int, default=200, help="of AccuQuant; per step has twice as many")
+    parser.add_argument("--windows", type=int, nargs="+", default=[4], help="several make a sweep of equal calls")
+    parser.add_argument("--updates", type=int, default=100, help="of the first window; per step has twice as many")
     parser.add_argument("--images", type=int, default=256, help="to compare")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--option", action="append", default=[], help="of Settings, as learn=rounding")
     parser.add_argument("--output", type=Path, default=Path("accuquant_errors"))
+    parser.add_argument("--pictures", type=Path, help="folder for pictures of all results")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    updates = arguments.updates
     features = feature_network(arguments.features, arguments.data, arguments.output)
-    for seed in range(arguments.seeds):
-        for bits in arguments.bits:
-            for method in arguments.methods:
-                key = {
-                    "method": method,
-                    "bits": bits,
-                    "seed": seed,
-                    "steps": arguments.steps,
-                    "option": arguments.option,
-                    "window": arguments.window,
-                    "updates": arguments.updates,
-                    "model": arguments.model.name,
-                }
-                if not any(key.items() <= run.items() for run in done):
-                    run = {**key, **measure(arguments, method, bits, seed, features)}
-                    done.append(run)
-                    with file.open("a") as out:
-                        out.write(json.dumps(run) + "\n")
-                    print({k: v for k, v in run.items() if k not in ("accumulated", "single_step")}, flush=True)
-    print(table([run for run in done if run["model"] == arguments.model.name and run["steps"] == arguments.steps]))
+    for seed, bits, window in itertools.product(range(arguments.seeds), arguments.bits, arguments.windows):
+        # The same network calls for all lengths.
+        arguments.window = window
+        arguments.updates = max(1, round(updates * arguments.windows[0] / window))
+        for method in arguments.methods:
+            key = {
+                "method": method,
+                "bits": bits,
+                "seed": seed,
+                "steps": arguments.steps,
+                "option": arguments.option,
+                "window": arguments.window,
+                "updates": arguments.updates,
+                "model": arguments.model.name,
+            }
+            if not any(key.items() <= run.items() for run in done):
+                run = {**key, **measure(arguments, method, bits, seed, features)}
+                done.append(run)
+                with file.open("a") as out:
+                    out.write(json.dumps(run) + "\n")
+                print({k: v for k, v in run.items() if k not in ("accumulated", "single_step")}, flush=True)
+    same = {"model": arguments.model.name, "steps": arguments.steps, "option": arguments.option}
+    runs = [run for run in done if same.items() <= run.items()]
+    calls = updates * arguments.windows[0]
+    print(table([run for run in runs if run["window"] == arguments.windows[0] and run["updates"] == updates]))
+    if arguments.pictures:
+        draw(runs, arguments, calls)
 
 
 def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, features: nn.Module) -> dict[str, Any]:
@@ -210,6 +221,28 @@ def fashion(data: Path | None) -> tuple[Tensor, Tensor]:
 
     found = FashionMNIST(str(data))
     return found.data[:20_000, None].float() / 255, found.targets[:20_000]
+
+
+def draw(runs: list[dict[str, Any]], arguments: argparse.Namespace, calls: int) -> None:
+    """Errors over the steps for each bit-width, and over the length of windows where there are several."""
+    name = arguments.model.name
+    for bits in arguments.bits:
+        some = [run for run in runs if run["bits"] == bits and run["window"] == arguments.windows[0]]
+        curves: dict[str, dict[str, Any]] = {"accumulated": {}, "single_step": {}}
+        for run, kind in itertools.product(some, curves):
+            curves[kind].setdefault(NAMES.get(run["method"], "AccuQuant"), []).append(run[kind])
+        stacked = [{key: torch.tensor(rows) for key, rows in found.items()} for found in curves.values()]
+        path = arguments.pictures / f"accuquant_errors_{name}_{bits.replace('/', '_')}.png"
+        draw_error_curves(stacked[0], stacked[1], path=path)
+        swept = {}
+        for run in runs:
+            if (run["bits"], run["method"]) == (bits, "accuquant") and run["window"] * run["updates"] == calls:
+                swept.setdefault(run["window"], []).append(run["end"])
+        if len(swept) > 1:
+            before = [run["end"] for run in some if run["method"] == "ranges"]
+            path = arguments.pictures / f"accuquant_windows_{name}_{bits.replace('/', '_')}.png"
+            level = statistics.mean(before) if before else None
+            draw_window_sweep(dict(sorted(swept.items())), path=path, calls=2 * calls, before=level)
 
 
 def table(runs: list[dict[str, Any]]) -> str:

@@ -55,22 +55,29 @@ class Learner:
             if isinstance(quantizer, RoundedQuantizer):
                 quantizer.release()
 
-    def step(self, rate: float = 1.0) -> None:
-        """Move the leaves by the gradients of all ranks, and forget those.
+    def step(self, loss: Tensor, rate: float = 1.0) -> float:
+        """Move the leaves by the gradients of all ranks, and forget those; one collective.
 
         Args:
+            loss: this rank's share of it, ().
             rate: share of the learning rates.
+
+        Returns:
+            the loss over all ranks. Where it is not finite, the leaves stay.
         """
         for group, full in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * full
         self.release()
         leaves = self.learned
         gradients = [torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves]
-        flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for leaf, part in zip(leaves, flat.split([leaf.numel() for leaf in leaves]), strict=True):
+        flat = all_reduce_sum(torch.cat([*(g.flatten() for g in gradients), loss.detach().to(leaves[0]).view(1)]))
+        *parts, total = flat.split([*(leaf.numel() for leaf in leaves), 1])
+        for leaf, part in zip(leaves, parts, strict=True):
             leaf.grad = part.view_as(leaf)
-        self.optimizer.step()
+        if bool(total.isfinite()):
+            self.optimizer.step()
         self.optimizer.zero_grad()
+        return float(total)
 
     def remember(self) -> None:
         """Keep the leaves as they are for the best."""

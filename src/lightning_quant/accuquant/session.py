@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -266,16 +267,15 @@ class Calibration:
         """One update on a window and a batch that its number alone decides, over all ranks; rates fall to 0."""
         source, settings = self.source, self.source.settings
         steps, ids = _draw(settings, windows_of(source.steps, length), source.images, update)
-        own, loss = source.share(ids), torch.zeros((), dtype=torch.float64)
-        if own:
-            loss = self._window_loss(own, steps, total=len(ids)).double()
-        if not bool(loss.isfinite()):
+        own = source.share(ids)
+        share = self._window_loss(own, steps, total=len(ids)) if own else torch.zeros(())
+        loss = learner.step(share, 1 - update / updates)
+        if not math.isfinite(loss):
             raise QuantizationError(
-                f"The loss of steps {steps.start} .. {steps.stop - 1} is {float(loss)} at update {update}: lower"
+                f"The loss of steps {steps.start} .. {steps.stop - 1} is {loss} at update {update}: lower"
                 f" rounding_lr ({settings.rounding_lr}) or activation_lr ({settings.activation_lr})."
             )
-        learner.step(1 - update / updates)
-        return float(loss)
+        return loss
 
     def _window_loss(self, ids: list[int], steps: range, total: int) -> Tensor:
         source = self.source
