@@ -35,9 +35,10 @@ from lightning_quant.nn import strip
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.report import draw_error_curves, draw_window_sweep
 
-METHODS = ("ranges", "per_step", "accuquant")
+METHODS = ("ranges", "reconstruction", "per_step", "accuquant")
 NAMES = {"ranges": "ranges alone", "reconstruction": "block reconstruction", "per_step": "per step"}
 FIRST_IMAGE = 100_000
+BLOCK_ITERATIONS = 100
 
 
 def main() -> None:
@@ -155,8 +156,7 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, seed: int
     }
     common: dict[str, Any] = {name: kinds.get(name, str)(value) for name, value in options.items()}
     common = {"trajectories": 128, "held_out": 64, "patience": 1000, **common}
-    if method == "ranges":
-        common["reconstruction"] = 0
+    common["reconstruction"] = BLOCK_ITERATIONS if method == "reconstruction" else 0
     return Settings(
         weight,
         activation,

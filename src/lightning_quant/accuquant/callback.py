@@ -49,7 +49,7 @@ class AccuQuant(pl.Callback):
             memory of the whole window, or "per_step", each step from the float state, as methods before.
         start: windows begin at the "float" state, or at the one that the calibrated "prefix" reaches.
         activation_parameters: "shared" by all steps, or "per_group" of steps, a window each.
-        learn: "all", only the "rounding" of weights, only "activations", or "nothing".
+        learn: "all", only the "rounding" of weights, or only ranges of "activations".
         weight_scales: learn the step sizes of weights too.
         updates: of Adam, at most; the best by held-out error is kept, and it stops where that does not fall.
         batch_size: trajectories in an update, over all ranks.

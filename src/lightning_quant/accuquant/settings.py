@@ -11,7 +11,7 @@ from lightning_quant.functional.grid import check_bits
 
 ActivationParameters = Literal["shared", "per_group"]
 Start = Literal["float", "prefix"]
-Learn = Literal["all", "rounding", "activations", "nothing"]
+Learn = Literal["all", "rounding", "activations"]
 
 
 @dataclass(frozen=True)
