@@ -51,12 +51,14 @@ class Project(pl.LightningModule):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.unet, self.noise_scheduler = SmallDenoiser(), DDIMScheduler()
+        self.unet = SmallDenoiser()
+        self.noise_scheduler: Any = DDIMScheduler()
         self.seen: list[Tensor] = []
 
     def training_step(self, batch: Tensor) -> Tensor:
         t = torch.full((len(batch),), 500)
-        return (self.unet(batch, timestep=t) - batch).square().mean()
+        loss: Tensor = (self.unet(batch, timestep=t) - batch).square().mean()
+        return loss
 
     def validation_step(self, batch: Tensor) -> None:
         self.test_step(batch)

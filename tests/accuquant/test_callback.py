@@ -64,7 +64,7 @@ def test_stopped_it_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.Mo
     quiet_trainer(tmp_path / "whole", callbacks=[callback()]).test(whole, batches(), verbose=False)
     from lightning_quant.accuquant.session import Calibration
 
-    steps = []
+    steps: list[int] = []
     step = Calibration.step
 
     def stopping(self: Calibration, *args: Any) -> str:
@@ -119,7 +119,7 @@ def test_denoiser_and_scheduler_are_found(tmp_path: Path) -> None:
     parts = AccuQuant(**SMALL).parts(Own())
     assert type(parts.denoiser.network).__name__ == "UNet2DModel"
     assert isinstance(parts.scheduler, DDIMScheduler)
-    config = parts.denoiser.network.config
+    config: Any = parts.denoiser.network.config
     assert parts.shape == (config.in_channels, config.sample_size, config.sample_size)
 
 

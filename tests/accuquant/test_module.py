@@ -33,7 +33,8 @@ SIZES: dict[str, Any] = {
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("ddim")
-    DDIMPipeline(UNet2DModel(**SIZES), DDIMScheduler()).save_pretrained(path)
+    pipeline: Any = DDIMPipeline(UNet2DModel(**SIZES), DDIMScheduler())
+    pipeline.save_pretrained(path)
     return path
 
 

@@ -2,7 +2,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,8 +14,8 @@ from lightning_quant.cli.lightning_cli import build
 from lightning_quant.cli.packaged import FOLDER, describe, names
 from lightning_quant.data import DigitsDataModule
 from lightning_quant.data.fashion_mnist import FashionMNISTDataModule
-from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.data.noise import initial_noise
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.tasks.denoisers import described, learned_target, noise_scheduler
 from lightning_quant.tasks.diffusion import ImageDiffusion
 
