@@ -144,12 +144,10 @@ def test_a_quantized_pipeline_folder_opens_with_the_same_images(
 ) -> None:
     module, _ = calibrated
     save_pipeline(folder, tmp_path / "quantized", network=module.network)
-    opened = open_pipeline(tmp_path / "quantized")
+    pipelines: list[Any] = [open_pipeline(tmp_path / "quantized"), DDIMPipeline(module.network, DDIMScheduler())]
     images = [
-        pipeline(
-            batch_size=2, num_inference_steps=6, generator=torch.Generator().manual_seed(1), output_type="np"
-        ).images
-        for pipeline in (opened, DDIMPipeline(module.network, DDIMScheduler()))
+        pipeline(2, torch.Generator().manual_seed(1), num_inference_steps=6, output_type="np").images
+        for pipeline in pipelines
     ]
     assert (images[0] == images[1]).all()
 
