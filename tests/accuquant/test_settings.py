@@ -40,7 +40,7 @@ from lightning_quant.errors import ConfigurationError
         ),
         ({"start": "quantized"}, r"start='quantized': expected one of 'float', 'prefix'"),
         ({"activation_parameters": "each"}, r"activation_parameters='each': expected one of 'shared', 'per_group'"),
-        ({"learn": "weights"}, r"learn='weights': expected one of 'all', 'rounding', 'activations', 'nothing'"),
+        ({"learn": "weights"}, r"learn='weights': expected one of 'all', 'rounding', 'activations'"),
         ({"window": "auto"}, r"window='auto': expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
         ({"window": 0}, r"window=0: expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
         ({"window": 2.5, "steps": 20}, r"window=2\.5: expected a number of steps, .* None for 20 steps' usual 2"),
@@ -63,7 +63,7 @@ def test_what_is_out_of_range_is_refused_with_what_to_write(arguments: dict[str,
         {"window": "sweep"},
         {"updates": 0},
         {"batch_size": 16, "trajectories": 16},
-        {"learn": "nothing"},
+        {"learn": "activations"},
     ],
 )
 def test_what_is_at_the_edge_is_taken(arguments: dict[str, Any]) -> None:
