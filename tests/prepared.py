@@ -16,9 +16,6 @@ from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import activation_ranges, prepare, weight_ranges
 from lightning_quant.accuquant.settings import Settings
-from lightning_quant.nn import register_attention
-
-register_attention("diffusers.models.attention_processor.Attention")
 
 NETWORKS: dict[str, Callable[[], Any]] = {"unet": tiny_unet, "condition": tiny_condition_unet, "dit": tiny_dit}
 TIMES = (801, 401, 1)

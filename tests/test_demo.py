@@ -12,9 +12,9 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized
+from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized, open_pipeline
 from lightning_quant.cli import main as cli
-from lightning_quant.demo import igq_vit, int4_training
+from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.errors import ConfigurationError
 
 
@@ -29,6 +29,17 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
             patch.setattr(int4_training, name, value)
         for name, shorter in {"EPOCHS": 2, "DRAWS": 1, "BITS": ((4, 2),)}.items():
             patch.setattr(igq_vit, name, shorter)
+        small = {
+            "EPOCHS": 2,
+            "FEATURE_EPOCHS": 1,
+            "UPDATES": 4,
+            "TRAJECTORIES": 8,
+            "IMAGES": 16,
+            "STEPS": 6,
+            "WINDOW": 2,
+        }
+        for name, number in small.items():
+            patch.setattr(accuquant, name, number)
         warnings.simplefilter("error", UserWarning)
         printed = _run(output, seed=3)
     return output, printed
@@ -48,6 +59,25 @@ def test_the_report_holds_the_accuracy_of_each_strategy_beside_other_methods(ran
     assert list(report["igq_vit"]) == ["float", "layer_wise", "igq_fixed", "igq_allocated", "upper_bound"]
     assert all(0 <= accuracy <= 1 for accuracy in report["igq_vit"].values())
     assert report["other_method"] == 1
+
+
+def test_the_report_holds_the_distances_of_the_diffusion_model(ran: tuple[Path, str]) -> None:
+    report = json.loads((ran[0] / "report.json").read_text(encoding="utf-8"))["accuquant"]
+    assert list(report) == ["float", "per_step", "accuquant"]
+    assert report["float"] == {"end_error": 0, "FID2FP32": 0, "PSNR": 100}
+    for name in ("per_step", "accuquant"):
+        assert report[name].keys() == report["float"].keys()
+        assert report[name]["end_error"] > 0
+        assert report[name]["FID2FP32"] > 0
+        assert 0 < report[name]["PSNR"] < 100
+
+
+def test_the_quantized_pipeline_can_be_opened(ran: tuple[Path, str]) -> None:
+    pipeline = open_pipeline(ran[0] / "accuquant" / "quantized")
+    assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
+    assert "the same images, bit for bit" in ran[1]
+    for name in ("images.png", "error_curves.png"):
+        assert imread(ran[0] / name).shape[1] >= 400
 
 
 def test_the_quantized_transformer_can_be_loaded(ran: tuple[Path, str]) -> None:
@@ -70,7 +100,7 @@ def test_the_picture_shows_something(ran: tuple[Path, str]) -> None:
 def test_the_table_and_what_to_try_next_are_printed(ran: tuple[Path, str]) -> None:
     output, printed = ran
     table = printed[printed.index("strategy") :]
-    for title in (*int4_training.TITLES.values(), *igq_vit.TITLES.values()):
+    for title in (*int4_training.TITLES.values(), *igq_vit.TITLES.values(), *accuquant.TITLES.values()):
         assert title in table
     assert "One test image is 0.28%" in table
     assert str(output / "int4_training" / "large_gradient_3" / "last.ckpt") in table

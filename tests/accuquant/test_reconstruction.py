@@ -127,6 +127,7 @@ def test_it_finds_the_best_of_all_roundings(seed: int) -> None:
 
 
 def test_rounding_is_up_or_down_at_the_end_and_nothing_learns_any_more() -> None:
+    torch.manual_seed(0)
     x = torch.rand(32, 8) + 1
     network, data = layer_with(torch.randn(4, 8), x)
     layer: Any = network[0]  # type: ignore[index]

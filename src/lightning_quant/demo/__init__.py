@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from lightning_quant.demo import igq_vit, int4_training
+from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.demo.terminal import one_thread, quiet
 from lightning_quant.errors import ConfigurationError
 
-METHODS = (int4_training, igq_vit)
+METHODS = (int4_training, igq_vit, accuquant)
 
 
 def main(output: Path = Path("demo"), seed: int = 0) -> None:
@@ -31,23 +32,27 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
     console = Console()
     for method in METHODS:
         with quiet(), one_thread():
-            accuracies = method.run(console, output, seed)
-        _write_report(output / "report.json", method.METHOD, accuracies)
+            found = method.run(console, output, seed)
+        _write_report(output / "report.json", method.METHOD, found)
         console.print()
     console.print(
-        f"Accuracies of all: {output / 'report.json'}. More to run: lightning-quant configs",
+        f"Figures of all: {output / 'report.json'}. More to run: lightning-quant configs",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _write_report(path: Path, method: str, accuracies: Mapping[str, float]) -> None:
-    """Write the accuracies, in [0, 1], beside what other methods have in the file."""
+def _write_report(path: Path, method: str, found: Mapping[str, Any]) -> None:
+    """Write accuracies, in [0, 1], or several figures each, beside what other methods have in the file."""
     try:
         report = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError):
         report = {}
     report = report if isinstance(report, dict) else {}
-    report[method] = {name: round(accuracy, 4) for name, accuracy in accuracies.items()}
+    report[method] = {name: _rounded(value) for name, value in found.items()}
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def _rounded(value: Any) -> Any:
+    return {key: _rounded(each) for key, each in value.items()} if isinstance(value, Mapping) else round(value, 4)

@@ -129,6 +129,8 @@ class CalibratingModule(pl.LightningModule):
             self.trainer.fit_loop._data_source.instance = self
             # How many epochs is known when a checkpoint has said how many there were.
             self.trainer.fit_loop.max_epochs = -1
+            # Lightning wonders about modules in evaluation mode; the steps see to it themselves.
+            self.train()
             if not any(parameter.requires_grad for parameter in self.parameters()):
                 self.anchor = Anchor()
         if self.own_batches:
@@ -205,6 +207,7 @@ class CalibratingModule(pl.LightningModule):
 
     def on_train_end(self) -> None:
         """Say what came out."""
+        self.eval()
         if self.calibration is not None and self.calibration.finished:
             rank_zero_info(self.summarise(self.calibration))
 

@@ -20,6 +20,7 @@ def learned_target(scheduler: Any, images: Tensor, noise: Tensor, timesteps: Ten
     """What a network learns to predict by the ``prediction_type`` of a scheduler of diffusers.
 
     Example:
+        >>> import torch
         >>> images, noise = torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2)
         >>> scheduler = noise_scheduler({"prediction_type": "sample"})
         >>> torch.equal(learned_target(scheduler, images, noise, torch.tensor([500])), images)
