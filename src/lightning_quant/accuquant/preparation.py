@@ -26,8 +26,8 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.strip import strip
 from lightning_quant.tasks.calibration_progress import ProgressBar, duration
 
-# Measured in forwards of the float network (benchmarks/accuquant_adjoints.py): of a quantized forward, and of one with its
-# backward.
+# Measured in forwards of the float network (benchmarks/accuquant_adjoints.py): of a quantized forward, and of one with
+# its backward.
 FORWARD, BACKWARD = 2.2, 5.0
 
 

@@ -51,7 +51,7 @@ class QuantizationCLI(LightningCLI):
             "--quantization",
             type=self.quantizations(),
             default=None,
-            help="GradientQuantization, IGQViT or AccuQuant, as `--quantization.weight_bits 6`; null leaves all in float.",
+            help="GradientQuantization, IGQViT or AccuQuant, e.g. `--quantization.weight_bits 6`; null for float.",
         )
 
     @staticmethod

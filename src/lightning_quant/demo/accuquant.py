@@ -49,9 +49,11 @@ FEATURE_EPOCHS = 30
 
 BITS = (4, 8)
 STEPS = 20
-WINDOW = 4
-UPDATES = 80
+WINDOW = 2
+UPDATES = 150
 TRAJECTORIES = 128
+# Higher than usual, because the updates are few.
+RATES = {"rounding_lr": 1e-2, "activation_lr": 1e-3}
 IMAGES = 256
 TITLES = {
     "float": "float",
@@ -166,6 +168,7 @@ def _calibrate(name: str, pipeline: Path, features: nn.Module, cache: str, seed:
             "steps": STEPS,
             "window": WINDOW,
             "trajectories": TRAJECTORIES,
+            **RATES,
             "seed": seed,
             "cache_dir": cache,
             # All updates are done, so that network calls are equal.
