@@ -10,7 +10,7 @@ VERBS = {
     "validate": "Evaluate on the validation set.",
     "test": "Evaluate on the test set.",
     "predict": "Run inference.",
-    "calibrate": "Calibrate a quantized network on unlabelled images of its data.",
+    "calibrate": "Calibrate a quantized network: on unlabelled images, or on what a diffusion model samples.",
     "configs": "List the packaged configs, or print one.",
     "demo": "Train and calibrate small networks on the embedded digits, and show what each method does.",
 }

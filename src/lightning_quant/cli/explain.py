@@ -20,6 +20,13 @@ _KEY = re.compile(r'Parser key "(.+?)"')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)'")
 _KIND = re.compile(r"does not correspond to a subclass of (\w+)")
 _GIVEN = re.compile(r"Given value: ([\w.]+)$", re.MULTILINE)
+_SUBTYPES = re.compile(r"Subtypes: (.+)")
+_SUBTYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
+# What Python calls a type, and how it is written on a command line.
+_SPOKEN = (
+    (re.compile(r"a typing\.Literal\[(.+)\]"), r"one of \1"),
+    (re.compile(r"a <class 'collections\.abc\.Sequence'>\. Got value: (\S+)"), r"a list, as '[\1]'"),
+)
 
 
 def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = ()) -> str:
@@ -41,7 +48,7 @@ def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = 
     for pattern, answer in _ANSWERS:
         for reason in reasons:
             if found := re.search(pattern, reason):
-                text = answer(found[1], owner or given, key, _Known(classes, options))
+                text = answer(found[1], owner or given, key, _Known(classes, options, _expected(lines)))
                 return f"--{key}: {text}" if key else text
     return (f"--{key}: " if key else "") + "; ".join(reasons)
 
@@ -51,18 +58,35 @@ def _reasons(lines: list[str]) -> list[str]:
     lines = list(dict.fromkeys(line for line in lines if not _NOISE.match(line)))
     others = [line for line in lines if not _KIND.search(line)]
     kinds = list(dict.fromkeys(match[1] for line in lines if (match := _KIND.search(line))))
-    return others or [f"does not correspond to a subclass of {' or '.join(kinds)}"] if lines else []
+    if others:
+        return [_spoken(line) for line in others]
+    return [f"does not correspond to a subclass of {' or '.join(kinds)}"] if lines else []
+
+
+def _spoken(reason: str) -> str:
+    for pattern, words in _SPOKEN:
+        reason = pattern.sub(words, reason)
+    return reason
+
+
+def _expected(lines: list[str]) -> list[str]:
+    """Names of the classes that the innermost option may be of."""
+    subtypes = [match[1] for line in lines if (match := _SUBTYPES.match(line))]
+    return [name for name in _SUBTYPE.findall(subtypes[-1]) if name != "NoneType"] if subtypes else []
 
 
 class _Known:
     """What could have been meant."""
 
-    def __init__(self, classes: Iterable[str], options: Iterable[str]) -> None:
+    def __init__(self, classes: Iterable[str], options: Iterable[str], expected: Iterable[str]) -> None:
         self.classes = list(classes)
         self.options = list(options)
+        self.expected = list(expected)
 
 
 def _no_class(name: str, owner: str, key: str, known: _Known) -> str:
+    if name in known.classes:
+        return f"expected a {' or '.join(known.expected) or 'class of another kind'}, found a {name}."
     return f"there is no class {name}{did_you_mean(name, known.classes)}."
 
 
@@ -78,7 +102,8 @@ def _needs(names: str, owner: str, key: str, known: _Known) -> str:
     if not owner:
         plain = re.sub(rf"\b({_VERB})\.", "", names)
         first = plain.split(", ")[0]
-        return f"Nothing given for {plain}; write --config quickstart.yaml, or --{first} VALUE."
+        config = "igq_vit/quickstart.yaml" if names.startswith("calibrate.") else "quickstart.yaml"
+        return f"Nothing given for {plain}; write --config {config}, or --{first} VALUE."
     short = owner.rpartition(".")[2]
     written = " ".join(f"--{key}.{name} VALUE" for name in names.split(", "))
     return f"{short} needs {names}; write --{key} {short} {written}"

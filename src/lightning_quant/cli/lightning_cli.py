@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib import import_module
+from inspect import isclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_origin
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -25,6 +28,18 @@ from lightning_quant.gradient import GradientQuantization, IntervalStrategy
 class Parser(LightningArgumentParser):
     """LightningCLI's parser, with errors of one sentence."""
 
+    def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add those of a class; what may be an object or a mapping of its arguments is the object here.
+
+        A mapping takes anything: the one wrong option that is no option of the object would become a mapping, in the
+        place of all that a config says about it.
+        """
+        added: list[str] = super().add_class_arguments(*args, **kwargs)
+        for action in self._actions:
+            if hasattr(action, "_typehint"):
+                action._typehint = object_alone(action._typehint)
+        return added
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what to write, and exit with code 2."""
         if not self.exit_on_error:
@@ -32,7 +47,8 @@ class Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         options = [action.dest for each in (parser, *_subparsers(parser)) for action in each._actions]
         bases = (LightningModule, LightningDataModule, Callback, IntervalStrategy, Optimizer, LRScheduler)
-        classes = [cls.__name__ for base in bases for cls in _subclasses(base)]
+        ours = [name for name in lightning_quant.__all__ if isclass(vars(lightning_quant).get(name))]
+        classes = [*ours, *(cls.__name__ for base in bases for cls in _subclasses(base))]
         sys.stderr.write(f"lightning-quant: {explain(message, classes, options)}\n")
         self.exit(2)
 
@@ -95,6 +111,12 @@ class QuantizationCLI(LightningCLI):
         chosen = self._get(self.config_init, "quantization")
         if chosen is None:
             return super().instantiate_trainer(**kwargs)
+        model = self._get(self.config_init, "model")
+        if getattr(model, "fit_is_calibration", False):
+            raise UsageError(
+                f"{type(model).__name__} is quantized as --model.quantization says; write --model.quantization.OPTION in"
+                f" the place of --quantization.OPTION, found {type(chosen).__name__} there."
+            )
         others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
         others = others if isinstance(others, list) else [others]
         if any(isinstance(callback, type(chosen)) for callback in others):
@@ -133,6 +155,22 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
         parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
         save_config_kwargs={"overwrite": True},
     )
+
+
+def object_alone(typehint: Any) -> Any:
+    """The type of an option that is an object or a mapping, without the mapping; others as they are.
+
+    >>> object_alone(Path | dict[str, int] | None)
+    pathlib.Path | None
+    >>> object_alone(Path | str | dict[str, int] | None) == Path | str | dict[str, int] | None
+    True
+    """
+    options = get_args(typehint)
+    mappings = [option for option in options if get_origin(option) is dict]
+    others = [option for option in options if option not in (*mappings, type(None))]
+    if not mappings or len(others) != 1 or not isclass(others[0]):
+        return typehint
+    return reduce(operator.or_, [option for option in options if option not in mappings])
 
 
 def _subclasses(base: type) -> Iterator[type]:

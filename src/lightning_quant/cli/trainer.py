@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
+
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.cli.advice import UsageError
+
+# True of a training. The network of a calibration is in evaluation, and its steps are no data.
+_UNTRUE = ("Found .* module.* in eval mode", "Your `IterableDataset` has `__len__` defined")
 
 
 class CalibratingTrainer(Trainer):
@@ -16,13 +22,13 @@ class CalibratingTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
     ) -> None:
-        """Calibrate a quantized network on unlabelled images of its data.
+        """Calibrate a quantized network: on unlabelled images, or on what a diffusion model samples.
 
         It is `fit` of a module whose fit is its calibration, with all that Lightning does around a fit.
 
         Args:
-            model: A module with `fit_is_calibration = True`, such as IGQViTModule.
-            datamodule: Where the images come from.
+            model: A module with `fit_is_calibration = True`, such as IGQViTModule and AccuQuantModule.
+            datamodule: Where the images come from, if it needs any.
             ckpt_path: A checkpoint of a stopped calibration, which goes on from there.
 
         Raises:
@@ -36,7 +42,10 @@ class CalibratingTrainer(Trainer):
         lightning_quant.cli.advice.UsageError: BoringModel is trained, not calibrated...
         """
         if getattr(model, "fit_is_calibration", False):
-            self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
+            with warnings.catch_warnings():
+                for message in _UNTRUE:
+                    warnings.filterwarnings("ignore", message)
+                self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
             return
         name = type(model).__name__
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
@@ -46,7 +55,9 @@ class CalibratingTrainer(Trainer):
                 f"{callback} calibrates {name} when an evaluation starts; write lightning-quant test with the same"
                 " options."
             )
+        denoises = any(type(layer).__name__ in DENOISERS for layer in model.modules())
+        method = "AccuQuant" if denoises else "IGQViT"
         raise UsageError(
-            f"{name} is trained, not calibrated; write lightning-quant calibrate --model IGQViTModule ..., or"
-            f" lightning-quant test --quantization IGQViT ..., which calibrates {name} first."
+            f"{name} is trained, not calibrated; write lightning-quant calibrate --model {method}Module ..., or"
+            f" lightning-quant test --quantization {method} ..., which calibrates {name} first."
         )

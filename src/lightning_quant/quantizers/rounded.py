@@ -117,7 +117,9 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         rounding = soft_rounding if learning.soft else hard_rounding
         zero_point = self.affine(learning.base.dim())[1]
         codes = (learning.base + rounding(learning.alpha)).clamp(self.grid.low, self.grid.high)
-        return decode(codes, learning.log_scale.exp(), zero_point)
+        # As it will be when learning ends: the exponential of the logarithm is another number.
+        scale = learning.log_scale.exp() if learning.log_scale.requires_grad else self.affine(learning.base.dim())[0]
+        return decode(codes, scale, zero_point)
 
     def __getstate__(self) -> dict[str, object]:
         # What is held is a function of the variables, and made again.
@@ -163,7 +165,6 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         self.holds, self._held = False, None
         if learning is not None:
             self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
-            # The exponential of the logarithm is another number.
             if learning.log_scale.requires_grad:
                 self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
 

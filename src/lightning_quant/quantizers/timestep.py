@@ -120,7 +120,8 @@ class TimestepQuantizer(Quantizer, kind=10):
         if not self.ready:
             return x
         scale, zero_point = self.scale, self.zero_point
-        if self._leaves is not None:
+        # Where it does not move it stays what it is: the exponential of the logarithm is another number.
+        if self._leaves is not None and self._leaves["log_scale"].requires_grad:
             scale, zero = self._leaves["log_scale"].exp(), self._leaves["zero_point"]
             zero_point = zero + (self._rounded(zero) - zero).detach()
         return fake_quantize(x, self._chosen(scale, x), self.grid, self._chosen(zero_point, x))
@@ -149,7 +150,6 @@ class TimestepQuantizer(Quantizer, kind=10):
     def end(self) -> None:
         """Take over what was learned; nothing where nothing was begun."""
         leaves, self._leaves = self._leaves, None
-        # The exponential of the logarithm is another number.
         if leaves is not None and leaves["log_scale"].requires_grad:
             self.scale, self.zero_point = leaves["log_scale"].exp(), self._rounded(leaves["zero_point"])
 
