@@ -7,7 +7,15 @@ import pytest
 import timm
 import yaml
 
-from lightning_quant import GradientQuantization, IGQViT, IGQViTModule, ImageClassifier, LargeGradientInterval
+from diffusion import tiny_pipeline_folder
+from lightning_quant import (
+    AccuQuantModule,
+    GradientQuantization,
+    IGQViT,
+    IGQViTModule,
+    ImageClassifier,
+    LargeGradientInterval,
+)
 from lightning_quant.cli.lightning_cli import QuantizationCLI, build
 from lightning_quant.cli.packaged import FOLDER, describe, names
 
@@ -179,3 +187,35 @@ def test_the_callback_is_a_choice_of_the_option_group(root: Path) -> None:
     cli = instantiate("igq_vit/digits_float.yaml", root, "--quantization=IGQViT", "--quantization.groups=4")
     (callback,) = [each for each in cli.trainer.callbacks if isinstance(each, IGQViT)]  # type: ignore[attr-defined]
     assert callback.settings.groups == 4
+
+
+# The kind of pipeline, and steps, window, eta and guidance; the last two are the paper's where it says them.
+DIFFUSION: dict[str, tuple[Any, int, int, float, float | None]] = {
+    "quickstart": ("ddim", 20, 4, 0.0, None),
+    "ddim_cifar10": ("ddim", 100, 5, 0.0, None),
+    "ldm_bedroom": ("ldm", 200, 10, 1.0, None),
+    "ldm_church": ("ldm", 500, 10, 0.0, None),
+    "ldm_imagenet": ("ldm_class", 20, 2, 0.0, 3.0),
+    "stable_diffusion_v1_4": ("sd", 50, 5, 0.0, 7.5),
+    "dit_xl_2_256": ("dit", 100, 5, 0.0, 1.5),
+}
+
+
+def test_every_accuquant_config_is_tested() -> None:
+    assert sorted(DIFFUSION) == sorted(path.stem for path in (FOLDER / "accuquant").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", DIFFUSION)
+def test_accuquant_configs_are_instantiated_around_a_pipeline_of_their_kind(name: str, tmp_path: Path) -> None:
+    kind, steps, window, eta, guidance = DIFFUSION[name]
+    folder = tiny_pipeline_folder(kind, tmp_path / "pipeline")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cat\n", encoding="utf-8")
+    options = [f"--model.model={folder}", *([f"--model.prompts={prompts}"] if kind == "sd" else [])]
+    config = str(FOLDER / "accuquant" / f"{name}.yaml")
+    cli = build(["--config", config, "--trainer.accelerator=cpu", "--trainer.devices=1", *options], run=False)
+    assert isinstance(cli.model, AccuQuantModule)
+    settings = cli.model.quantization.settings
+    assert (settings.weight_bits, settings.activation_bits) == (4, 8)
+    assert (settings.steps, settings.window, settings.eta, settings.guidance) == (steps, window, eta, guidance)
+    assert cli.model.model.kind == ("ddpm" if kind == "ddim" else kind)
