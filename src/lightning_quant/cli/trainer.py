@@ -6,7 +6,6 @@ import warnings
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.cli.advice import UsageError
 
 # True of a training. The network of a calibration is in evaluation, and its steps are no data.
@@ -55,7 +54,9 @@ class CalibratingTrainer(Trainer):
                 f"{callback} calibrates {name} when an evaluation starts; write lightning-quant test with the same"
                 " options."
             )
-        denoises = any(type(layer).__name__ in DENOISERS for layer in model.modules())
+        from lightning_quant.accuquant.denoiser import SUPPORTED  # brings libraries that help does without
+
+        denoises = any(type(layer).__name__ in SUPPORTED for layer in model.modules())
         method = "AccuQuant" if denoises else "IGQViT"
         raise UsageError(
             f"{name} is trained, not calibrated; write lightning-quant calibrate --model {method}Module ..., or"
