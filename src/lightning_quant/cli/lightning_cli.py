@@ -114,8 +114,8 @@ class QuantizationCLI(LightningCLI):
         model = self._get(self.config_init, "model")
         if getattr(model, "fit_is_calibration", False):
             raise UsageError(
-                f"{type(model).__name__} is quantized as --model.quantization says; write --model.quantization.OPTION in"
-                f" the place of --quantization.OPTION, found {type(chosen).__name__} there."
+                f"{type(model).__name__} is quantized as --model.quantization says; write --model.quantization.OPTION"
+                f" in the place of --quantization.OPTION, found {type(chosen).__name__} there."
             )
         others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
         others = others if isinstance(others, list) else [others]
