@@ -162,13 +162,13 @@ def object_alone(typehint: Any) -> Any:
 
     >>> object_alone(Path | dict[str, int] | None)
     pathlib.Path | None
-    >>> object_alone(Path | str | dict[str, int] | None) == Path | str | dict[str, int] | None
-    True
+    >>> object_alone(str | dict[str, int] | None)
+    str | dict[str, int] | None
     """
     options = get_args(typehint)
     mappings = [option for option in options if get_origin(option) is dict]
     others = [option for option in options if option not in (*mappings, type(None))]
-    if not mappings or len(others) != 1 or not isclass(others[0]):
+    if not mappings or len(others) != 1 or not isclass(others[0]) or others[0].__module__ == "builtins":
         return typehint
     return reduce(operator.or_, [option for option in options if option not in mappings])
 
