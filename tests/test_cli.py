@@ -1,14 +1,19 @@
 """The command line: what it runs, and what it says when it cannot."""
 
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Callback
+from torch import nn
 
+from diffusion import tiny_pipeline_folder
 from lightning_quant import ImageClassifier
 from lightning_quant.cli import main
 from lightning_quant.cli.advice import VERBS
@@ -18,6 +23,8 @@ from lightning_quant.cli.packaged import FOLDER, find, names, resolve
 from lightning_quant.igq_vit.callback import IGQViT
 
 QUICKSTART = ["--config", "quickstart.yaml"]
+ACCUQUANT = ["--config", "accuquant/quickstart.yaml"]
+DIGITS_DIFFUSION = ["--config", "diffusion/digits.yaml"]
 IGQ_VIT = "lightning_quant.igq_vit.callback.IGQViT"
 QUIET = ["--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
 
@@ -88,6 +95,14 @@ MISTAKES = {
         ["fit", *QUICKSTART, "--quantization.interval", "MinMax"],
         "--quantization.interval: there is no class MinMax (did you mean MinMaxInterval?)",
     ),
+    "class of another option": (
+        ["calibrate", *ACCUQUANT, "--model.quantization", "GradientQuantization"],
+        "--model.quantization: expected a AccuQuant, found a GradientQuantization.",
+    ),
+    "unknown class that is no callback": (
+        ["calibrate", *ACCUQUANT, "--model.metrics", "GenerationMetric"],
+        "--model.metrics: there is no class GenerationMetric (did you mean GenerationMetrics",
+    ),
     "class of another kind": (
         ["fit", *QUICKSTART, "--model", "torch.nn.Linear"],
         "--model: torch.nn.Linear is not a LightningModule",
@@ -139,7 +154,43 @@ MISTAKES = {
         ["calibrate", *QUICKSTART, "--trainr.max_epochs", "1"],
         "There is no option --trainr.max_epochs (did you mean trainer.max_epochs",
     ),
-    "calibrate without a model": (["calibrate"], "Nothing given for model; write --config"),
+    "unknown option of a model's quantization": (
+        ["calibrate", *ACCUQUANT, "--model.quantization.windw", "4"],
+        "--model.quantization: AccuQuant has no option windw (did you mean window?)",
+    ),
+    "unknown option of a model's measures": (
+        ["test", *ACCUQUANT, "--model.metrics.featurs", "inception"],
+        "--model.metrics: GenerationMetrics has no option featurs (did you mean features?)",
+    ),
+    "wrong value of a model's quantization": (
+        ["calibrate", *ACCUQUANT, "--model.quantization.window", "long"],
+        "--model.quantization.window: Expected a <class 'int'>; Expected 'sweep'",
+    ),
+    "none of the choices": (
+        ["calibrate", *ACCUQUANT, "--model.quantization.adjoint", "identiy"],
+        "--model.quantization.adjoint: Expected one of 'identity', 'coefficient', 'exact', 'bptt', 'per_step'",
+    ),
+    "one in the place of a list": (
+        ["calibrate", *ACCUQUANT, "--model.quantization.exclude", "conv_in"],
+        "--model.quantization.exclude: Expected a list, as '[conv_in]'",
+    ),
+    "diffusion model without a pipeline": (
+        ["calibrate", "--model", "AccuQuantModule"],
+        "AccuQuantModule needs model; write --model AccuQuantModule --model.model VALUE",
+    ),
+    "unknown option of the third class": (
+        ["test", *DIGITS_DIFFUSION, "--quantization", "AccuQuant", "--quantization.windw", "4"],
+        "--quantization: AccuQuant has no option windw (did you mean window?)",
+    ),
+    "calibrate without a model": (
+        ["calibrate"],
+        "Nothing given for model; write --config igq_vit/quickstart.yaml, or --model VALUE",
+    ),
+    "calibrate a diffusion model that is trained": (
+        ["calibrate", *DIGITS_DIFFUSION, *QUIET],
+        "ImageDiffusion is trained, not calibrated; write lightning-quant calibrate --model AccuQuantModule ..., or"
+        " lightning-quant test --quantization AccuQuant ..., which calibrates ImageDiffusion first.",
+    ),
     "calibrate what is trained": (
         ["calibrate", *QUICKSTART, *QUIET],
         "ImageClassifier is trained, not calibrated; write lightning-quant calibrate --model IGQViTModule ..., or"
@@ -191,6 +242,28 @@ def test_quantization_in_the_group_and_in_the_callbacks_is_refused(
 ) -> None:
     said = mistake(capsys, "fit", *QUICKSTART, "--trainer.callbacks", "GradientQuantization")
     assert "given twice" in said
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "test"])
+@pytest.mark.parametrize("given", ["--quantization.weight_bits=3", "--quantization=AccuQuant"])
+def test_a_second_quantization_beside_that_of_a_module_is_refused(
+    verb: str, given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny_pipeline_folder("ddim", "digits_ddim")
+    said = mistake(capsys, verb, *ACCUQUANT, *QUIET, given)
+    assert "write --model.quantization.OPTION in the place of --quantization.OPTION" in said
+
+
+def test_one_option_changes_no_other_of_a_config(elsewhere: Path) -> None:
+    tiny_pipeline_folder("ddim", "digits_ddim")
+    given = ["window=null", "exclude=[conv_in]", "weight_bits=3"]
+    command = ["--config", str(FOLDER / "accuquant" / "quickstart.yaml"), "--model.metrics.lpips_net=null"]
+    model = build([*command, *(f"--model.quantization.{each}" for each in given)], run=False).model
+    settings = model.quantization.settings
+    assert (settings.window, settings.exclude, settings.weight_bits) == (None, ("conv_in",), 3)
+    assert (settings.steps, settings.activation_bits, settings.held_out) == (20, 8, 16)
+    assert model.metrics.lpips_net is None
+    assert isinstance(model.metrics.features, nn.Flatten)
 
 
 def test_an_error_of_the_package_is_one_message_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,6 +408,76 @@ def test_a_float_transformer_is_tested_quantized_with_the_callback(
     assert "3 bit, channels in 2 groups an image" in caplog.text
 
 
+SMALL = {
+    "steps": 4,
+    "window": 2,
+    "updates": 2,
+    "check_every": 1,
+    "batch_size": 2,
+    "trajectories": 4,
+    "held_out": 2,
+}
+
+
+def test_a_diffusion_pipeline_is_calibrated_measured_and_lets_generate(
+    elsewhere: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny_pipeline_folder("ddim", "digits_ddim")
+    settings = [f"--model.quantization.{name}={value}" for name, value in SMALL.items()]
+    command = [*ACCUQUANT, *QUIET, *settings, "--model.images=3", "--model.image_batch_size=2"]
+    with warnings.catch_warnings(record=True) as warned:
+        main(["calibrate", *command])
+    assert not [each for each in warned if "eval mode" in str(each.message) or "__len__" in str(each.message)]
+    checkpoint = ["--ckpt_path", "digits_ddim_4bit/last.ckpt"]
+    errors = []
+    for verb in ("validate", "test"):
+        capsys.readouterr()
+        main([verb, *command, *checkpoint])
+        out = capsys.readouterr().out
+        errors += re.findall(r"(?:val|test)/error_end\W+([\d.]+)", out)
+    assert len(set(errors)) == 1 < len(errors)
+    assert all(f"test/{measure}" in out for measure in ("FID2FP32", "PSNR", "SSIM"))
+    main(["predict", *command, *checkpoint])
+    left = Path("digits_ddim_4bit")
+    assert {path.name for path in (left / "images").iterdir()} == {"000000.png", "000001.png", "000002.png"}
+    assert {"images.png", "error_curves.png", "last.ckpt"} < {path.name for path in left.iterdir()}
+    caplog.clear()
+    main(["calibrate", *command])
+    assert "Calibration of the same weights, data and settings taken from digits_ddim_4bit" in caplog.text
+    # All that is left lies in this folder and in the log.
+    assert {path.name for path in elsewhere.iterdir()} == {"digits_ddim", "digits_ddim_4bit", "lightning_logs"}
+
+
+def test_a_calibration_is_stopped_and_goes_on(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_pipeline_folder("ddim", "digits_ddim")
+    settings = [f"--model.quantization.{name}={value}" for name, value in SMALL.items()]
+    command = [*ACCUQUANT, *QUIET, *settings]
+    main(["calibrate", *command, "--trainer.max_steps=2", "--trainer.limit_val_batches=0"])
+    checkpoint = ["--ckpt_path", "digits_ddim_4bit/last.ckpt"]
+    with pytest.raises(SystemExit) as stopped:
+        main(["validate", *command, *checkpoint])
+    assert stopped.value.code == 1
+    assert "The calibration stopped after step 2 of 3" in capsys.readouterr().err
+    main(["calibrate", *command, *checkpoint, "--trainer.limit_val_batches=0"])
+    state = torch.load("digits_ddim_4bit/last.ckpt", weights_only=True)
+    assert state["accuquant"]["steps"].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("verb", ["test", "predict"])
+def test_a_float_diffusion_model_is_evaluated_quantized_with_the_callback(
+    verb: str, elsewhere: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tiny = {"block_out_channels": [8, 8], "norm_num_groups": 4, "attention_head_dim": 8}
+    network = [f"--model.network.{name}={value}" for name, value in tiny.items()]
+    settings = [f"--quantization.{name}={value}" for name, value in SMALL.items()]
+    short = [f"--trainer.limit_{verb}_batches=1", "--model.sampling_steps=2", "--data.batch_size=2"]
+    main([verb, *DIGITS_DIFFUSION, *QUIET, *network, *short, "--quantization=AccuQuant", *settings])
+    assert "AccuQuant" in caplog.text
+    assert "Calibrated in" in caplog.text
+    assert "over windows of 2 of 4 steps" in caplog.text
+    assert list((elsewhere / "accuquant" / "trajectories").glob("*.safetensors"))
+
+
 def test_help_of_calibrate_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["calibrate", "--help"])
@@ -375,3 +518,7 @@ def test_help_of_a_verb_imports_no_more_libraries_than_a_bare_lightning_cli() ->
     ours = imported_by("fit", "--help")
     libraries = {name.partition(".")[0] for name in ours} - {name.partition(".")[0] for name in bare}
     assert libraries - set(sys.stdlib_module_names) == {"lightning_quant"}
+
+
+def test_a_config_of_a_diffusion_model_is_read_without_diffusers() -> None:
+    assert not {"diffusers", "transformers"} & imported_by("calibrate", *ACCUQUANT, "--print_config")

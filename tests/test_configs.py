@@ -1,21 +1,27 @@
 """Every packaged config is parsed and instantiated."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
+import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import save_file
 
-from diffusion import tiny_pipeline_folder
+from diffusion import CLASSES, WIDTH, Kind, tiny_pipeline_folder
 from lightning_quant import (
     AccuQuantModule,
+    GenerationPictures,
     GradientQuantization,
     IGQViT,
     IGQViTModule,
     ImageClassifier,
     LargeGradientInterval,
 )
+from lightning_quant.accuquant.preparation import sampler_for
 from lightning_quant.cli.lightning_cli import QuantizationCLI, build
 from lightning_quant.cli.packaged import FOLDER, describe, names
 
@@ -38,7 +44,7 @@ IGQ = [name for name in names() if name.startswith("igq_vit/") and name.split("/
 
 def instantiate(name: str, root: Path, *options: str) -> QuantizationCLI:
     """The model, data and trainer of a packaged config; nothing runs."""
-    place = [] if name.split("/")[-1] in EMBEDDED else [f"--data.root={root}"]
+    place = [] if name.startswith("accuquant/") or name.split("/")[-1] in EMBEDDED else [f"--data.root={root}"]
     return build(
         [
             "--config",
@@ -189,33 +195,78 @@ def test_the_callback_is_a_choice_of_the_option_group(root: Path) -> None:
     assert callback.settings.groups == 4
 
 
-# The kind of pipeline, and steps, window, eta and guidance; the last two are the paper's where it says them.
-DIFFUSION: dict[str, tuple[Any, int, int, float, float | None]] = {
-    "quickstart": ("ddim", 20, 4, 0.0, None),
-    "ddim_cifar10": ("ddim", 100, 5, 0.0, None),
-    "ldm_bedroom": ("ldm", 200, 10, 1.0, None),
-    "ldm_church": ("ldm", 500, 10, 0.0, None),
-    "ldm_imagenet": ("ldm_class", 20, 2, 0.0, 3.0),
-    "stable_diffusion_v1_4": ("sd", 50, 5, 0.0, 7.5),
-    "dit_xl_2_256": ("dit", 100, 5, 0.0, 1.5),
+# Kind of pipeline; sampler, its steps and calls of the network, steps in a window; eta and guidance.
+PROTOCOL: dict[str, tuple[Kind, tuple[str, int, int, int], float, float | None]] = {
+    "quickstart": ("ddim", ("DDIMSampler", 20, 20, 4), 0.0, None),
+    "ddim_cifar10": ("ddim", ("DDIMSampler", 100, 100, 5), 0.0, None),
+    "ldm_bedroom": ("ldm", ("DDIMSampler", 200, 200, 10), 1.0, None),
+    "ldm_church": ("ldm", ("DDIMSampler", 500, 500, 10), 0.0, None),
+    "ldm_imagenet": ("ldm_class", ("DDIMSampler", 20, 20, 2), 0.0, 3.0),
+    # PLMS takes its second timestep twice.
+    "stable_diffusion_v1_4": ("sd", ("PNDMSampler", 50, 51, 5), 0.0, 7.5),
+    "dit_xl_2_256": ("dit", ("DDIMSampler", 100, 100, 5), 0.0, 1.5),
 }
 
 
-def test_every_accuquant_config_is_tested() -> None:
-    assert sorted(DIFFUSION) == sorted(path.stem for path in (FOLDER / "accuquant").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("name", DIFFUSION)
-def test_accuquant_configs_are_instantiated_around_a_pipeline_of_their_kind(name: str, tmp_path: Path) -> None:
-    kind, steps, window, eta, guidance = DIFFUSION[name]
-    folder = tiny_pipeline_folder(kind, tmp_path / "pipeline")
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cat\n", encoding="utf-8")
-    options = [f"--model.model={folder}", *([f"--model.prompts={prompts}"] if kind == "sd" else [])]
-    config = str(FOLDER / "accuquant" / f"{name}.yaml")
-    cli = build(["--config", config, "--trainer.accelerator=cpu", "--trainer.devices=1", *options], run=False)
+def accuquant(name: str, folder: Path, *options: str) -> tuple[QuantizationCLI, AccuQuantModule]:
+    """A config with a tiny pipeline of its kind in the place of the real one."""
+    tiny = tiny_pipeline_folder(PROTOCOL[name][0], folder / "pipeline")
+    (folder / "prompts.txt").write_text("a cat\ntwo dogs\n", encoding="utf-8")
+    cli = instantiate(f"accuquant/{name}.yaml", folder, f"--model.model={tiny}", *options)
     assert isinstance(cli.model, AccuQuantModule)
-    settings = cli.model.quantization.settings
+    return cli, cli.model
+
+
+def test_every_accuquant_config_is_tested() -> None:
+    found = [name for name in names() if name.startswith("accuquant/")]
+    assert found == sorted(f"accuquant/{name}.yaml" for name in PROTOCOL)
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_accuquant_configs_have_the_bits_and_the_sampling_of_the_paper(name: str, root: Path) -> None:
+    _, module = accuquant(name, root)
+    kind, sampling, eta, guidance = PROTOCOL[name]
+    assert module.model.kind == ("ddpm" if kind == "ddim" else kind)
+    settings = module.quantization.settings
     assert (settings.weight_bits, settings.activation_bits) == (4, 8)
-    assert (settings.steps, settings.window, settings.eta, settings.guidance) == (steps, window, eta, guidance)
-    assert cli.model.model.kind == ("ddpm" if kind == "ddim" else kind)
+    assert (settings.first_and_last_bits, settings.softmax_bits) == (8, 8)
+    assert (settings.eta, settings.guidance, settings.adjoint) == (eta, guidance, "identity")
+    sampler = sampler_for(module.parts, settings)
+    assert (type(sampler).__name__, settings.steps, len(sampler.timesteps), settings.window) == sampling
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_accuquant_configs_leave_their_files_where_their_commands_look(name: str, root: Path) -> None:
+    cli, module = accuquant(name, root)
+    text = (FOLDER / "accuquant" / f"{name}.yaml").read_text(encoding="utf-8")
+    callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
+    (saved,) = [each for each in callbacks if isinstance(each, ModelCheckpoint)]
+    (drawn,) = [each for each in callbacks if isinstance(each, GenerationPictures)]
+    folder = Path(saved.dirpath or "").relative_to(root).as_posix()
+    assert saved.save_last
+    assert (drawn.folder, module.image_folder) == (folder, f"{folder}/images")
+    assert module.quantization.cache_dir == f"{folder}/calibration"
+    command = f"--config accuquant/{name}.yaml"
+    assert f"lightning-quant calibrate {command}\n" in text
+    for verb in ("test", "predict"):
+        assert f"lightning-quant {verb} {command} --ckpt_path {folder}/last.ckpt\n" in text
+
+
+@pytest.mark.parametrize("name", PROTOCOL)
+def test_the_options_in_the_head_of_an_accuquant_config_are_options(name: str, root: Path) -> None:
+    head = (FOLDER / "accuquant" / f"{name}.yaml").read_text(encoding="utf-8").partition("seed_everything")[0]
+    given = dict(re.findall(r"(--(?:model|trainer)\.[\w.]+) ([\w.]+)", head))
+    files = {"--model.class_embedding": root / "table.safetensors", "--model.prompts": root / "prompts.txt"}
+    save_file({"table": torch.zeros(CLASSES + 1, WIDTH)}, files["--model.class_embedding"])
+    given |= {option: str(path) for option, path in files.items() if option in given}
+    given.pop("--model.model", None)
+    _, module = accuquant(name, root, *(f"{option}={value}" for option, value in given.items()))
+    settings = module.quantization.settings
+    assert (settings.weight_bits, settings.activation_bits, settings.adjoint) == (3, 6, "per_step")
+    # What was named differs, what was not stays as the file has it.
+    kind, (_, steps, _, window), eta, guidance = PROTOCOL[name]
+    assert settings.steps != steps
+    assert settings.window != window
+    assert (settings.eta, settings.guidance) == (eta, guidance)
+    if kind == "ldm_class":
+        assert not module.model.components["class_embedding"].weight.any()

@@ -151,8 +151,8 @@ def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], secon
     length = settings.window if isinstance(settings.window, int) else usual_window(steps)
     images = settings.trajectories + settings.held_out
     float_calls = images / settings.batch_size * steps
-    walks = FORWARD if settings.adjoint in ("identity", "coefficient", "exact") else 0
-    update = length * (walks + BACKWARD)
+    walked = length - 1 if settings.adjoint in ("identity", "coefficient", "exact") else 0
+    update = walked * FORWARD + length * BACKWARD
     checks = (settings.updates / settings.check_every + 2) * settings.held_out / settings.batch_size * steps * FORWARD
     learning = settings.updates * update * (1.25 if settings.window == "sweep" else 1) + checks
     size = trajectory_bytes(images, steps, shape, sampler.history)

@@ -116,10 +116,10 @@ def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoi
 
 
 @torch.no_grad()
-def roll(denoise: Denoise, sampler: Steps, window: Window) -> Rollout:
-    """The quantized model over a window, without gradients."""
+def roll(denoise: Denoise, sampler: Steps, window: Window, steps: int | None = None) -> Rollout:
+    """The quantized model over a window, or over some first steps of it, without gradients."""
     rollout = Rollout([window.begin], [window.history(0)])
-    for step in range(len(window)):
+    for step in range(len(window) if steps is None else steps):
         k, x = window.start + step, rollout.states[-1]
         output = denoise(x, sampler.timesteps[k])
         following, history = sampler.step(k, x, output, rollout.histories[-1], window.noise(step))
@@ -144,17 +144,19 @@ def _bptt(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
 
 
 def _exact(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
-    rollout = roll(denoise, sampler, window)
-    end = rollout.states[-1].detach().requires_grad_()
-    loss = _loss(end, window)
-    loss.backward()  # type: ignore[no-untyped-call]
-    gradients = [end.grad, *[None] * len(rollout.histories[-1])]
-    for step in reversed(range(len(window))):
+    # The last step is walked with its graph: it is the first to go backwards through.
+    last = len(window) - 1
+    rollout = roll(denoise, sampler, window, last)
+    loss, gradients = torch.zeros(()), list[Tensor | None]()
+    for step in range(last, -1, -1):
         k = window.start + step
         x, *history = (t.detach().requires_grad_() for t in (rollout.states[step], *rollout.histories[step]))
         following = sampler.step(k, x, denoise(x, sampler.timesteps[k]), tuple(history), window.noise(step))
-        known = [(t, g) for t, g in zip((following[0], *following[1]), gradients, strict=True) if g is not None]
-        if known:
+        if step == last:
+            loss = _loss(following[0], window)
+            loss.backward()  # type: ignore[no-untyped-call]
+        else:
+            known = [(t, g) for t, g in zip((following[0], *following[1]), gradients, strict=True) if g is not None]
             torch.autograd.backward([t for t, _ in known], [g for _, g in known])
         gradients = [t.grad for t in (x, *history)]
     return loss.detach()
@@ -169,12 +171,16 @@ def _coefficient(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
 
 
 def _bypass(denoise: Denoise, sampler: Steps, window: Window, straight: bool) -> Tensor:
-    rollout = roll(denoise, sampler, window)
-    loss, gradients = _output_gradients(sampler, window, rollout.outputs, straight)
-    for step, gradient in enumerate(gradients):
-        if gradient is not None:
+    # The last call keeps its graph: its output is all that the gradients still wait for.
+    last = len(window) - 1
+    rollout = roll(denoise, sampler, window, last)
+    output = denoise(rollout.states[last], sampler.timesteps[window.start + last])
+    loss, gradients = _output_gradients(sampler, window, [*rollout.outputs, output], straight)
+    for step in range(last, -1, -1):
+        if step < last:
             output = denoise(rollout.states[step], sampler.timesteps[window.start + step])
-            output.backward(gradient)  # type: ignore[no-untyped-call]
+        if gradients[step] is not None:
+            output.backward(gradients[step])  # type: ignore[no-untyped-call]
     return loss
 
 

@@ -24,6 +24,7 @@ _SUBTYPES = re.compile(r"Subtypes: (.+)")
 _SUBTYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 # What Python calls a type, and how it is written on a command line.
 _SPOKEN = (
+    (re.compile(r"a typing\.Literal\[([^,]+)\]"), r"\1"),
     (re.compile(r"a typing\.Literal\[(.+)\]"), r"one of \1"),
     (re.compile(r"a <class 'collections\.abc\.Sequence'>\. Got value: (\S+)"), r"a list, as '[\1]'"),
 )

@@ -40,6 +40,12 @@ class Parser(LightningArgumentParser):
                 action._typehint = object_alone(action._typehint)
         return added
 
+    def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Parse; `null` for an option of an option of a class arrives here as the text of what it became, None."""
+        if args is not None:
+            args = [f"{arg[:-4]}null" if arg.endswith("=None") else arg for arg in args]
+        return super().parse_args(args, *more, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what to write, and exit with code 2."""
         if not self.exit_on_error:
