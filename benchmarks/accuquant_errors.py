@@ -2,10 +2,12 @@
 
     python benchmarks/accuquant_errors.py --model FOLDER --features digits
 
-For each bit-width and seed it makes float trajectories and calibrates from the same ranges three times: not at all,
-with each step from the float state, and over windows. Network calls of the last two are the same: a window is walked,
-and then walked again with gradients, so the per-step baseline has twice the updates. Every run is written to a file of
-results when it is done, and one that is there is not repeated. It prints a table and draws curves and images.
+For each bit-width and seed it makes float trajectories, finds ranges, reconstructs the blocks, and goes on from there
+with each step from the float state, and over windows. Network calls of the updates are the same for these two: a window
+of M steps takes 2 M - 1 calls, because it is walked to its last step first, and M when each step begins at the float
+state, so that per step has nearly twice the updates. With ``--reconstruction 0`` both go on from the ranges. Errors are
+of trajectories that no calibration saw. Every run is written to a file of results when it is done, and one that is
+there is not repeated. It prints a table and draws curves.
 
 FID2FP32 is between images of the quantized and of the float model from the same seeds, by the features of a small
 classifier of the same data, which it trains (``digits``, ``fashion_mnist``; seconds to minutes).
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -23,22 +26,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from torch import Tensor, nn
 
-from lightning_quant.accuquant.generation import generate_images
 from lightning_quant.accuquant.pipelines import load_pipeline
-from lightning_quant.accuquant.preparation import Parts, sampler_for, start
+from lightning_quant.accuquant.preparation import Parts, sampler_for, start, trajectories
+from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.trajectory_errors import single_step_errors
+from lightning_quant.accuquant.windows import network_calls, roll
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.nn import strip
-from lightning_quant.nn.in_float import in_float
 from lightning_quant.report import draw_error_curves, draw_window_sweep
 
 METHODS = ("ranges", "reconstruction", "per_step", "accuquant")
 NAMES = {"ranges": "ranges alone", "reconstruction": "block reconstruction", "per_step": "per step"}
 FIRST_IMAGE = 100_000
-BLOCK_ITERATIONS = 100
 
 
 def main() -> None:
@@ -49,8 +52,9 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", default=["4/8", "4/6", "3/6"])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--windows", type=int, nargs="+", default=[4], help="several make a sweep of equal calls")
-    parser.add_argument("--updates", type=int, default=100, help="of the first window; per step has twice as many")
+    parser.add_argument("--windows", type=int, nargs="+", default=[4], help="lengths; several make a sweep")
+    parser.add_argument("--calls", type=int, default=1400, help="of the network, in the updates of a calibration")
+    parser.add_argument("--reconstruction", type=int, default=200, help="iterations a block, before the updates")
     parser.add_argument("--images", type=int, default=256, help="to compare")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--option", action="append", default=[], help="of Settings, as learn=rounding")
@@ -62,40 +66,41 @@ def main() -> None:
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "results.jsonl"
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    updates = arguments.updates
     features = feature_network(arguments.features, arguments.data, arguments.output)
-    for seed, bits, window in itertools.product(range(arguments.seeds), arguments.bits, arguments.windows):
-        # The same network calls for all lengths.
-        arguments.window = window
-        arguments.updates = max(1, round(updates * arguments.windows[0] / window))
-        for method in arguments.methods:
-            key = {
-                "method": method,
-                "bits": bits,
-                "seed": seed,
-                "steps": arguments.steps,
-                "option": arguments.option,
-                "window": arguments.window,
-                "updates": arguments.updates,
-                "model": arguments.model.name,
-            }
-            if not any(key.items() <= run.items() for run in done):
-                run = {**key, **measure(arguments, method, bits, seed, features)}
-                done.append(run)
-                with file.open("a") as out:
-                    out.write(json.dumps(run) + "\n")
-                print({k: v for k, v in run.items() if k not in ("accumulated", "single_step")}, flush=True)
-    same = {"model": arguments.model.name, "steps": arguments.steps, "option": arguments.option}
-    runs = [run for run in done if same.items() <= run.items()]
-    calls = updates * arguments.windows[0]
-    print(table([run for run in runs if run["window"] == arguments.windows[0] and run["updates"] == updates]))
+    chosen = (range(arguments.seeds), arguments.bits, arguments.windows, arguments.methods)
+    for seed, bits, window, method in itertools.product(*chosen):
+        # Neither has windows.
+        if method in ("ranges", "reconstruction") and window != arguments.windows[0]:
+            continue
+        key = {
+            "model": arguments.model.name,
+            "steps": arguments.steps,
+            "bits": bits,
+            "seed": seed,
+            "method": method,
+            "window": window,
+            "calls": arguments.calls,
+            "reconstruction": arguments.reconstruction,
+            "option": arguments.option,
+        }
+        if not any(key.items() <= run.items() for run in done):
+            run = {**key, **measure(arguments, method, bits, window, seed, features)}
+            done.append(run)
+            with file.open("a") as out:
+                out.write(json.dumps(run) + "\n")
+            print({k: v for k, v in run.items() if k not in ("accumulated", "single_step")}, flush=True)
+    same = {name: getattr(arguments, name) for name in ("steps", "calls", "reconstruction", "option")}
+    runs = [run for run in done if {"model": arguments.model.name, **same}.items() <= run.items()]
+    print(table([run for run in runs if run["window"] == arguments.windows[0]]))
     if arguments.pictures:
-        draw(runs, arguments, calls)
+        draw(runs, arguments)
 
 
-def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, features: nn.Module) -> dict[str, Any]:
+def measure(
+    arguments: argparse.Namespace, method: str, bits: str, window: int, seed: int, features: nn.Module
+) -> dict[str, Any]:
     """One calibration, and what its images are worth."""
-    settings = settings_of(arguments, method, bits, seed)
+    settings = settings_of(arguments, method, bits, window, seed)
     trainer = pl.Trainer(
         logger=False,
         enable_checkpointing=False,
@@ -106,33 +111,31 @@ def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, fe
     model = load_pipeline(arguments.model)
     model.network.requires_grad_(False).eval()
     parts = Parts(model.denoiser(), model.scheduler, model.sample_shape)
+    sampler, denoiser = sampler_for(parts, settings), parts.denoiser
+    folder = arguments.output / f"{arguments.model.name}_{arguments.steps}_{seed}"
+    compared = range(FIRST_IMAGE, FIRST_IMAGE + arguments.images)
+    test = trajectories(trainer, parts, sampler, settings, folder / "test", compared)
+    calibration = start(trainer, parts, settings, folder)
+    if settings.reconstruction:
+        before_updates(calibration, folder / f"stage_a_{bits.replace('/', '_')}_{settings.reconstruction}.pt")
     begin = time.perf_counter()
-    cache = arguments.output / f"{arguments.model.name}_{arguments.steps}_{seed}"
-    calibration = start(trainer, parts, settings, cache)
     while not calibration.finished:
         calibration.step()
     seconds = time.perf_counter() - begin
-    # Those of the updates: the looks at held-out trajectories are the same for all.
-    calls = calibration.updates * settings.window * (1 if method == "per_step" else 2)
-    sampler = sampler_for(parts, settings)
-    held = calibration.source.cache.trajectories(calibration.source.held_out)
-    accumulated = calibration.held_out_errors()
-    single = single_step_errors(parts.denoiser, sampler, held)
-    metrics = GenerationMetrics(features, lpips_net=None)
-    for ids in torch.arange(FIRST_IMAGE, FIRST_IMAGE + arguments.images).split(64):
-        made = generate_images(model, parts, sampler, ids.tolist(), settings.seed, torch.device("cpu"))
-        with in_float(model.network):
-            expected = generate_images(model, parts, sampler, ids.tolist(), settings.seed, torch.device("cpu"))
-        metrics.update(made, expected)
+    metrics, squares = GenerationMetrics(features, lpips_net=None), torch.zeros(arguments.steps + 1)
+    for ids in torch.tensor(compared).split(64):
+        some = test.trajectories(ids)
+        states = roll(lambda x, t: denoiser(x, t, {}), sampler, some.to_window()).states
+        squares += (torch.stack(states) - some.states).square().sum((1, 2, 3, 4))
+        metrics.update(*(model.images(x).clamp(0, 1) for x in (states[-1], some.states[-1])))
+    accumulated = (squares / (len(compared) * math.prod(parts.shape))).sqrt()
+    single = single_step_errors(denoiser, sampler, test.trajectories(compared[:64]))
     measured = metrics.compute()
     strip(model.network)
     return {
         "end": float(accumulated[-1]),
-        "FID2FP32": measured["FID2FP32"],
-        "PSNR": measured["PSNR"],
-        "SSIM": measured.get("SSIM"),
-        "updates_done": calibration.updates,
-        "calls": calls,
+        **{name: float(measured[name]) for name in ("FID2FP32", "PSNR")},
+        "updates": calibration.updates,
         "seconds": round(seconds),
         "checks": calibration.checks,
         "accumulated": accumulated.tolist(),
@@ -140,33 +143,42 @@ def measure(arguments: argparse.Namespace, method: str, bits: str, seed: int, fe
     }
 
 
-def settings_of(arguments: argparse.Namespace, method: str, bits: str, seed: int) -> Settings:
+def before_updates(calibration: Calibration, file: Path) -> None:
+    """Ranges and blocks, found once for all that go on from them: how is of no account to these."""
+    fingerprint = f"fingerprint/{calibration.fingerprint()}"
+    if not file.exists():
+        while len(calibration.blocks_done) < len(calibration.blocks):
+            calibration.step()
+        state = calibration.state_dict()
+        del state[fingerprint]
+        torch.save(state, file)
+    state = torch.load(file)
+    state["progress"] = torch.tensor([len(calibration.blocks), 0, not calibration.source.settings.updates])
+    calibration.load_state_dict({fingerprint: torch.tensor(True), **state})
+
+
+def settings_of(arguments: argparse.Namespace, method: str, bits: str, window: int, seed: int) -> Settings:
     """The same for all methods but for the gradient and the number of updates."""
     weight, activation = map(int, bits.split("/"))
-    updates = {"ranges": 0, "reconstruction": 0, "per_step": 2 * arguments.updates}.get(method, arguments.updates)
-    options = dict(pair.split("=") for pair in arguments.option)
-    kinds = {
-        "trajectories": int,
-        "held_out": int,
-        "rounding_lr": float,
-        "activation_lr": float,
-        "reconstruction": int,
-        "batch_size": int,
-        "patience": int,
-    }
-    common: dict[str, Any] = {name: kinds.get(name, str)(value) for name, value in options.items()}
-    common = {"trajectories": 128, "held_out": 64, "patience": 1000, **common}
-    common["reconstruction"] = BLOCK_ITERATIONS if method == "reconstruction" else 0
+    given: dict[str, Any] = {"trajectories": 128, "batch_size": 4, "rounding_lr": 1e-2, "activation_lr": 1e-3}
+    given.update((name, yaml.safe_load(value)) for name, _, value in (pair.partition("=") for pair in arguments.option))
+    adjoint = "per_step" if method == "per_step" else given.pop("adjoint", "identity")
+    updates = round(arguments.calls / network_calls(adjoint, window))
+    if method in ("ranges", "reconstruction"):
+        updates = 0
     return Settings(
         weight,
         activation,
         steps=arguments.steps,
-        window=arguments.window,
+        window=window,
         updates=updates,
-        adjoint="per_step" if method == "per_step" else common.pop("adjoint", "identity"),
+        adjoint=adjoint,
         seed=seed,
-        check_every=max(1, updates // 5),
-        **common,
+        reconstruction=0 if method == "ranges" else arguments.reconstruction,
+        check_every=max(1, -(-updates // 5)),
+        # All updates are done, so that calls are equal.
+        patience=updates + 1,
+        **given,
     )
 
 
@@ -223,44 +235,43 @@ def fashion(data: Path | None) -> tuple[Tensor, Tensor]:
     return found.data[:20_000, None].float() / 255, found.targets[:20_000]
 
 
-def draw(runs: list[dict[str, Any]], arguments: argparse.Namespace, calls: int) -> None:
+def draw(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
     """Errors over the steps for each bit-width, and over the length of windows where there are several."""
-    name = arguments.model.name
     for bits in arguments.bits:
-        some = [run for run in runs if run["bits"] == bits and run["window"] == arguments.windows[0]]
+        name = f"{arguments.model.name}_{bits.replace('/', '_')}.png"
+        of_bits = [run for run in runs if run["bits"] == bits]
+        some = [run for run in of_bits if run["window"] == arguments.windows[0]]
         curves: dict[str, dict[str, Any]] = {"accumulated": {}, "single_step": {}}
         for run, kind in itertools.product(some, curves):
             curves[kind].setdefault(NAMES.get(run["method"], "AccuQuant"), []).append(run[kind])
         stacked = [{key: torch.tensor(rows) for key, rows in found.items()} for found in curves.values()]
-        path = arguments.pictures / f"accuquant_errors_{name}_{bits.replace('/', '_')}.png"
-        draw_error_curves(stacked[0], stacked[1], path=path)
-        swept = {}
-        for run in runs:
-            if (run["bits"], run["method"]) == (bits, "accuquant") and run["window"] * run["updates"] == calls:
+        draw_error_curves(stacked[0], stacked[1], path=arguments.pictures / f"accuquant_errors_{name}")
+        swept: dict[int, list[float]] = {}
+        for run in of_bits:
+            if run["method"] == "accuquant":
                 swept.setdefault(run["window"], []).append(run["end"])
         if len(swept) > 1:
             before = [run["end"] for run in some if run["method"] == "ranges"]
-            path = arguments.pictures / f"accuquant_windows_{name}_{bits.replace('/', '_')}.png"
+            path = arguments.pictures / f"accuquant_windows_{name}"
             level = statistics.mean(before) if before else None
-            draw_window_sweep(dict(sorted(swept.items())), path=path, calls=2 * calls, before=level)
+            draw_window_sweep(dict(sorted(swept.items())), path=path, calls=arguments.calls, before=level)
 
 
 def table(runs: list[dict[str, Any]]) -> str:
     """Means over the seeds, and each."""
     lines = [
-        "| bits | method | end error | each | FID2FP32 | each | PSNR | calls |",
-        "|---|---|---|---|---|---|---|---|",
+        "| bits | method | end error | each | FID2FP32 | each | PSNR | each | updates | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for bits in dict.fromkeys(run["bits"] for run in runs):
-        for method in dict.fromkeys(run["method"] for run in runs):
-            some = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]
-            if some:
-                cells = [bits, NAMES.get(method, "AccuQuant")]
-                for key, form in (("end", ".4f"), ("FID2FP32", ".3f")):
-                    values = [run[key] for run in some]
-                    cells += [f"{statistics.mean(values):{form}}", ", ".join(f"{v:{form}}" for v in values)]
-                cells += [f"{statistics.mean(run['PSNR'] for run in some):.1f}", str(some[0]["calls"])]
-                lines.append("| " + " | ".join(cells) + " |")
+    for bits, method in itertools.product(*(dict.fromkeys(run[key] for run in runs) for key in ("bits", "method"))):
+        some = [run for run in runs if (run["bits"], run["method"]) == (bits, method)]
+        if some:
+            cells = [bits, NAMES.get(method, "AccuQuant")]
+            for key, form in (("end", ".3f"), ("FID2FP32", ".2f"), ("PSNR", ".1f")):
+                values = [run[key] for run in some]
+                cells += [f"{statistics.mean(values):{form}}", ", ".join(f"{v:{form}}" for v in values)]
+            cells += [str(some[0]["updates"]), f"{statistics.median(run['seconds'] for run in some):.0f}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_quant.accuquant.denoiser import denoiser_of
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.trajectories import Trajectories
-from lightning_quant.accuquant.windows import Adjoint, Window, roll, window_loss
+from lightning_quant.accuquant.windows import Adjoint, Window, network_calls, roll, window_loss
 from lightning_quant.metrics.saved_bytes import peak_saved_bytes
 from ranged import float_trajectories, gradients, learning, network_of, ranged
 from rollouts import sampler
@@ -266,6 +266,7 @@ def test_network_calls_are_as_many_as_it_says(adjoint: Adjoint, kind: str, lengt
 
     window_loss(denoise, own, window, adjoint)
     # The last step is walked with its graph, and not again.
+    assert len(modes) == network_calls(adjoint, length)
     walked = own.timesteps[1:length] if adjoint in WALKS_FIRST else ()
     assert [t for enabled, t in modes if not enabled] == list(walked)
     assert sorted(t for enabled, t in modes if enabled) == sorted(own.timesteps[1 : 1 + length])

@@ -16,11 +16,13 @@ from torch import Tensor
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import prepare
+from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.samplers import Sampler, sampler_of
 from lightning_quant.accuquant.session import Calibration, Source
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
 from lightning_quant.accuquant.trajectories import check_finite, device_of, evaluating, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
+from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.strip import strip
@@ -151,17 +153,20 @@ def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], secon
     length = settings.window if isinstance(settings.window, int) else usual_window(steps)
     images = settings.trajectories + settings.held_out
     float_calls = images / settings.batch_size * steps
-    walked = length - 1 if settings.adjoint in ("identity", "coefficient", "exact") else 0
+    walked = network_calls(settings.adjoint, length) - length
     update = walked * FORWARD + length * BACKWARD
     checks = (settings.updates / settings.check_every + 2) * settings.held_out / settings.batch_size * steps * FORWARD
     learning = settings.updates * update * (1.25 if settings.window == "sweep" else 1) + checks
+    # All blocks together are about the network.
+    blocks = settings.reconstruction * BLOCK_BATCH / settings.batch_size * BACKWARD
     size = trajectory_bytes(images, steps, shape, sampler.history)
-    times = [duration(calls * seconds / ranks) for calls in (float_calls, learning)]
+    times = [duration(calls * seconds / ranks) for calls in (float_calls, learning, blocks)]
     kept = length if settings.adjoint == "bptt" else 1
+    before = f" {settings.reconstruction} iterations on each block, {times[2]};" if settings.reconstruction else ""
     return (
         f"Calibration over windows of {'a length that is searched, about ' * (settings.window == 'sweep')}{length} of"
         f" {steps} steps, {settings.adjoint} gradient: float trajectories of {images} images, {times[0]} and"
-        f" {size / 1e6:.1f} MB on disk, where they are not there yet; {settings.updates} updates of"
+        f" {size / 1e6:.1f} MB on disk, where they are not there yet;{before} {settings.updates} updates of"
         f" {settings.batch_size} images, {times[1]}, in the memory of {kept} network call{'s' * (kept > 1)} with its"
         " gradients."
     )

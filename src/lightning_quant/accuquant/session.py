@@ -22,7 +22,7 @@ from lightning_quant.accuquant.settings import Settings, usual_window, windows_o
 from lightning_quant.accuquant.trajectories import Trajectories, device_of, evaluating
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors
-from lightning_quant.accuquant.windows import Window, roll, window_loss
+from lightning_quant.accuquant.windows import Window, network_calls, roll, window_loss
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
 
@@ -217,9 +217,10 @@ class Calibration:
     def _try_length(self, length: int) -> str:
         """Learn for a while with windows of a length, and forget it."""
         settings = self.source.settings
-        calls = SWEEP_SHARE * settings.updates * usual_window(self.source.steps)
+        usual = usual_window(self.source.steps)
+        calls = SWEEP_SHARE * settings.updates * network_calls(settings.adjoint, usual)
         learner = Learner(self.source.network, settings)
-        updates = max(1, round(calls / length))
+        updates = max(1, round(calls / network_calls(settings.adjoint, length)))
         for update in range(updates):
             self._learn(learner, length, update, updates)
         self.sweep[length] = float(self.held_out_errors()[-1])

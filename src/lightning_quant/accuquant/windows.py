@@ -17,6 +17,9 @@ Adjoint = Literal["identity", "coefficient", "exact", "bptt", "per_step"]
 Denoise = Callable[[Tensor, int], Tensor]
 History = tuple[Tensor, ...]
 
+# Adjoints that walk to the last step before they know any gradient.
+_WALKING = ("identity", "coefficient", "exact")
+
 
 class Steps(Protocol):
     """What is needed of a sampler, see :class:`lightning_quant.accuquant.samplers.Sampler`."""
@@ -113,6 +116,15 @@ def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoi
     (True, True)
     """
     return _ADJOINTS[adjoint](denoise, sampler, window)
+
+
+def network_calls(adjoint: Adjoint, length: int) -> int:
+    """Calls of the network that :func:`window_loss` makes over a window; as many as it has steps are with a backward.
+
+    >>> network_calls("identity", 4), network_calls("per_step", 4)
+    (7, 4)
+    """
+    return 2 * length - 1 if adjoint in _WALKING else length
 
 
 @torch.no_grad()
