@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from lightning_quant.accuquant.plan import DenoiserPlan
-from lightning_quant.accuquant.preparation import BACKWARD, BLOCK_BATCH, FORWARD, estimate, image_numbers, sampler_for
+from lightning_quant.accuquant.preparation import BACKWARD, FORWARD, estimate, image_numbers, sampler_for
+from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.settings import Settings
 from small_diffusion import SHAPE, SMALL, parts, started
 
