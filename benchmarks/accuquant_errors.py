@@ -26,7 +26,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import yaml
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.pipelines import load_pipeline
@@ -161,7 +160,7 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, window: i
     """The same for all methods but for the gradient and the number of updates."""
     weight, activation = map(int, bits.split("/"))
     given: dict[str, Any] = {"trajectories": 128, "batch_size": 4, "rounding_lr": 1e-2, "activation_lr": 1e-3}
-    given.update((name, yaml.safe_load(value)) for name, _, value in (pair.partition("=") for pair in arguments.option))
+    given.update(option(pair) for pair in arguments.option)
     adjoint = "per_step" if method == "per_step" else given.pop("adjoint", "identity")
     updates = round(arguments.calls / network_calls(adjoint, window))
     if method in ("ranges", "reconstruction"):
@@ -180,6 +179,15 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, window: i
         patience=updates + 1,
         **given,
     )
+
+
+def option(pair: str) -> tuple[str, Any]:
+    """NAME=VALUE, a number where it is one."""
+    name, _, value = pair.partition("=")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
 
 
 def feature_network(name: str, data: Path | None, folder: Path) -> nn.Module:

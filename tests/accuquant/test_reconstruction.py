@@ -325,7 +325,7 @@ def test_gradients_are_those_of_the_loss_on_any_number_of_ranks(monkeypatch: pyt
     assert beta is not None
     begun = [q.begin() for q in activation_quantizers(module).values()]
     weights = [q.begin(layer.weight, soft=True)["alpha"] for layer, q in _weights(module)]
-    ranges = [leaves[name] for name in ("log_scale", "zero_point") for leaves in begun]
+    ranges = [leaves[name] for name in ("log_ratio", "zero_point") for leaves in begun]
     output, target = data.run(module, torch.arange(len(data)))
     loss = (output - target).square().sum(1).mean()
     penalty = torch.stack([rounding_penalty(alpha, beta) for alpha in weights]).sum()

@@ -38,6 +38,19 @@ def test_updates_bring_the_end_of_held_out_trajectories_nearer(tmp_path: Path) -
     assert float(calibration.held_out_errors()[-1]) == pytest.approx(float(calibration.errors["end"][-1]), rel=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"reconstruction": 4, "activation_parameters": "per_group"}])
+def test_before_any_update_it_is_bit_for_bit_what_it_was(tmp_path: Path, options: dict[str, Any]) -> None:
+    """The first look at the held-out trajectories is therefore the last one of the stage before."""
+    calibration = started(tmp_path, weight_scales=True, **options)
+    while len(calibration.blocks_done) < len(calibration.blocks) or not calibration.errors:
+        calibration.step()
+    before = calibration.held_out_errors()
+    calibration.learner.release()
+    assert torch.equal(calibration.held_out_errors(), before)
+    calibration.step()
+    assert calibration.checks[0] == float(before[-1])
+
+
 @pytest.mark.parametrize("rate", [3e-3, 3.0])
 def test_it_never_ends_worse_than_it_began(tmp_path: Path, rate: float) -> None:
     calibration = finished(started(tmp_path, rounding_lr=rate, activation_lr=rate))

@@ -73,7 +73,7 @@ def test_codes_that_were_learned_are_where_learning_starts_again(
     leaves = quantizer.begin(weight)
     with torch.no_grad():
         leaves["alpha"].add_(normal(4, 9, seed=seed + 1))
-        leaves["log_scale"].add_(moved)
+        leaves["log_ratio"].add_(moved)
     quantizer.end()
     codes, values = quantizer.codes.clone(), quantizer(weight)
     quantizer.begin(weight)
@@ -119,7 +119,7 @@ def test_a_weight_that_was_rounded_against_its_fraction_starts_at_the_margin() -
 
 @pytest.mark.parametrize("soft", [True, False])
 def test_gradients_are_those_of_the_soft_rounding(soft: bool) -> None:
-    """d w / d alpha = scale h'(alpha), d w / d log_scale = w, by autograd in FP64 over the formula."""
+    """d w / d alpha = scale h'(alpha), d w / d log_ratio = w, by autograd in FP64 over the formula."""
     weight, weights = normal(3, 8), normal(3, 8, seed=1)
     quantizer = rounded(weight, 6)
     leaves = quantizer.begin(weight, soft=soft)
@@ -132,7 +132,7 @@ def test_gradients_are_those_of_the_soft_rounding(soft: bool) -> None:
     up = h if soft else (alpha >= 0).double() + (h - h.detach())
     codes = (base + up).clamp(0, 63)
     ((codes - zero_point) * log_scale.exp() * weights).sum().backward()
-    for name, slow in (("alpha", alpha), ("log_scale", log_scale)):
+    for name, slow in (("alpha", alpha), ("log_ratio", log_scale)):
         assert slow.grad is not None
         assert leaves[name].grad is not None
         assert slow.grad.abs().max() > 1e-3

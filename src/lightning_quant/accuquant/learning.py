@@ -136,8 +136,8 @@ def _rates(settings: Settings) -> dict[tuple[str, type], float]:
     activations = settings.activation_lr if settings.learn in ("all", "activations") else 0.0
     return {
         ("alpha", RoundedQuantizer): rounding,
-        ("log_scale", RoundedQuantizer): settings.activation_lr if settings.weight_scales else 0.0,
-        ("log_scale", TimestepQuantizer): activations,
+        ("log_ratio", RoundedQuantizer): settings.activation_lr if settings.weight_scales else 0.0,
+        ("log_ratio", TimestepQuantizer): activations,
         ("zero_point", TimestepQuantizer): activations,
     }
 

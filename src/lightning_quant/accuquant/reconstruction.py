@@ -187,11 +187,11 @@ def _begin(module: nn.Module, schedule: Schedule) -> tuple[list[Tensor], list[di
     by_rate: dict[float, list[Tensor]] = {}
     for layer, quantizer in _weights(module):
         leaves = quantizer.begin(layer.weight, soft=True)
-        leaves["log_scale"].requires_grad_(False)
+        leaves["log_ratio"].requires_grad_(False)
         alphas.append(leaves["alpha"])
     for activation in activation_quantizers(module).values():
         leaves = activation.begin()
-        by_rate.setdefault(activation_rate, []).append(leaves["log_scale"])
+        by_rate.setdefault(activation_rate, []).append(leaves["log_ratio"])
         # As far as the end of the range, which a step size moves by the same rate.
         by_rate.setdefault(activation_rate * activation.grid.high, []).append(leaves["zero_point"])
     by_rate.setdefault(rate, []).extend(alphas)

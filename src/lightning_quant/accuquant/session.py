@@ -231,13 +231,14 @@ class Calibration:
         settings = self.source.settings
         learner = self.learner
         if not self.checks:
-            self._check(learner)
+            # Nothing has moved yet.
+            self._look(learner, self.errors.get(_BLOCKS, self.errors[_START]))
         self.loss = self._learn(learner, self.window, self.updates, settings.updates)
         self.updates += 1
         last = self.updates == settings.updates
         self.worth_saving = last or self.updates % settings.check_every == 0
         if self.worth_saving:
-            self._check(learner)
+            self._look(learner, self.held_out_errors())
             if last or self._stalled():
                 learner.commit()
                 self._committed, self._learner = True, None
@@ -250,8 +251,7 @@ class Calibration:
             self._learner = Learner(self.source.network, self.source.settings)
         return self._learner
 
-    def _check(self, learner: Learner) -> None:
-        errors = self.held_out_errors()
+    def _look(self, learner: Learner, errors: Tensor) -> None:
         if not self.checks or errors[-1] < min(self.checks.values()):
             learner.remember()
             self.errors["end"] = errors

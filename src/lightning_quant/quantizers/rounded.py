@@ -22,7 +22,7 @@ class _Learning:
 
     base: Tensor
     alpha: Tensor
-    log_scale: Tensor
+    log_ratio: Tensor
     soft: bool
 
 
@@ -98,7 +98,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     def _hold(self) -> _Held:
         learning = self._learning
         assert learning is not None
-        versions = (learning.alpha._version, learning.log_scale._version)
+        versions = (learning.alpha._version, learning.log_ratio._version)
         if self._held is None or self._held.versions != versions:
             with torch.enable_grad():
                 function = self._learned()
@@ -115,11 +115,9 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         learning = self._learning
         assert learning is not None
         rounding = soft_rounding if learning.soft else hard_rounding
-        zero_point = self.affine(learning.base.dim())[1]
+        scale, zero_point = self.affine(learning.base.dim())
         codes = (learning.base + rounding(learning.alpha)).clamp(self.grid.low, self.grid.high)
-        # As it will be when learning ends: the exponential of the logarithm is another number.
-        scale = learning.log_scale.exp() if learning.log_scale.requires_grad else self.affine(learning.base.dim())[0]
-        return decode(codes, scale, zero_point)
+        return decode(codes, scale * learning.log_ratio.exp(), zero_point)
 
     def __getstate__(self) -> dict[str, object]:
         # What is held is a function of the variables, and made again.
@@ -139,7 +137,8 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
             margin: where the codes are not the nearest, the size of their variable.
 
         Returns:
-            the leaf tensors: ``alpha`` of the weight's shape and ``log_scale``, which broadcasts to it.
+            the leaf tensors: ``alpha`` of the weight's shape, and ``log_ratio``, of the scale to what it was, which
+            broadcasts to it.
 
         Raises:
             QuantizationError: before :meth:`initialise`.
@@ -155,8 +154,8 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         up = codes > base
         alpha = from_fraction(position - position.floor())
         alpha = torch.where((alpha >= 0) == up, alpha, torch.where(up, margin, -margin))
-        self._learning = _Learning(base, alpha.requires_grad_(), scale.log().requires_grad_(), soft)
-        return {"alpha": alpha, "log_scale": self._learning.log_scale}
+        self._learning = _Learning(base, alpha.requires_grad_(), torch.zeros_like(scale).requires_grad_(), soft)
+        return {"alpha": alpha, "log_ratio": self._learning.log_ratio}
 
     @torch.no_grad()
     def end(self) -> None:
@@ -165,8 +164,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         self.holds, self._held = False, None
         if learning is not None:
             self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
-            if learning.log_scale.requires_grad:
-                self.scale = learning.log_scale.detach().exp().reshape(self.scale.shape)
+            self.scale = self.scale * learning.log_ratio.exp().reshape(self.scale.shape)
 
     def cancel(self) -> None:
         """Forget what was learned."""

@@ -120,9 +120,8 @@ class TimestepQuantizer(Quantizer, kind=10):
         if not self.ready:
             return x
         scale, zero_point = self.scale, self.zero_point
-        # Where it does not move it stays what it is: the exponential of the logarithm is another number.
-        if self._leaves is not None and self._leaves["log_scale"].requires_grad:
-            scale, zero = self._leaves["log_scale"].exp(), self._leaves["zero_point"]
+        if self._leaves is not None:
+            scale, zero = scale * self._leaves["log_ratio"].exp(), self._leaves["zero_point"]
             zero_point = zero + (self._rounded(zero) - zero).detach()
         return fake_quantize(x, self._chosen(scale, x), self.grid, self._chosen(zero_point, x))
 
@@ -137,11 +136,14 @@ class TimestepQuantizer(Quantizer, kind=10):
         return self._leaves is not None
 
     def begin(self) -> dict[str, Tensor]:
-        """Start learning; the leaf tensors ``log_scale`` and ``zero_point``, each (groups, parts)."""
+        """Start learning; the leaf tensors ``log_ratio``, of the scale to what it was, and ``zero_point``.
+
+        Each is (groups, parts).
+        """
         if not self.ready:
             raise QuantizationError("The quantizer has no range yet: call initialise(x) before begin().")
         self._leaves = {
-            "log_scale": self.scale.log().requires_grad_(),
+            "log_ratio": torch.zeros_like(self.scale).requires_grad_(),
             "zero_point": self.zero_point.clone().requires_grad_(),
         }
         return self._leaves
@@ -150,8 +152,8 @@ class TimestepQuantizer(Quantizer, kind=10):
     def end(self) -> None:
         """Take over what was learned; nothing where nothing was begun."""
         leaves, self._leaves = self._leaves, None
-        if leaves is not None and leaves["log_scale"].requires_grad:
-            self.scale, self.zero_point = leaves["log_scale"].exp(), self._rounded(leaves["zero_point"])
+        if leaves is not None:
+            self.scale, self.zero_point = self.scale * leaves["log_ratio"].exp(), self._rounded(leaves["zero_point"])
 
     def cancel(self) -> None:
         """Forget what was learned."""
