@@ -254,7 +254,8 @@ class Calibration:
     def _look(self, learner: Learner, errors: Tensor) -> None:
         if not self.checks or errors[-1] < min(self.checks.values()):
             learner.remember()
-            self.errors["end"] = errors
+            # A state holds each tensor by itself.
+            self.errors["end"] = errors.clone()
         self.checks[self.updates] = float(errors[-1])
 
     def _stalled(self) -> bool:
