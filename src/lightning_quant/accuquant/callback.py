@@ -22,6 +22,7 @@ from lightning_quant.accuquant.settings import ActivationParameters, Learn, Sett
 from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.hashing import weights_hash
 from lightning_quant.nn.strip import strip
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
@@ -213,7 +214,7 @@ class AccuQuant(pl.Callback):
             )
             return
         # What is made in the Trainer's inference mode could be used nowhere else.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), as_written():
             try:
                 self._calibrate(trainer, pl_module)
             except BaseException:

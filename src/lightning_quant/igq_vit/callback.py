@@ -23,6 +23,7 @@ from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Se
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn import strip
 from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
 from lightning_quant.tasks.calibration import is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
@@ -162,7 +163,7 @@ class IGQViT(pl.Callback):
             )
             return
         # Ranges made in the Trainer's inference mode could be used nowhere else.
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), as_written():
             try:
                 self._calibrate(trainer, pl_module)
             except BaseException:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_quant.errors import QuantizationError
+from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, mark, rebuild
 from lightning_quant.tasks.calibration_steps import Anchor, outside_of_a_step, step_loader
@@ -151,7 +152,8 @@ class CalibratingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare the network; continue where a checkpoint ended, or a file."""
-        self.calibration = self.start_calibration()
+        with as_written():
+            self.calibration = self.start_calibration()
         self._file = self.state_file(self.calibration)
         if self._resumed:
             self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
@@ -181,7 +183,7 @@ class CalibratingModule(pl.LightningModule):
         """One step of the calibration."""
         assert self.calibration is not None
         if not self.calibration.finished:
-            with outside_of_a_step(self.device):
+            with outside_of_a_step(self.device), as_written():
                 self.calibration.step()
             if self._file is not None:
                 self._file.save(self.calibration)

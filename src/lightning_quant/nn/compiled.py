@@ -1,0 +1,29 @@
+"""Networks that ``torch.compile`` was called on, while their layers are exchanged and their quantizers begin."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def as_written() -> Iterator[None]:
+    """Run compiled modules as they are written, and let them be compiled anew afterwards, with the layers of then.
+
+    What was compiled before would go on with the layers and the empty quantizers that it has seen.
+
+    >>> with as_written():
+    ...     y = torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+    """
+    # Nothing was compiled where the compiler was never imported, which takes seconds.
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        torch.compiler.reset()
