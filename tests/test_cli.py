@@ -475,7 +475,7 @@ def test_a_float_diffusion_model_is_evaluated_quantized_with_the_callback(
     assert "AccuQuant" in caplog.text
     assert "Calibrated in" in caplog.text
     assert "over windows of 2 of 4 steps" in caplog.text
-    assert list((elsewhere / "accuquant" / "trajectories").glob("*.safetensors"))
+    assert list((elsewhere / "accuquant" / "trajectories").rglob("*.safetensors"))
 
 
 def test_help_of_calibrate_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:

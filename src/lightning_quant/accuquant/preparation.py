@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from lightning_quant.accuquant.session import Calibration, Source
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
 from lightning_quant.accuquant.trajectories import check_finite, device_of, evaluating, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
+from lightning_quant.accuquant.trajectory_files import describe
 from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
@@ -108,9 +111,17 @@ def trajectories(
     cache_dir: str | Path | None,
     ids: range,
 ) -> TrajectoryCache:
-    """The float trajectories of some images, made where they are not there yet; the network has to be in float."""
+    """The float trajectories of some images, made where they are not there yet; the network has to be in float.
+
+    A folder that was given holds those of one model and sampler; in the Trainer's each has a folder of its own, so that
+    a module that was trained on begins anew.
+    """
     folder = Path(trainer.default_root_dir) / "accuquant" if cache_dir is None else Path(cache_dir)
-    cache = TrajectoryCache(folder / "trajectories", chunk=min(32, len(ids)))
+    folder /= "trajectories"
+    if cache_dir is None:
+        described = json.dumps(describe(parts.denoiser, sampler, parts.shape, settings.seed), sort_keys=True)
+        folder /= hashlib.sha256(described.encode()).hexdigest()[:12]
+    cache = TrajectoryCache(folder, chunk=min(32, len(ids)))
     share = -(-len(ids) // trainer.world_size)
     with ProgressBar(trainer, share * len(sampler.timesteps), "Float trajectories") as bar:
         conditioning = parts.conditioning(ids)

@@ -1,0 +1,209 @@
+"""Beside the callbacks that Lightning ships: what removed its own quantization callback, and what people use."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BackboneFinetuning,
+    EarlyStopping,
+    EMAWeightAveraging,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner.tuning import Tuner
+
+from everyday_projects import PROJECTS, Everyday, ready
+from lightning_quant import load_from_checkpoint, strip
+from lightning_quant.nn.strip import quantized_layers
+from networks import SmallNet, quantization, trainer
+from vits import VitData
+
+projects = pytest.mark.parametrize("project", PROJECTS.values(), ids=list(PROJECTS))
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+
+# -- what Lightning's own callback failed at ---------------------------------------------------------------------------
+
+
+@projects
+def test_the_checkpoint_of_a_quantized_run_is_tested(project: Everyday, tmp_path: Path) -> None:
+    module = project.fitted_and_tested(tmp_path)
+    end = project.trainer(tmp_path, project.callback())
+    end.strategy.connect(module)
+    end.save_checkpoint(tmp_path / "end.ckpt")
+    again = project.module()
+    project.trainer(tmp_path / "again", project.callback()).test(
+        again, *project.data(), ckpt_path=tmp_path / "end.ckpt", verbose=False
+    )
+    assert torch.equal(project.outputs(again), project.outputs(module))
+
+
+@projects
+def test_a_new_process_loads_the_checkpoint(project: Everyday, tmp_path: Path) -> None:
+    module = project.fitted_and_tested(tmp_path)
+    end = project.trainer(tmp_path, project.callback())
+    end.strategy.connect(module)
+    end.save_checkpoint(tmp_path / "end.ckpt")
+    name = next(name for name, each in PROJECTS.items() if each is project)
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import torch
+from everyday_projects import PROJECTS
+from lightning_quant import load_from_checkpoint
+project = PROJECTS[{name!r}]
+loaded = load_from_checkpoint(type(project.module()), {str(tmp_path / "end.ckpt")!r}, weights_only=True)
+torch.save(project.outputs(loaded), {str(tmp_path / "outputs.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert torch.equal(torch.load(tmp_path / "outputs.pt"), project.outputs(module))
+
+
+@projects
+@pytest.mark.parametrize("before", [False, True])
+def test_pruning(project: Everyday, before: bool, tmp_path: Path) -> None:
+    module = project.fitted_and_tested(tmp_path, ModelPruning("l1_unstructured", amount=0.5), before=before)
+    assert ready(module)
+    # A pruned weight stays zero on the grid.
+    zeros = [layer.weight == 0 for _, layer in quantized_layers(module)]
+    assert sum(int(zero.sum()) for zero in zeros) >= 0.4 * sum(zero.numel() for zero in zeros)
+    for _, layer in quantized_layers(module):
+        assert layer.weight_quantizer is not None
+        assert layer.weight_quantizer(layer.weight)[layer.weight == 0].eq(0).all()
+
+
+# -- what people use ---------------------------------------------------------------------------------------------------
+
+
+@projects
+def test_best_and_last_checkpoints_with_early_stopping_and_a_logged_rate(project: Everyday, tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", save_last=True)
+    others = [keep, LearningRateMonitor()]
+    others += [EarlyStopping("val/loss", patience=1)] if project is not PROJECTS["accuquant"] else []
+    options: dict[str, Any] = {"max_epochs": 2, "enable_checkpointing": True, "logger": CSVLogger(tmp_path)}
+    run = project.trainer(tmp_path, project.callback(), *others, **options)
+    module = project.module()
+    run.fit(module, *project.data())
+    for which in ("best", "last"):
+        run.test(module, *project.data(), ckpt_path=which, verbose=False)
+        assert ready(module)
+    assert torch.isfinite(project.outputs(module)).all()
+
+
+@projects
+@pytest.mark.parametrize(
+    "other", [lambda: EMAWeightAveraging(decay=0.5), lambda: StochasticWeightAveraging(1e-3, swa_epoch_start=1)]
+)
+def test_averaged_weights(project: Everyday, other: Any, tmp_path: Path) -> None:
+    module = project.fitted_and_tested(tmp_path, other(), max_epochs=3)
+    assert ready(module)
+    assert torch.isfinite(project.outputs(module)).all()
+
+
+@projects
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_clip_val": 0.1},
+        {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+        {"accumulate_grad_batches": 2},
+        {"precision": "16-mixed"},
+        {"precision": "bf16-mixed"},
+    ],
+    ids=["clip_norm", "clip_value", "accumulate", "fp16", "bf16"],
+)
+def test_options_of_the_trainer(project: Everyday, options: dict[str, Any], tmp_path: Path) -> None:
+    module = project.fitted_and_tested(tmp_path, **options)
+    assert ready(module)
+    assert torch.isfinite(project.outputs(module)).all()
+
+
+@projects
+def test_fit_twice_and_float_again(project: Everyday, tmp_path: Path) -> None:
+    module = project.module()
+    run = project.trainer(tmp_path, project.callback())
+    for _ in range(2):
+        run.fit_loop.epoch_progress.reset()
+        run.fit(module, *project.data())
+        run.test(module, *project.data(), verbose=False)
+        assert ready(module)
+    strip(module)
+    assert not list(quantized_layers(module))
+
+
+class Fine(SmallNet):
+    """With the parts that BackboneFinetuning asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone: Any = self.net[:7]
+        self.head: Any = self.net[7:]
+        del self.net
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(self.backbone(images))
+        return logits
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.05)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_backbone_that_is_frozen_at_first(before: bool) -> None:
+    module, seen = Fine(), list[torch.Tensor]()
+
+    class Watch(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            seen.append(module.backbone[3].weight.detach().clone())
+
+    thaw, ours = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False), quantization()
+    trainer(*([thaw, ours] if before else [ours, thaw]), Watch(), max_epochs=3).fit(module)
+    assert ready(module)
+    assert not torch.equal(seen[1], seen[0]) or not torch.equal(seen[2], seen[1])
+
+
+class Sized(SmallNet):
+    """With a batch size and a rate to be found."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch_size, self.lr = 2, 0.1
+
+    def train_dataloader(self) -> Any:
+        return torch.utils.data.DataLoader(super().train_dataloader().dataset, batch_size=self.batch_size)
+
+
+def test_the_tuner_finds_a_batch_size_and_leaves_no_ranges() -> None:
+    module, run = Sized(), trainer(quantization())
+    Tuner(run).scale_batch_size(module, max_trials=2, steps_per_trial=1)
+    assert module.batch_size > 2
+    assert not any(layer.weight_quantizer.ready for _, layer in quantized_layers(module) if layer.weight_quantizer)
+    run.fit(module)
+    assert ready(module)
+
+
+def test_the_tuner_sizes_batches_of_a_module_that_is_calibrated_later(tmp_path: Path) -> None:
+    project, data = PROJECTS["igq_vit"], VitData()
+    module, run = project.module(), project.trainer(tmp_path, project.callback())
+    Tuner(run).scale_batch_size(module, datamodule=data, max_trials=3, steps_per_trial=1)
+    assert data.batch_size > 4
+    run.test(module, datamodule=data, verbose=False)
+    assert ready(module)
+
+
+def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
+    module = SmallNet()
+    run = trainer(quantization(), max_steps=1)
+    run.fit(module)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert ready(load_from_checkpoint(SmallNet, tmp_path / "end.ckpt", weights_only=True))
