@@ -89,7 +89,8 @@ def main() -> None:
                 out.write(json.dumps(run) + "\n")
             print({k: v for k, v in run.items() if k not in ("accumulated", "single_step")}, flush=True)
     same = {name: getattr(arguments, name) for name in ("steps", "calls", "reconstruction", "option")}
-    runs = [run for run in done if {"model": arguments.model.name, **same}.items() <= run.items()]
+    same["model"] = arguments.model.name
+    runs = [run for run in done if same.items() <= run.items() and run["seed"] < arguments.seeds]
     print(table([run for run in runs if run["window"] == arguments.windows[0]]))
     if arguments.pictures:
         draw(runs, arguments)
@@ -259,7 +260,7 @@ def draw(runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
             if run["method"] == "accuquant":
                 swept.setdefault(run["window"], []).append(run["end"])
         if len(swept) > 1:
-            before = [run["end"] for run in some if run["method"] == "ranges"]
+            before = [run["end"] for run in some if run["method"] == "reconstruction"]
             path = arguments.pictures / f"accuquant_windows_{name}"
             level = statistics.mean(before) if before else None
             draw_window_sweep(dict(sorted(swept.items())), path=path, calls=arguments.calls, before=level)
