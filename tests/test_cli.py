@@ -411,6 +411,7 @@ def test_a_float_transformer_is_tested_quantized_with_the_callback(
 SMALL = {
     "steps": 4,
     "window": 2,
+    "reconstruction": 0,
     "updates": 2,
     "check_every": 1,
     "batch_size": 2,
