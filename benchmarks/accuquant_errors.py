@@ -162,10 +162,11 @@ def settings_of(arguments: argparse.Namespace, method: str, bits: str, window: i
     weight, activation = map(int, bits.split("/"))
     given: dict[str, Any] = {"trajectories": 128, "batch_size": 4, "rounding_lr": 1e-2, "activation_lr": 1e-3}
     given.update(option(pair) for pair in arguments.option)
-    adjoint = "per_step" if method == "per_step" else given.pop("adjoint", "identity")
-    updates = round(arguments.calls / network_calls(adjoint, window))
-    if method in ("ranges", "reconstruction"):
-        updates = 0
+    adjoint = given.pop("adjoint", "identity")
+    if method == "per_step":
+        adjoint = "per_step"
+    learns = method in ("per_step", "accuquant")
+    updates = round(arguments.calls / network_calls(adjoint, window)) if learns else 0
     return Settings(
         weight,
         activation,

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_quant import AccuQuant, IGQViT
-from lightning_quant.nn.strip import quantized_layers
 from networks import Images, SmallNet, quantization
 from networks import trainer as training
 from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
@@ -46,6 +45,13 @@ class Everyday:
         trainer.fit(module, *self.data())
         trainer.test(module, *self.data(), verbose=False)
         return module
+
+    def saved(self, module: Any, folder: Path) -> Path:
+        """A checkpoint of a module that has been run."""
+        end = self.trainer(folder, self.callback())
+        end.strategy.connect(module)
+        end.save_checkpoint(folder / "end.ckpt")
+        return folder / "end.ckpt"
 
 
 def _net() -> SmallNet:
@@ -98,9 +104,3 @@ PROJECTS = {
         _of_noise,
     ),
 }
-
-
-def ready(module: Any) -> bool:
-    """Whether it is quantized, and all weights have ranges."""
-    layers = [layer for _, layer in quantized_layers(module)]
-    return bool(layers) and all(layer.weight_quantizer is not None and layer.weight_quantizer.ready for layer in layers)

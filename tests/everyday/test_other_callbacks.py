@@ -22,9 +22,10 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.tuner.tuning import Tuner
 
-from everyday_projects import PROJECTS, Everyday, ready
+from everyday_projects import PROJECTS, Everyday
 from lightning_quant import load_from_checkpoint, strip
 from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization, trainer
 from vits import VitData
 
@@ -38,22 +39,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @projects
 def test_the_checkpoint_of_a_quantized_run_is_tested(project: Everyday, tmp_path: Path) -> None:
     module = project.fitted_and_tested(tmp_path)
-    end = project.trainer(tmp_path, project.callback())
-    end.strategy.connect(module)
-    end.save_checkpoint(tmp_path / "end.ckpt")
+    path = project.saved(module, tmp_path)
     again = project.module()
-    project.trainer(tmp_path / "again", project.callback()).test(
-        again, *project.data(), ckpt_path=tmp_path / "end.ckpt", verbose=False
-    )
+    project.trainer(tmp_path / "again", project.callback()).test(again, *project.data(), ckpt_path=path, verbose=False)
     assert torch.equal(project.outputs(again), project.outputs(module))
 
 
 @projects
 def test_a_new_process_loads_the_checkpoint(project: Everyday, tmp_path: Path) -> None:
     module = project.fitted_and_tested(tmp_path)
-    end = project.trainer(tmp_path, project.callback())
-    end.strategy.connect(module)
-    end.save_checkpoint(tmp_path / "end.ckpt")
+    path = project.saved(module, tmp_path)
     name = next(name for name, each in PROJECTS.items() if each is project)
     program = f"""
 import sys
@@ -62,7 +57,7 @@ import torch
 from everyday_projects import PROJECTS
 from lightning_quant import load_from_checkpoint
 project = PROJECTS[{name!r}]
-loaded = load_from_checkpoint(type(project.module()), {str(tmp_path / "end.ckpt")!r}, weights_only=True)
+loaded = load_from_checkpoint(type(project.module()), {str(path)!r}, weights_only=True)
 torch.save(project.outputs(loaded), {str(tmp_path / "outputs.pt")!r})
 """
     subprocess.run([sys.executable, "-c", program], check=True)
@@ -73,7 +68,7 @@ torch.save(project.outputs(loaded), {str(tmp_path / "outputs.pt")!r})
 @pytest.mark.parametrize("before", [False, True])
 def test_pruning(project: Everyday, before: bool, tmp_path: Path) -> None:
     module = project.fitted_and_tested(tmp_path, ModelPruning("l1_unstructured", amount=0.5), before=before)
-    assert ready(module)
+    assert is_calibrated(module)
     # A pruned weight stays zero on the grid.
     zeros = [layer.weight == 0 for _, layer in quantized_layers(module)]
     assert sum(int(zero.sum()) for zero in zeros) >= 0.4 * sum(zero.numel() for zero in zeros)
@@ -96,7 +91,7 @@ def test_best_and_last_checkpoints_with_early_stopping_and_a_logged_rate(project
     run.fit(module, *project.data())
     for which in ("best", "last"):
         run.test(module, *project.data(), ckpt_path=which, verbose=False)
-        assert ready(module)
+        assert is_calibrated(module)
     assert torch.isfinite(project.outputs(module)).all()
 
 
@@ -106,7 +101,7 @@ def test_best_and_last_checkpoints_with_early_stopping_and_a_logged_rate(project
 )
 def test_averaged_weights(project: Everyday, other: Any, tmp_path: Path) -> None:
     module = project.fitted_and_tested(tmp_path, other(), max_epochs=3)
-    assert ready(module)
+    assert is_calibrated(module)
     assert torch.isfinite(project.outputs(module)).all()
 
 
@@ -124,7 +119,7 @@ def test_averaged_weights(project: Everyday, other: Any, tmp_path: Path) -> None
 )
 def test_options_of_the_trainer(project: Everyday, options: dict[str, Any], tmp_path: Path) -> None:
     module = project.fitted_and_tested(tmp_path, **options)
-    assert ready(module)
+    assert is_calibrated(module)
     assert torch.isfinite(project.outputs(module)).all()
 
 
@@ -136,7 +131,7 @@ def test_fit_twice_and_float_again(project: Everyday, tmp_path: Path) -> None:
         run.fit_loop.epoch_progress.reset()
         run.fit(module, *project.data())
         run.test(module, *project.data(), verbose=False)
-        assert ready(module)
+        assert is_calibrated(module)
     strip(module)
     assert not list(quantized_layers(module))
 
@@ -168,7 +163,7 @@ def test_a_backbone_that_is_frozen_at_first(before: bool) -> None:
 
     thaw, ours = BackboneFinetuning(unfreeze_backbone_at_epoch=1, verbose=False), quantization()
     trainer(*([thaw, ours] if before else [ours, thaw]), Watch(), max_epochs=3).fit(module)
-    assert ready(module)
+    assert is_calibrated(module)
     assert not torch.equal(seen[1], seen[0]) or not torch.equal(seen[2], seen[1])
 
 
@@ -189,7 +184,7 @@ def test_the_tuner_finds_a_batch_size_and_leaves_no_ranges() -> None:
     assert module.batch_size > 2
     assert not any(layer.weight_quantizer.ready for _, layer in quantized_layers(module) if layer.weight_quantizer)
     run.fit(module)
-    assert ready(module)
+    assert is_calibrated(module)
 
 
 def test_the_tuner_sizes_batches_of_a_module_that_is_calibrated_later(tmp_path: Path) -> None:
@@ -198,7 +193,7 @@ def test_the_tuner_sizes_batches_of_a_module_that_is_calibrated_later(tmp_path: 
     Tuner(run).scale_batch_size(module, datamodule=data, max_trials=3, steps_per_trial=1)
     assert data.batch_size > 4
     run.test(module, datamodule=data, verbose=False)
-    assert ready(module)
+    assert is_calibrated(module)
 
 
 def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
@@ -206,4 +201,4 @@ def test_a_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
     run = trainer(quantization(), max_steps=1)
     run.fit(module)
     run.save_checkpoint(tmp_path / "end.ckpt")
-    assert ready(load_from_checkpoint(SmallNet, tmp_path / "end.ckpt", weights_only=True))
+    assert is_calibrated(load_from_checkpoint(SmallNet, tmp_path / "end.ckpt", weights_only=True))
