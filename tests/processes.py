@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,10 @@ Job = Callable[[int, int], Any]
 
 def _run(rank: int, ranks: int, port: int, job: Job, results: Any) -> None:
     torch.set_num_threads(1)
+    # As torchrun has it, so that a Trainer takes part.
+    elastic = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test", "OMP_NUM_THREADS": 1}
+    os.environ.update({name: str(value) for name, value in {**elastic, **where}.items()})
     try:
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
         results.put((rank, job(rank, ranks), None))

@@ -97,6 +97,56 @@ def test_gamma_of_several_ranks_is_that_of_one_on_the_union(ranks: int) -> None:
         assert found == pytest.approx(expected, rel=1e-6)
 
 
+class NearestRounding(NoiseSource):
+    """No noise, so that what is rounded does not depend on how a batch is divided."""
+
+    def draw(self, count: int, device: torch.device) -> torch.Tensor:
+        return torch.zeros(count, device=device)
+
+
+def trained(rank: int, ranks: int, rows: torch.Tensor, gradient_bits: int) -> dict[str, list[float]]:
+    """All that ten steps leave, on this rank's share of some rows."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 6))
+    layers = quantize_layers(module, dict.fromkeys("02", Bits(4, 4, gradient_bits)), LargeGradientInterval(0.5, 0.01))
+    for layer in layers.values():
+        if isinstance(layer.gradient_quantizer, GradientQuantizer):
+            layer.gradient_quantizer.noise = NearestRounding(0)
+    wrapped = nn.parallel.DistributedDataParallel(module) if ranks > 1 else module
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
+    ours = QuantizerOptimizer(layers, optimizer, 1e-2)
+    for _ in range(10):
+        own = rows.tensor_split(ranks)[rank]
+        # A mean over all rows, whatever the share.
+        (wrapped(own) ** 2).mean(1).sum().mul(ranks / len(rows)).backward()
+        optimizer.step()
+        ours.step()
+        optimizer.zero_grad()
+    ours.check_agreement()
+    state = {name: value for name, value in module.state_dict().items() if "_extra_state" not in name}
+    return {name: value.double().flatten().tolist() for name, value in state.items()}
+
+
+# A division by a power of two is exact: the gradient that the interval starts from lies on its very end.
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_weights_of_ranks_are_those_of_one_on_the_union(ranks: int) -> None:
+    # Largest gradients are each rank's own: with the same rows they are those of the union.
+    rows = batch(7).repeat(ranks, 1)
+    expected = trained(0, 1, rows, gradient_bits=4)
+    for found in on_ranks(ranks, lambda rank, ranks: trained(rank, ranks, rows, gradient_bits=4)):
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_weights_of_uneven_shares_are_those_of_one_on_the_union(ranks: int) -> None:
+    rows = batch(20)
+    expected = trained(0, 1, rows, gradient_bits=32)
+    for found in on_ranks(ranks, lambda rank, ranks: trained(rank, ranks, rows, gradient_bits=32)):
+        for name, values in expected.items():
+            assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+
+
 def disagree(rank: int, ranks: int) -> str:
     module, ours, _ = network()
     for _ in range(2):

@@ -28,6 +28,7 @@ from lightning_quant.accuquant.trajectory_files import describe
 from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.strip import strip
 from lightning_quant.tasks.calibration_progress import ProgressBar, duration
 
@@ -88,6 +89,7 @@ def start(trainer: pl.Trainer, parts: Parts, settings: Settings, cache_dir: str 
     """
     network = parts.denoiser.network
     strip(network)
+    check_weights_agree(network)
     sampler = sampler_for(parts, settings)
     learned, held = image_numbers(settings)
     with evaluating(network):

@@ -24,6 +24,7 @@ from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors
 from lightning_quant.accuquant.windows import Window, network_calls, roll, window_loss
 from lightning_quant.errors import CheckpointError, QuantizationError
+from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.structure import quantizers_of
 
 # Of the float trajectories, how many images and network calls ranges and blocks see.
@@ -171,6 +172,7 @@ class Calibration:
         network = self.source.network
         activation_ranges(network, self._calls(_steps_to_see(self.source)))
         weight_ranges(network)
+        check_quantizers_agree(network)
         self.errors[_START] = self.held_out_errors()
         if not self.source.settings.updates and not self.blocks:
             self._committed = True
@@ -241,6 +243,7 @@ class Calibration:
             self._look(learner, self.held_out_errors())
             if last or self._stalled():
                 learner.commit()
+                check_quantizers_agree(self.source.network)
                 self._committed, self._learner = True, None
         return f"update {self.updates}"
 

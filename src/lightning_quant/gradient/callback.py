@@ -148,8 +148,11 @@ class GradientQuantization(pl.Callback):
 
     # -- training ----------------------------------------------------------------------------------------------
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take part in the steps of the user's optimizers, which exist now."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take part in the steps of the user's optimizers.
+
+        Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
+        """
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self.batches = self._restored.get("batches", 0)

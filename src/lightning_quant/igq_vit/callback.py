@@ -22,6 +22,7 @@ from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn import strip
+from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
@@ -191,6 +192,7 @@ class IGQViT(pl.Callback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
         """Prepare the module and print plan and estimate; ``images`` are this rank's."""
+        check_weights_agree(pl_module)
         found = images_hash(images, pl_module.device)
         images = images.to(pl_module.device)
         context = trainer.precision_plugin.forward_context

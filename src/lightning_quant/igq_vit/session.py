@@ -19,6 +19,7 @@ from lightning_quant.igq_vit.schemes import Candidates
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.metrics.bops import measure_shapes
 from lightning_quant.nn import strip, swap
+from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.structure import guard_loading, quantizers_of
@@ -143,6 +144,7 @@ class Calibration:
         try:
             if not self.candidates:
                 self.candidates = calibrate(self.source.network, self.source.plan, self.source.forward, advance)
+                check_quantizers_agree(self.source.network)
                 return "quantizers"
             missing = [slot for slot in self.allocated if slot not in self.omega]
             if missing:
@@ -172,6 +174,7 @@ class Calibration:
             choice = allocate([self.omega[slot] for slot in slots], costs, budget)
             self.groups.update(zip(slots, choice, strict=True))
         fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
+        check_quantizers_agree(self.source.network)
 
     def costs(self, kind: str) -> tuple[list[Slot], list[dict[int, int]]]:
         """The slots of a kind, and what each number of groups costs there: BOPs for inputs, 1 a group for softmax."""

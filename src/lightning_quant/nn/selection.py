@@ -152,7 +152,14 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
         elif isinstance(child, bases):
             known = type(child) in LAYERS or isinstance(child, QuantizedLayer)
-            yield name, child, reason or ("" if known else f"{type(child).__name__} has a forward of its own")
+            yield name, child, reason or ("" if known else _own_class(child))
+
+
+def _own_class(layer: nn.Module) -> str:
+    # FSDP2 gives what it shards a class of its own; of a block that is none of ours.
+    if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):
+        return "given to fully_shard by itself: shard the block that holds it"
+    return f"{type(layer).__name__} has a forward of its own"
 
 
 def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None) -> str:

@@ -1,0 +1,67 @@
+"""Ranks that calibrate together must hold the same network, and come to the same ranges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.quantizers import Quantizer
+from lightning_quant.quantizers.statistics import all_reduce_max, several_ranks
+
+# Of sums in FP64, over what should be the same bits or the same numbers in another order.
+TOLERANCE = 1e-4
+
+
+def check_weights_agree(network: nn.Module) -> None:
+    """Stop where ranks hold other parameters.
+
+    Buffers may differ: each rank of a training has running statistics of its own.
+
+    Raises:
+        QuantizationError: with the name of the first tensor that is not the same.
+
+    >>> check_weights_agree(nn.Linear(2, 2))
+    """
+    remedy = "Seed all ranks alike before the module is made, or load the same checkpoint on each."
+    _check(list(network.named_parameters()), remedy)
+
+
+def check_quantizers_agree(network: nn.Module) -> None:
+    """Stop where the quantizers of ranks have come to other ranges.
+
+    Raises:
+        QuantizationError: with the name of the first one.
+
+    >>> check_quantizers_agree(nn.Linear(2, 2))
+    """
+    prefixes = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
+    buffers = [(name, buffer) for name, buffer in network.named_buffers() if name.startswith(prefixes)]
+    _check(buffers, "Give all ranks the same settings, and calibrate anew: delete the states in cache_dir.")
+
+
+@torch.no_grad()
+def _check(named: Sequence[tuple[str, Tensor]], remedy: str) -> None:
+    if not several_ranks() or not named:
+        return
+    device = named[0][1].device
+    own = torch.stack([part.to(device) for _, tensor in named for part in _summary(tensor)])
+    # The largest and, negated, the smallest, in one collective.
+    largest, smallest = all_reduce_max(torch.stack([own, -own])).mul(own.new_tensor([[1.0], [-1.0]])).unbind()
+    apart = (largest - smallest) / torch.maximum(largest.abs(), smallest.abs()).clamp_min(1e-30)
+    for (name, _), values in zip(named, apart.view(-1, 2).tolist(), strict=True):
+        if not max(values) <= TOLERANCE:
+            raise QuantizationError(
+                f"Rank {dist.get_rank()}: {name} is not the same on all ranks, which would calibrate different"
+                f" networks. {remedy}"
+            )
+
+
+def _summary(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Two sums that a change of the tensor changes; where it is not finite, of the numbers that are."""
+    values = tensor.detach().double().flatten().nan_to_num(0.0, 0.0, 0.0)
+    position = torch.linspace(1, 2, values.numel(), dtype=torch.float64, device=values.device)
+    return values.abs().sum(), (values.abs() * position).sum()

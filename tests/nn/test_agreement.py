@@ -1,0 +1,65 @@
+"""Ranks with other weights or ranges are found before they calibrate different networks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.nn import swap
+from lightning_quant.nn.agreement import check_quantizers_agree, check_weights_agree
+from lightning_quant.quantizers import FixedQuantizer
+from processes import on_ranks
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    quantizer = FixedQuantizer(4, axis=0)
+    quantizer.initialise(net[2].weight.detach())  # type: ignore[arg-type]
+    swap(net[2], weight_quantizer=quantizer)
+    return net
+
+
+def same(rank: int, ranks: int) -> None:
+    net = network()
+    # Of the batches of its own.
+    net[1].running_mean.add_(rank)  # type: ignore[operator, union-attr]
+    check_weights_agree(net)
+    check_quantizers_agree(net)
+
+
+def other_weights(rank: int, ranks: int) -> str:
+    net = network()
+    if rank == 1:
+        with torch.no_grad():
+            # The same values in other places.
+            net[0].weight.copy_(net[0].weight.flip(1))  # type: ignore[operator, union-attr]
+    with pytest.raises(QuantizationError, match="Seed all ranks alike") as error:
+        check_weights_agree(net)
+    return str(error.value)
+
+
+def other_ranges(rank: int, ranks: int) -> str:
+    net = network()
+    if rank == 1:
+        net[2].weight_quantizer.scale.mul_(1.01)  # type: ignore[operator, union-attr]
+    check_weights_agree(net)
+    with pytest.raises(QuantizationError, match="calibrate anew") as error:
+        check_quantizers_agree(net)
+    return str(error.value)
+
+
+def test_the_same_networks_agree() -> None:
+    on_ranks(3, same)
+
+
+def test_other_weights_are_named() -> None:
+    for rank, message in enumerate(on_ranks(2, other_weights)):
+        assert f"Rank {rank}: 0.weight is not the same on all ranks" in message
+
+
+def test_other_ranges_are_named() -> None:
+    for rank, message in enumerate(on_ranks(2, other_ranges)):
+        assert f"Rank {rank}: 2.weight_quantizer.scale is not the same on all ranks" in message
