@@ -11,13 +11,15 @@ import lightning_quant
 PACKAGE = Path(lightning_quant.__file__).parent
 
 # What each room may import besides itself. Rooms side by side do not know each other.
-_TENSORS = {"errors", "functional"}
+_FILES = {"errors", "atomic"}
+_TENSORS = _FILES | {"functional"}
 _LAYERS = _TENSORS | {"quantizers"}
 _METHOD = _LAYERS | {"nn"}
 _METHODS = {"gradient", "accuquant", "igq_vit"}
 _EVERYTHING = _METHOD | _METHODS | {"export", "report", "metrics", "models", "data", "tasks"}
 MAY_IMPORT = {
     "errors": set[str](),
+    "atomic": set[str](),
     "functional": {"errors"},
     "quantizers": _TENSORS,
     "nn": _LAYERS,

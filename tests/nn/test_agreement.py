@@ -17,7 +17,7 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     quantizer = FixedQuantizer(4, axis=0)
-    quantizer.initialise(net[2].weight.detach())  # type: ignore[arg-type]
+    quantizer.initialise(torch.linspace(-1, 1, 8).view(2, 4))
     swap(net[2], weight_quantizer=quantizer)
     return net
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_quant.accuquant.trajectories import Trajectories
+from lightning_quant.atomic import whole_file
 from lightning_quant.data.calibration import fingerprint
 from lightning_quant.errors import CheckpointError
 from lightning_quant.nn.hashing import weights_hash
@@ -65,9 +65,8 @@ def check_description(folder: Path, described: Mapping[str, Any]) -> None:
         _compare(path, described)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:
@@ -105,12 +104,8 @@ def write(path: Path, made: Trajectories) -> None:
     tensors = {STATES: made.states.transpose(0, 1).contiguous()}
     if made.outputs is not None:
         tensors[OUTPUTS] = made.outputs.transpose(0, 1).float().contiguous()
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         save_file(tensors, temporary, {_SHA: _sha(tensors)})
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def intact(path: Path) -> bool:

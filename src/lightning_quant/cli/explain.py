@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 from importlib import import_module
 from inspect import signature
+from textwrap import shorten
 
 from lightning_quant.cli.advice import VERBS, did_you_mean
 
@@ -20,6 +21,9 @@ _KEY = re.compile(r'Parser key "(.+?)"')
 _CLASS = re.compile(r"Problem with given class_path '(.+?)'")
 _KIND = re.compile(r"does not correspond to a subclass of (\w+)")
 _GIVEN = re.compile(r"Given value: ([\w.]+)$", re.MULTILINE)
+_GROUP = re.compile(r"Group '([\w.]+)' does not accept (?:option|nested key) '")
+_NO_KIND = re.compile(r"Not a valid subclass of (\w+)")
+_FOUND = re.compile(r"Given value: (.+)", re.DOTALL)
 _SUBTYPES = re.compile(r"Subtypes: (.+)")
 _SUBTYPE = re.compile(r"<class '(?:\w+\.)*(\w+)'>")
 # What Python calls a type, and how it is written on a command line.
@@ -41,11 +45,12 @@ def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = 
     >>> explain("Parser key \"model\":\n  - Expected a dot import path string: Clasifier", ["Classifier"])
     '--model: there is no class Clasifier (did you mean Classifier?).'
     """
+    message = _GROUP.sub(r"does not accept option '\1.", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     key = ".".join(match[1] for line in lines if (match := _KEY.match(line)))
     owner = next((match[1] for line in reversed(lines) if (match := _CLASS.search(line))), "")
     given = match[1] if (match := _GIVEN.search(message)) else ""
-    reasons = _reasons(lines) or [message.strip()]
+    reasons = _reasons(lines) or [_nothing_fits(message, lines)]
     for pattern, answer in _ANSWERS:
         for reason in reasons:
             if found := re.search(pattern, reason):
@@ -62,6 +67,16 @@ def _reasons(lines: list[str]) -> list[str]:
     if others:
         return [_spoken(line) for line in others]
     return [f"does not correspond to a subclass of {' or '.join(kinds)}"] if lines else []
+
+
+def _nothing_fits(message: str, lines: list[str]) -> str:
+    """What to say where each line is of the walk through a union."""
+    kinds = list(dict.fromkeys(match[1] for line in lines if (match := _NO_KIND.search(line))))
+    if not kinds:
+        return "; ".join(line for line in lines if line) or message.strip()
+    found = _FOUND.search(message)
+    given = f", found {shorten(found[1].strip(), 80)}" if found else ""
+    return f"expected class_path with the name of a {' or '.join(kinds)}, and init_args{given}."
 
 
 def _spoken(reason: str) -> str:
@@ -93,6 +108,14 @@ def _no_class(name: str, owner: str, key: str, known: _Known) -> str:
 
 def _no_path(name: str, owner: str, key: str, known: _Known) -> str:
     return f"there is no class {owner}{did_you_mean(owner.rpartition('.')[2], known.classes)}."
+
+
+def _no_name(reason: str, owner: str, key: str, known: _Known) -> str:
+    return "class_path takes the name of a class."
+
+
+def _no_options(reason: str, owner: str, key: str, known: _Known) -> str:
+    return "init_args takes options by their names, as init_args: {name: value}."
 
 
 def _wrong_kind(kind: str, owner: str, key: str, known: _Known) -> str:
@@ -129,7 +152,9 @@ _ANSWERS: tuple[tuple[str, Callable[[str, str, str, _Known], str]], ...] = (
     (r"Key '(.+?)' is not expected", _class_lacks),  # as jsonargparse 4.39 puts it
     (r"Expected a dot import path string: (.+)", _no_class),
     (r"No module named '(.+)'", _no_path),
-    (r"has no attribute '(.+)'", _no_path),
+    (r"module '.+' has no attribute '(.+)'", _no_path),
+    (r"(unhashable type|is not iterable)", _no_name),
+    (r"object has no attribute '(keys)'", _no_options),
     (r"does not correspond to a subclass of (.+)", _wrong_kind),
     (r"does not accept (?:option|nested key) '(.+)'", _no_option),
     (r"[Uu]nrecognized arguments: (--[\w.+-]+)", _no_option),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from functools import reduce
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import torch
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
@@ -21,8 +23,11 @@ import lightning_quant
 from lightning_quant.cli.advice import UsageError
 from lightning_quant.cli.explain import explain
 from lightning_quant.cli.trainer import CalibratingTrainer
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization, IntervalStrategy
+
+# The class that jsonargparse failed to make, innermost first.
+_WRAPPED = re.compile(r"Given value: Namespace\(class_path='([\w.]+)'")
 
 
 class Parser(LightningArgumentParser):
@@ -92,6 +97,7 @@ class QuantizationCLI(LightningCLI):
                 self.config = parser.parse_args(args)
             case _:
                 self.config = parser.parse_object(args)
+        _check_values(self.config.get(self.config.get("subcommand") or "") or self.config)
 
     def _parse_ckpt_path(self) -> None:
         """Take the model from the checkpoint where it names its class; one written from Python does not."""
@@ -106,17 +112,31 @@ class QuantizationCLI(LightningCLI):
         """Build model, data and trainer; what a constructor refuses is a ConfigurationError."""
         try:
             super().instantiate_classes()
-        except ValueError as error:
-            # jsonargparse wraps what the constructor of an optional class says, and may drop the original.
-            if "Union subtypes" not in str(error):
-                raise
-            raise ConfigurationError(explain(str(error))) from error
+        except (UsageError, QuantizationError):
+            raise
+        except Exception as error:
+            raise ConfigurationError(self._refusal(error)) from error
+
+    def _refusal(self, error: Exception) -> str:
+        """The option whose object could not be made, and why not."""
+        # jsonargparse wraps what the constructor of an optional class says, and may drop the original.
+        text = str(error)
+        classes = _WRAPPED.findall(text)
+        reason = explain(text) if "Union subtypes" in text else f"{type(error).__name__}: {text}"
+        config = self.config.get(self.config.get("subcommand") or "") or self.config
+        for key in ("model", "data", "quantization"):
+            value = config.get(key)
+            if classes and isinstance(value, Namespace) and value.get("class_path") == classes[-1]:
+                # What our constructors say ends with what to write.
+                made = "" if reason.endswith(".") else f"{classes[-1].rpartition('.')[2]} cannot be made of this: "
+                return f"--{key}: {made}{reason}"
+        return reason
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the quantization ahead of all other callbacks."""
         chosen = self._get(self.config_init, "quantization")
         if chosen is None:
-            return super().instantiate_trainer(**kwargs)
+            return self._trainer(**kwargs)
         model = self._get(self.config_init, "model")
         if getattr(model, "fit_is_calibration", False):
             raise UsageError(
@@ -129,7 +149,13 @@ class QuantizationCLI(LightningCLI):
             name = type(chosen).__name__
             raise UsageError(f"{name} is given twice, as `quantization` and in `trainer.callbacks`; keep one of them.")
         # First, because a callback that copies the weights in `setup` (EMA) must see the quantized layers.
-        return super().instantiate_trainer(**{**kwargs, "callbacks": [chosen, *others]})
+        return self._trainer(**{**kwargs, "callbacks": [chosen, *others]})
+
+    def _trainer(self, **kwargs: Any) -> Trainer:
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except Exception as error:
+            raise ConfigurationError(f"--trainer: {error}") from error
 
 
 class _HelpCLI(QuantizationCLI):
@@ -161,6 +187,15 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
         parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _check_values(config: Any) -> None:
+    """Refuse what the parser lets through, and LightningCLI stumbles over."""
+    trainer, seed = config.get("trainer"), config.get("seed_everything")
+    if not isinstance(trainer, Namespace):
+        raise UsageError(f"--trainer: expected its options, as --trainer.max_epochs 1, found {trainer!r}.")
+    if type(seed) is int and not 0 <= seed < 2**32:
+        raise UsageError(f"--seed_everything: {seed} is not in 0 .. 4294967295.")
 
 
 def object_alone(typehint: Any) -> Any:

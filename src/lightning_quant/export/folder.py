@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -16,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_quant.atomic import settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 
 VERSION = 1
@@ -43,6 +42,7 @@ class Description:
 
 def check_folder(folder: Path) -> None:
     """Raise a ConfigurationError where something else would be overwritten."""
+    settle(folder)
     if not folder.exists():
         return
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
@@ -57,10 +57,7 @@ def check_folder(folder: Path) -> None:
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
     """Write both files beside the folder, then put them in its place."""
-    target = folder.expanduser().resolve()
-    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as new:
         save_file(dict(tensors), new / TENSORS)
         content = {
             "format": "lightning_quant",
@@ -71,12 +68,8 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Descr
             **asdict(description),
         }
         (new / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
+        # safetensors keeps what it writes from others, whatever the umask says.
+        (new / TENSORS).chmod((new / DESCRIPTION).stat().st_mode)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
@@ -85,6 +78,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
     Raises:
         CheckpointError: a file that is missing, cut off or changed, or of an unknown version.
     """
+    settle(folder)
     missing = [name for name in (TENSORS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,6 +13,7 @@ from torch import nn
 
 from lightning_quant.accuquant.pipeline_folder import INDEX, OWN_PIPELINE, QUANTIZED, PipelineFolder, read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.atomic import settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.export.artifact import load_quantized, save_quantized
 
@@ -64,7 +62,7 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
     model = source if isinstance(source, DiffusionModel) else load_pipeline(source, network=network)
     quantized: Any = model.network if network is None else network
     name = "transformer" if model.kind == "dit" else "unet"
-    with _replacing(target) as new:
+    with whole_folder(target) as new:
         save_quantized(quantized, new / name)
         quantized.save_config(new / name)
         saved = {"scheduler": model.scheduler, **model.components}
@@ -120,6 +118,7 @@ def open_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
 
 
 def _quantized_folder(path: Path) -> PipelineFolder:
+    settle(path)
     if not (path / INDEX).is_file():
         raise CheckpointError(
             f"{path} has no {INDEX}: give a folder that save_pipeline(model, folder) wrote; a denoiser alone is loaded"
@@ -137,6 +136,7 @@ def _quantized_folder(path: Path) -> PipelineFolder:
 
 def _check_target(folder: Path) -> None:
     """Raise a ConfigurationError where something else would be overwritten."""
+    settle(folder)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     ours = (folder / INDEX).is_file() and any(folder.glob(f"*/{QUANTIZED}"))
@@ -146,22 +146,6 @@ def _check_target(folder: Path) -> None:
             f"{folder} holds {', '.join(foreign[:4]) if ours else 'other files'}, which saving would overwrite: give a"
             " new or an empty folder, or one that save_pipeline wrote."
         )
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which takes the place of ``folder`` when all is written."""
-    target = folder.resolve()
-    new, old = (target.with_name(f".{target.name}.{os.getpid()}.{word}") for word in ("new", "old"))
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
-        for left in (new, old):
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _index(folder: Path | None) -> dict[str, Any]:

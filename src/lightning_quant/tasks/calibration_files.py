@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_quant.atomic import whole_file
 from lightning_quant.errors import CheckpointError
 from lightning_quant.tasks.calibration import StepwiseCalibration
 
@@ -87,9 +87,5 @@ class StateFile:
         if not self.active or not worth or not self.trainer.is_global_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with whole_file(self.path) as temporary:
             save_file({key: value.contiguous() for key, value in calibration.state_dict().items()}, temporary)
-            temporary.replace(self.path)
-        finally:
-            temporary.unlink(missing_ok=True)

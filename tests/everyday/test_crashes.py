@@ -1,0 +1,180 @@
+"""Killed at any moment: the next start goes on, and ends with the weights of a run that was never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from crashes import moments, runs, tick
+from diffusion import tiny_unet
+from lightning_quant import AccuQuant, IGQViT, load_quantized, open_pipeline, save_pipeline, save_quantized
+from lightning_quant.accuquant.session import Calibration as Windows
+from lightning_quant.errors import CheckpointError
+from lightning_quant.igq_vit.session import Calibration as Groups
+from lightning_quant.nn import swap
+from lightning_quant.quantizers import FixedQuantizer
+from networks import Images, SmallNet, quantization, trainer
+from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from vits import VitData, VitModule, quiet
+
+pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
+
+
+class Ticks(pl.Callback):
+    """A moment before each batch, and one after it."""
+
+    def on_train_batch_start(self, *arguments: Any) -> None:
+        tick()
+
+    def on_train_batch_end(self, *arguments: Any) -> None:
+        tick()
+
+
+class Resumable(DataLoader[Any]):
+    """Goes on in the middle of an epoch, as Lightning asks of a stateful loader; others begin their data anew."""
+
+    done = 0
+
+    def __iter__(self) -> Any:
+        before = self.done
+        for index, batch in enumerate(super().__iter__()):
+            if index >= before:
+                self.done = (index + 1) % len(self)
+                yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"done": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.done = state["done"]
+
+
+def trained(folder: Path) -> None:
+    """Two epochs of four batches, which go on from the last checkpoint where there is one."""
+    torch.manual_seed(0)
+    keep = ModelCheckpoint(folder, every_n_train_steps=3, save_last=True)
+    options = {"default_root_dir": folder, "max_epochs": 2, "enable_checkpointing": True}
+    module = SmallNet()
+    last = folder / "last.ckpt"
+    trainer(quantization(quantizer_lr=1e-3), keep, Ticks(), **options).fit(
+        module, Resumable(Images(), batch_size=8), ckpt_path=last if last.exists() else None, weights_only=True
+    )
+    torch.save(module.state_dict(), folder / "end.pt")
+
+
+def grouped(folder: Path) -> None:
+    """IGQ-ViT's callback, before ``test``."""
+    step = Groups.step
+    Groups.step = lambda *arguments: (tick(), step(*arguments))[1]  # type: ignore[method-assign]
+    module = VitModule()
+    quiet(folder, IGQViT(groups=4, calibration_images=4, cache_dir=str(folder))).test(module, VitData(), verbose=False)
+    torch.save(module.state_dict(), folder / "end.pt")
+
+
+def windowed(folder: Path) -> None:
+    """AccuQuant's callback, before ``test``: trajectories, ranges, a block, lengths of windows and updates."""
+    step = Windows.step
+    Windows.step = lambda *arguments: (tick(), step(*arguments))[1]  # type: ignore[method-assign]
+    module = Project()
+    settings = {**SMALL, "window": "sweep", "updates": 4, "reconstruction": 2}
+    ours = AccuQuant(**settings, denoiser="unet", sample_shape=SHAPE, cache_dir=str(folder))
+    quiet_trainer(folder, callbacks=[ours]).test(module, batches(), verbose=False)
+    torch.save(module.state_dict(), folder / "end.pt")
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    return dict(torch.load(folder / "end.pt", weights_only=True))
+
+
+# Of the long ones each second or third moment.
+@pytest.mark.parametrize(("job", "stride"), [(trained, 1), (grouped, 3), (windowed, 2)])
+def test_the_next_start_ends_as_if_nothing_had_been(job: Callable[[Path], None], stride: int, tmp_path: Path) -> None:
+    straight, folder = tmp_path / "straight", tmp_path / "killed"
+    straight.mkdir()
+    folder.mkdir()
+    runs(lambda: job(straight))
+    expected = end_of(straight)
+    count = 0
+    for _ in moments(lambda: job(folder), folder, stride):
+        runs(lambda: job(folder))
+        found = end_of(folder)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        # What was killed leaves nothing behind when the next one has written.
+        assert not [path.name for path in folder.rglob(".*")]
+        shutil.rmtree(folder)
+        folder.mkdir()
+        count += 1
+    print(f"{job.__name__}: {count} moments")
+    assert count > 8
+
+
+# -- artefacts ---------------------------------------------------------------------------------------------------------
+
+
+def rounded(seed: int) -> Any:
+    torch.manual_seed(seed)
+    network: Any = tiny_unet()
+    for name in ("conv_in", "conv_out"):
+        layer = network.get_submodule(name)
+        swap(layer, weight_quantizer=FixedQuantizer(4, axis=0, symmetric=False))
+        layer.weight_quantizer.initialise(layer.weight * (1 + seed))
+    return network.eval()
+
+
+def output(network: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = network(torch.ones(1, 3, 8, 8), 10).sample
+    return found
+
+
+@pytest.mark.parametrize("pipeline", [False, True])
+@pytest.mark.parametrize("before", [False, True])
+def test_an_artefact_is_the_old_one_or_the_new_one(pipeline: bool, before: bool, tmp_path: Path) -> None:
+    source = tmp_path / "float"
+    DDIMPipeline(tiny_unet(), DDIMScheduler()).save_pretrained(source)
+    folder = tmp_path / "saved" / "model"
+
+    def save(seed: int) -> None:
+        if pipeline:
+            save_pipeline(str(source), folder, network=rounded(seed))
+        else:
+            save_quantized(rounded(seed), folder)
+
+    def load() -> Tensor:
+        return output(open_pipeline(folder).unet if pipeline else load_quantized(folder, model=tiny_unet()))
+
+    known = [output(rounded(seed)) for seed in (0, 1)]
+    assert not torch.equal(*known)
+    folder.parent.mkdir()
+    if before:
+        save(0)
+    count = 0
+    for _ in moments(lambda: save(1), tmp_path / "saved"):
+        count += 1
+        try:
+            found = load()
+        except CheckpointError as error:
+            assert not before, error
+            assert "has no" in str(error)
+        else:
+            assert any(torch.equal(found, each) for each in known[not before :])
+        # The next save needs nobody's help.
+        save(1)
+        assert torch.equal(load(), known[1])
+        assert [path.name for path in folder.parent.iterdir()] == ["model"]
+        shutil.rmtree(folder)
+        if before:
+            save(0)
+    print(f"artefact, pipeline {pipeline}: {count} moments")
+    assert count > 4
