@@ -65,19 +65,20 @@ def _run(job: Callable[[], object], at: int, folder: str) -> None:
         if (event == TICK or _writes(event, arguments, folder)) and moment():
             die()
 
-    written = safetensors.torch.serialize_file
+    files: Any = safetensors.torch
+    written = files.serialize_file
 
     def write(tensors: Any, path: Any, **rest: Any) -> None:
         if moment():
             die()
         written(tensors, path, **rest)
         if moment():
-            os.truncate(path, os.path.getsize(path) // 2)
+            os.truncate(path, Path(path).stat().st_size // 2)
             die()
 
     if at:
         sys.addaudithook(heard)
-        safetensors.torch.serialize_file = write
+        files.serialize_file = write
     try:
         job()
     except BaseException:

@@ -67,6 +67,31 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
+class Shared(nn.Module):
+    """One convolution under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 2, 3, padding=1)
+        self.second = self.first
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.second(self.first(x))
+        return output
+
+
+def test_a_layer_under_two_names_comes_back(tmp_path: Path) -> None:
+    network, x = Shared(), torch.ones(1, 2, 4, 4)
+    layer: Any = network.first
+    quantizer = RoundedQuantizer(3)
+    quantizer.initialise(layer.weight)
+    swap(layer, weight_quantizer=quantizer)
+    move(quantizer, quantizer.begin(layer.weight), seed=0)
+    loaded = load_quantized(save_quantized(network, tmp_path / "saved"), model=Shared())
+    assert loaded.first is loaded.second
+    assert torch.equal(loaded(x), network(x))
+
+
 @pytest.mark.parametrize("kind", ["ddpm", "sd", "dit"])
 @pytest.mark.parametrize("starts", [(), STARTS])
 def test_a_denoiser_comes_back_with_the_same_outputs(tmp_path: Path, kind: Any, starts: tuple[int, ...]) -> None:

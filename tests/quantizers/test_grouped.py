@@ -90,6 +90,11 @@ def test_images_do_not_know_each_other(make: Callable[[], Quantizer]) -> None:
 
 
 @every
+def test_of_no_images_nothing_is_made(make: Callable[[], Quantizer]) -> None:
+    assert make()(attention()[:0]).shape == attention()[:0].shape
+
+
+@every
 def test_a_state_of_another_kind_is_refused(make: Callable[[], Quantizer]) -> None:
     with pytest.raises(CheckpointError, match="quantizes with a"):
         FixedQuantizer(4).load_state_dict(make().state_dict(), strict=False)

@@ -32,6 +32,18 @@ def test_a_constant_tensor_is_representable(value: float) -> None:
     torch.testing.assert_close(quantizer(x), x)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_values_that_lie_close_together_far_from_zero_are_not_clipped(sign: int) -> None:
+    x = sign * (5 + 0.1 * sample())
+    quantizer = LearnedQuantizer(4)
+    quantizer.initialise(x)
+    assert quantizer.range.item() == pytest.approx(x.abs().max().item(), rel=1e-6)
+    # An outlier does not take all codes.
+    x[0] = 1000 * sign
+    quantizer.initialise(x)
+    assert quantizer.range.item() < 300
+
+
 @pytest.mark.parametrize("signed", [True, False])
 def test_the_sign_that_was_asked_for_is_kept(signed: bool) -> None:
     for x in (sample(), sample().abs()):

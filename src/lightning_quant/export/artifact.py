@@ -208,7 +208,8 @@ def _state(tensors: Mapping[str, Tensor], description: Description) -> dict[str,
     for owner, slots in description.modules.items():
         for slot, values in slots.items():
             state[f"{owner}.{slot}.{_STATE}".lstrip(".")] = torch.tensor(values)
-    state.update({name: tensors[source] for name, source in description.tied.items()})
+    # Not yet the codes that a RoundedQuantizer keeps, which come with the weight.
+    state.update({name: tensors[source] for name, source in description.tied.items() if source in tensors})
     for key, weight in description.packed.items():
         shape = weight["shape"]
         codes = unpack_bits(tensors[key], weight["bits"], math.prod(shape)).view(shape)

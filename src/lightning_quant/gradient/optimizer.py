@@ -99,13 +99,15 @@ class QuantizerOptimizer:
         learned = [r for r in self.ranges.values() if r.grad is not None]
         if self.adam is None or not learned:
             return
-        grads = torch.stack([r.grad for r in learned if r.grad is not None])
-        grads = torch.nan_to_num(grads / gradient_scale, 0.0, 0.0, 0.0)
-        for parameter, grad in zip(learned, grads.unbind(), strict=True):
+        grads = torch.stack([r.grad for r in learned if r.grad is not None]) / gradient_scale
+        usable, before = grads.isfinite() & (grads != 0), torch.stack(learned)
+        for parameter, grad in zip(learned, torch.where(usable, grads, 0.0).unbind(), strict=True):
             parameter.grad = grad
         self.adam.param_groups[0]["lr"] = self.lr * self._schedule()
         self.adam.step()
         self.adam.zero_grad()
+        # Momentum moves a range also where its gradient is NaN, infinite or, of an empty batch, 0: it says nothing.
+        torch._foreach_copy_(learned, list(torch.where(usable, torch.stack(learned), before).unbind()))
 
     def check_agreement(self) -> None:
         """Stop where this rank's quantizers were not those of the others since the last check.

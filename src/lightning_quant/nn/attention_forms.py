@@ -75,7 +75,7 @@ class WindowedAttention(_Windows):
         Raises:
             ConfigurationError: windows that are not those of the images that the parent got.
         """
-        if self.images is not None and x.shape[0] % self.images:
+        if x.shape[0] % (self.images or 1):
             raise ConfigurationError(
                 f"{self.float_class.__name__} got {x.shape[0]} windows, the last batch of its parent was {self.images}"
                 " images: call the parent."

@@ -65,6 +65,8 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``x``."""
+        if x.numel() == 0:
+            return x
         tokens = self.per_image(x)
         low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
         return quantize_affine(tokens, *affine_parameters(low, high, self.bits), self.bits).view(x.shape)

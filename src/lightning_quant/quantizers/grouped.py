@@ -84,7 +84,7 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``x``; the identity before :meth:`set_ranges`."""
-        if not self.ready:
+        if not self.ready or x.numel() == 0:
             return x
         tokens = self.per_image(x)
         return quantize_channels(tokens, self.centres, self.scale, self.zero_point, self.bits).view(x.shape)

@@ -77,8 +77,11 @@ class LearnedQuantizer(Quantizer, kind=1):
         if self.decides_sign:
             self._sign.value = seen.has_negative
         spread = 3 * seen.std / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
-        # A constant tensor has no spread but that of the sums' rounding, and still must be representable.
-        self.range.fill_(spread if spread > 1e-6 * seen.largest else seen.largest)
+        if spread < abs(seen.mean):
+            # Values far from 0 that lie close together, as pooled ones do: nearly all would be clipped, and pass no
+            # gradient. Three times their root mean square is the same as the above where the mean is 0.
+            spread = min(3 * math.hypot(seen.mean, seen.std), seen.largest)
+        self.range.fill_(spread)
         self.ready = True
 
     def unstarted_state(self) -> dict[str, Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Population standard deviation, largest magnitude (a bound on it over ranks), and whether any is < 0."""
+    """Mean, population standard deviation, largest magnitude (a bound on it over ranks), and whether any is < 0."""
 
+    mean: float
     std: float
     largest: float
     has_negative: bool
@@ -59,7 +60,7 @@ def moments(x: Tensor) -> Moments:
     """Of the union of all ranks' tensors, in one collective, accumulated in FP64.
 
     >>> moments(torch.tensor([-1.0, 1.0]))
-    Moments(std=1.0, largest=1.0, has_negative=True)
+    Moments(mean=0.0, std=1.0, largest=1.0, has_negative=True)
     """
     values = x.double()
     sums = [
@@ -71,6 +72,6 @@ def moments(x: Tensor) -> Moments:
     ]
     count, total, squares, largest, negatives = all_reduce_sum(torch.stack(sums)).tolist()
     if count == 0:
-        return Moments(0.0, 0.0, False)
+        return Moments(0.0, 0.0, 0.0, False)
     mean = total / count
-    return Moments(math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)
+    return Moments(mean, math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)
