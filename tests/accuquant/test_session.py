@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import PNDMScheduler
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_quant.accuquant.preparation import image_numbers, sampler_for
@@ -55,6 +56,17 @@ def test_before_any_update_it_is_bit_for_bit_what_it_was(tmp_path: Path, options
 def test_it_never_ends_worse_than_it_began(tmp_path: Path, rate: float) -> None:
     calibration = finished(started(tmp_path, rounding_lr=rate, activation_lr=rate))
     assert calibration.held_out_errors()[-1] <= calibration.errors["ranges"][-1] * (1 + 1e-5)
+
+
+def test_blocks_that_make_it_worse_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calibration = started(tmp_path, reconstruction=4, updates=0)
+    calibration.step()
+    before, errors = quantizers(calibration), calibration.held_out_errors()
+    monkeypatch.setattr(calibration, "held_out_errors", lambda: errors + 1)
+    finished(calibration)
+    assert all(torch.equal(value, before[key]) for key, value in quantizers(calibration).items())
+    save_file(calibration.state_dict(), tmp_path / "state.safetensors")
+    assert torch.equal(load_file(tmp_path / "state.safetensors")["error/blocks"], errors)
 
 
 def test_it_stops_when_nothing_is_gained_any_more(tmp_path: Path) -> None:

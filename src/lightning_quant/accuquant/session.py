@@ -212,7 +212,8 @@ class Calibration:
         self.errors[_BLOCKS] = self.held_out_errors()
         if self.errors[_BLOCKS][-1] > self.errors[_START][-1]:
             self._load_quantizers(self._ranges)
-            self.errors[_BLOCKS] = self.errors[_START]
+            # A copy: files of safetensors hold no tensor under two names.
+            self.errors[_BLOCKS] = self.errors[_START].clone()
         self._ranges = {}
         self._committed = not self.source.settings.updates
 
