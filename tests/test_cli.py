@@ -53,12 +53,12 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
-    """What stderr says, which must be one line without traceback, with exit code 2."""
+def mistake(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> str:
+    """What stderr says, which must be one line without traceback, with an exit code."""
     with pytest.raises(SystemExit) as stopped:
         main(args)
     said = capsys.readouterr().err.strip()
-    assert stopped.value.code == 2
+    assert stopped.value.code == code
     last = said.splitlines()[-1]
     assert last.startswith("lightning-quant: ")
     assert "Traceback" not in said
@@ -235,6 +235,15 @@ def test_an_unknown_key_of_a_file_is_named(capsys: pytest.CaptureFixture[str], e
     (elsewhere / "mine.yaml").write_text("trainer:\n  max_epoch: 3\n", encoding="utf-8")
     said = mistake(capsys, "fit", *QUICKSTART, "--config", "mine.yaml")
     assert "trainer.max_epoch (did you mean trainer.max_epochs" in said
+
+
+def test_what_a_callback_is_not_made_of_is_said_of_its_option(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    given = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: -2}}]}"
+    (elsewhere / "mine.yaml").write_text(given, encoding="utf-8")
+    said = mistake(capsys, "fit", *QUICKSTART, "--config", "mine.yaml", code=1)
+    assert said == "lightning-quant: --trainer.callbacks: Invalid value for save_top_k=-2. Must be >= -1"
 
 
 def test_quantization_in_the_group_and_in_the_callbacks_is_refused(

@@ -9,6 +9,7 @@ import timm
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 
 from diffusion import CLASSES, WIDTH, Kind, tiny_pipeline_folder
@@ -37,7 +38,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-OTHERS = ("igq_vit/", "accuquant/", "diffusion/")
+OTHERS = ("igq_vit/", "accuquant/", "diffusion/", "trainer/")
 INT4 = [name for name in names() if not name.startswith(OTHERS)]
 IGQ = [name for name in names() if name.startswith("igq_vit/") and name.split("/")[1] not in EMBEDDED]
 
@@ -61,6 +62,14 @@ def instantiate(name: str, root: Path, *options: str) -> QuantizationCLI:
 def quantization(cli: QuantizationCLI) -> list[GradientQuantization]:
     callbacks: list[Any] = cli.trainer.callbacks  # type: ignore[attr-defined]
     return [callback for callback in callbacks if isinstance(callback, GradientQuantization)]
+
+
+def test_the_trainer_of_several_gpus_goes_after_any_other_config(root: Path) -> None:
+    more = ("--config", str(FOLDER / "trainer/several_gpus.yaml"), "--trainer.accelerator=cpu", "--trainer.devices=2")
+    trainer = instantiate("quickstart.yaml", root, *more).trainer
+    assert isinstance(trainer.strategy, DDPStrategy)
+    assert trainer.world_size == 2
+    assert trainer.max_epochs == yaml.safe_load((FOLDER / "quickstart.yaml").read_text())["trainer"]["max_epochs"]
 
 
 @pytest.mark.parametrize("name", INT4)

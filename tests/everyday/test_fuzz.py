@@ -264,7 +264,7 @@ def read_an_artefact(artefact: tuple[Path, Tensor], name: str, edit: tuple[str, 
         event("refused" if said else "the same outputs")
         assert loaded is not None or other in said
         if loaded is not None:
-            # What was changed is only said about the artefact, such as who wrote it.
+            # A space more or less.
             assert name == "quantization.json"
             assert torch.equal(evaluate(loaded, torch.ones(2, 9)), expected)
 

@@ -153,11 +153,12 @@ def test_a_layer_that_is_sharded_by_itself_stays_in_float_with_the_reason(tmp_pa
 
 
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:
-    ours = ["-m", "lightning_quant", "fit", "--config", "quickstart.yaml", "--trainer.max_epochs", "1"]
+    configs = ["--config", "quickstart.yaml", "--config", "trainer/several_gpus.yaml"]
+    ours = ["-m", "lightning_quant", "fit", *configs, "--trainer.max_epochs", "1", "--trainer.sync_batchnorm", "false"]
     run = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *ours),
-            *("--trainer.devices", "2", "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu"),
+            *("--trainer.devices", "2", "--trainer.accelerator", "cpu"),
             *("--trainer.limit_train_batches", "2", "--trainer.limit_val_batches", "1"),
             *("--trainer.default_root_dir", str(tmp_path), "--trainer.enable_progress_bar", "false"),
         ],

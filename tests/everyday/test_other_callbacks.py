@@ -174,6 +174,9 @@ class Sized(SmallNet):
         super().__init__()
         self.batch_size, self.lr = 2, 0.1
 
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
     def train_dataloader(self) -> Any:
         return torch.utils.data.DataLoader(super().train_dataloader().dataset, batch_size=self.batch_size)
 
@@ -182,6 +185,18 @@ def test_the_tuner_finds_a_batch_size_and_leaves_no_ranges() -> None:
     module, run = Sized(), trainer(quantization())
     Tuner(run).scale_batch_size(module, max_trials=2, steps_per_trial=1)
     assert module.batch_size > 2
+    assert not any(layer.weight_quantizer.ready for _, layer in quantized_layers(module) if layer.weight_quantizer)
+    run.fit(module)
+    assert is_calibrated(module)
+
+
+def test_the_tuner_finds_a_rate_and_leaves_weights_and_ranges() -> None:
+    module, run = Sized(), trainer(quantization())
+    before = {name: weight.detach().clone() for name, weight in module.named_parameters()}
+    found = Tuner(run).lr_find(module, num_training=20, early_stop_threshold=None)
+    assert found is not None
+    assert module.lr == found.suggestion() != 0.1
+    assert all(torch.equal(weight, before[name]) for name, weight in module.named_parameters())
     assert not any(layer.weight_quantizer.ready for _, layer in quantized_layers(module) if layer.weight_quantizer)
     run.fit(module)
     assert is_calibrated(module)

@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from artifacts import mlp, quantized
 from lightning_quant import load_quantized, save_quantized
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
+from lightning_quant.export.folder import description_digest
 from lightning_quant.nn import swap
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers import FixedQuantizer
 
 
 def broken(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Another description, under a hash that fits it."""
     path = folder / "quantization.json"
     content = json.loads(path.read_text())
     change(content)
+    content["description_sha256"] = description_digest(content)
     path.write_text(json.dumps(content))
 
 
@@ -141,6 +144,16 @@ def test_a_single_changed_byte_is_refused(folder: Path) -> None:
         load_quantized(folder, model=mlp())
 
 
+def test_a_changed_digit_of_the_description_is_refused(folder: Path) -> None:
+    path = folder / "quantization.json"
+    text = path.read_text()
+    path.write_text(text.replace('"float32_bytes": ', '"float32_bytes": 1'))
+    with pytest.raises(CheckpointError, match=r"json is changed \(its own sha256 .*: copy the folder again"):
+        load_quantized(folder, model=mlp())
+    path.write_text(json.dumps(json.loads(text)))  # the same in other words
+    load_quantized(folder, model=mlp())
+
+
 def test_an_unknown_version_says_which_package_wrote_it(folder: Path) -> None:
     broken(folder, lambda content: content.update(version=7, lightning_quant="9.1"))
     with pytest.raises(CheckpointError, match=r"version 7, this .* reads version 1: load it with lightning_quant 9\.1"):
@@ -154,6 +167,7 @@ def test_an_unknown_version_says_which_package_wrote_it(folder: Path) -> None:
         lambda content: content["packed"]["0.weight"].update(bits=5),
         lambda content: content["packed"]["0.weight"].update(shape=[7, 8]),
         lambda content: content["packed"]["0.weight"].update(dtype="load"),
+        lambda content: content["packed"]["0.weight"].update(dtype="float3"),
         lambda content: content["modules"]["0"]["weight_quantizer"].__setitem__(0, 99),
         lambda content: content["modules"]["0"]["weight_quantizer"].__setitem__(1, 1),
         lambda content: content["modules"]["0"]["weight_quantizer"].__setitem__(1, 77),

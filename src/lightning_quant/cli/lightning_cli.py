@@ -124,12 +124,15 @@ class QuantizationCLI(LightningCLI):
         classes = _WRAPPED.findall(text)
         reason = explain(text) if "Union subtypes" in text else f"{type(error).__name__}: {text}"
         config = self.config.get(self.config.get("subcommand") or "") or self.config
-        for key in ("model", "data", "quantization"):
-            value = config.get(key)
+        options = {key: config.get(key) for key in ("model", "data", "quantization")}
+        options |= {f"trainer.{key}": value for key, value in vars(config.trainer).items()}
+        for key, value in options.items():
             if classes and isinstance(value, Namespace) and value.get("class_path") == classes[-1]:
                 # What our constructors say ends with what to write.
                 made = "" if reason.endswith(".") else f"{classes[-1].rpartition('.')[2]} cannot be made of this: "
                 return f"--{key}: {made}{reason}"
+            if isinstance(value, list) and text.endswith(f"Given value: {value}"):
+                return f"--{key}: {reason}"
         return reason
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

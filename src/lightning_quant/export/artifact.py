@@ -112,7 +112,7 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
         rebuild(network, state, opened=[name for name, slots in description.modules.items() if not slots])
         _take_dtypes(network, state)
         network.load_state_dict(state)
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} does not fit this {type(network).__name__}: {error}\nGive the float network that was quantized,"
             " built with the same arguments, as model=."

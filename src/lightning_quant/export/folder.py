@@ -67,6 +67,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Descr
             "packed_bytes": (new / TENSORS).stat().st_size,
             **asdict(description),
         }
+        content["description_sha256"] = description_digest(content)
         (new / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         # safetensors keeps what it writes from others, whatever the umask says.
         (new / TENSORS).chmod((new / DESCRIPTION).stat().st_mode)
@@ -96,6 +97,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
             f"{folder / DESCRIPTION} has version {version}, this lightning_quant reads version {VERSION}: load it with"
             f" lightning_quant {content.get('lightning_quant')}, which wrote it."
         )
+    if description_digest(content) != content.get("description_sha256"):
+        raise CheckpointError(f"{folder / DESCRIPTION} is changed (its own sha256 is not what it says): {again}")
     try:
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
         if _digest(folder / TENSORS) != content["sha256"]:
@@ -103,6 +106,16 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
         return load_file(folder / TENSORS), description
     except (ValueError, KeyError, SafetensorError) as error:
         raise CheckpointError(f"{folder / TENSORS} is cut off or changed ({error}): {again}") from error
+
+
+def description_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all that the JSON says but this.
+
+    >>> description_digest({"a": 1, "b": 2}) == description_digest({"b": 2, "a": 1, "description_sha256": "x"})
+    True
+    """
+    rest = {key: value for key, value in content.items() if key != "description_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(path: Path) -> str:
