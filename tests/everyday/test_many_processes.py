@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_quant import GradientQuantization, load_from_checkpoint
+from lightning_quant import GradientQuantization, IGQViT, QuantizationError, load_from_checkpoint
 from lightning_quant.nn.strip import quantized_layers
 from networks import QUIET, Images
 from processes import on_ranks
+from vits import VitData, VitModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -150,6 +152,26 @@ def test_a_layer_that_is_sharded_by_itself_stays_in_float_with_the_reason(tmp_pa
     shown = on_ranks(2, job)[0]
     assert "net.3.0" in shown
     assert "given to fully_shard by itself" in shown
+
+
+class Sharded(VitModule):
+    """Somebody's transformer, divided among ranks."""
+
+    def configure_model(self) -> None:
+        mesh: Any = self.device_mesh
+        fully_shard(self.backbone, mesh=mesh["data_parallel"])
+
+
+def test_a_calibration_of_pieces_of_weights_is_refused(tmp_path: Path) -> None:
+    def job(rank: int, ranks: int) -> str:
+        ours = IGQViT(groups=4, calibration_images=8, allocate=False)
+        run = pl.Trainer(strategy=ModelParallelStrategy(ranks, 1), callbacks=[ours], **{**QUIET, "devices": ranks})
+        with pytest.raises(QuantizationError) as refused:
+            run.test(Sharded(), VitData(), verbose=False)
+        return str(refused.value)
+
+    for said in on_ranks(2, job):
+        assert re.match(r"backbone\.\S+ is divided among ranks, .* calibrate with strategy='ddp'", said)
 
 
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:

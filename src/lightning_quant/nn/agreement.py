@@ -17,17 +17,25 @@ TOLERANCE = 1e-4
 
 
 def check_weights_agree(network: nn.Module) -> None:
-    """Stop where ranks hold other parameters.
+    """Stop where ranks hold other parameters, or only pieces of them.
 
     Buffers may differ: each rank of a training has running statistics of its own.
 
     Raises:
-        QuantizationError: with the name of the first tensor that is not the same.
+        QuantizationError: with the name of the first tensor that is not the same, or not whole.
 
     >>> check_weights_agree(nn.Linear(2, 2))
     """
     remedy = "Seed all ranks alike before the module is made, or load the same checkpoint on each."
-    _check(list(network.named_parameters()), remedy)
+    named = list(network.named_parameters())
+    for name, parameter in named:
+        # Only a DTensor has this.
+        if hasattr(parameter, "full_tensor"):
+            raise QuantizationError(
+                f"{name} is divided among ranks, and a calibration needs whole weights: calibrate with strategy='ddp',"
+                " or on one device."
+            )
+    _check(named, remedy)
 
 
 def check_quantizers_agree(network: nn.Module) -> None:
