@@ -106,7 +106,7 @@ def test_each_step_is_counted(tmp_path: Path) -> None:
 
 def test_the_sweep_takes_the_length_with_the_least_error(tmp_path: Path) -> None:
     calibration = finished(started(tmp_path, window="sweep", updates=12))
-    assert list(calibration.sweep) == calibration.candidates == [1, 2, 5]
+    assert list(calibration.sweep) == calibration.candidates == [1, 2, 4, 5]
     assert calibration.sweep[calibration.window] == min(calibration.sweep.values())
 
 

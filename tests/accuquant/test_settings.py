@@ -43,10 +43,10 @@ from lightning_quant.errors import ConfigurationError
         ({"learn": "weights"}, r"learn='weights': expected one of 'all', 'rounding', 'activations'"),
         ({"window": "auto"}, r"window='auto': expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
         ({"window": 0}, r"window=0: expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
-        ({"window": 2.5, "steps": 20}, r"window=2\.5: expected a number of steps, .* None for 20 steps' usual 2"),
+        ({"window": 2.5, "steps": 20}, r"window=2\.5: expected a number of steps, .* None for 20 steps' usual 4"),
         (
             {"window": 21, "steps": 20},
-            r"window=21 is longer than the trajectory of 20 steps: write window=2, or leave it out",
+            r"window=21 is longer than the trajectory of 20 steps: write window=4, or leave it out",
         ),
     ],
 )
@@ -87,9 +87,9 @@ def test_different_settings_have_different_values() -> None:
 @given(st.integers(1, 1000))
 def test_the_usual_window_is_short_and_fits(steps: int) -> None:
     window = usual_window(steps)
-    assert 1 <= window <= steps
+    assert min(steps, 4) <= window <= steps
     assert usual_window(steps) <= usual_window(steps + 1)
-    if steps >= 20:
+    if steps >= 40:
         assert steps / 25 <= window <= steps / 10
 
 
