@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -29,6 +30,15 @@ def _run(rank: int, ranks: int, port: int, job: Job, results: Any) -> None:
         results.put((rank, None, traceback.format_exc()))
 
 
+def _result(results: Any, processes: list[Any]) -> Any:
+    """The next of a queue; an error where a process died by a signal and nothing will come."""
+    while results.empty():
+        died = [process.exitcode for process in processes if process.exitcode not in (None, 0)]
+        assert not died, f"a rank ended with {died[0]}"
+        time.sleep(0.005)
+    return results.get()
+
+
 def on_ranks(ranks: int, job: Job) -> list[Any]:
     """What ``job(rank, ranks)`` returns on each of several forked processes."""
     with socket.socket() as free:
@@ -39,7 +49,7 @@ def on_ranks(ranks: int, job: Job) -> list[Any]:
     processes = [context.Process(target=_run, args=(rank, ranks, port, job, results)) for rank in range(ranks)]
     for process in processes:
         process.start()
-    found = sorted((results.get() for _ in processes), key=lambda item: item[0])
+    found = sorted((_result(results, processes) for _ in processes), key=lambda item: item[0])
     for process in processes:
         process.join()
     errors = [error for _, _, error in found if error]

@@ -16,7 +16,7 @@ _TENSORS = _FILES | {"functional"}
 _LAYERS = _TENSORS | {"quantizers"}
 _METHOD = _LAYERS | {"nn"}
 _METHODS = {"gradient", "accuquant", "igq_vit"}
-_EVERYTHING = _METHOD | _METHODS | {"export", "report", "metrics", "models", "data", "tasks"}
+_EVERYTHING = _METHOD | _METHODS | {"analysis", "export", "report", "metrics", "models", "data", "tasks"}
 MAY_IMPORT = {
     "errors": set[str](),
     "atomic": set[str](),
@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "tasks": _METHOD | {"models", "data", "metrics"},
     **dict.fromkeys(_METHODS, _METHOD | {"models", "data", "metrics", "tasks"}),
     "export": _METHOD | _METHODS,
-    "report": _METHOD | _METHODS | {"metrics"},
+    "analysis": _METHOD | {"metrics"},
+    "report": _METHOD | _METHODS | {"metrics", "analysis", "tasks"},
     # On top: they put the rooms together, and the lazy public names may be used there.
     "demo": _EVERYTHING | {""},
     "cli": _EVERYTHING | {"", "demo"},

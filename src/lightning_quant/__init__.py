@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_quant.igq_vit import IGQViT, IGQViTModule
     from lightning_quant.metrics import GenerationMetrics
     from lightning_quant.nn import strip
-    from lightning_quant.report import CalibrationPictures, GenerationPictures
+    from lightning_quant.report import CalibrationPictures, GenerationPictures, QuantizationReport
     from lightning_quant.tasks import ImageClassifier, ImageDiffusion
 
 __version__ = "0.1.0"
@@ -62,6 +62,7 @@ __all__ = [
     "MinMaxInterval",
     "MinimumErrorInterval",
     "QuantizationError",
+    "QuantizationReport",
     "SaveQuantized",
     "__version__",
     "load_from_checkpoint",
@@ -93,6 +94,7 @@ _HOME = {
     "MinMaxInterval": "gradient",
     "MinimumErrorInterval": "gradient",
     "QuantizationError": "errors",
+    "QuantizationReport": "report",
     "SaveQuantized": "export",
     "load_from_checkpoint": "export",
     "load_pipeline": "accuquant",

@@ -12,6 +12,9 @@ from pathlib import Path
 
 # Of this process on this machine: others may write to the same disk.
 _HERE = re.sub(r"\W", "-", socket.gethostname())
+# What this process is writing now. Others of its number are of one before it: in a container that starts anew both
+# have the same.
+_WRITING: set[Path] = set()
 
 
 @contextmanager
@@ -30,10 +33,12 @@ def whole_file(path: Path) -> Iterator[Path]:
     for left in _left(path, "tmp"):
         left.unlink(missing_ok=True)
     temporary = _beside(path, "tmp")
+    _WRITING.add(temporary)
     try:
         yield temporary
         temporary.replace(path)
     finally:
+        _WRITING.discard(temporary)
         temporary.unlink(missing_ok=True)
 
 
@@ -51,13 +56,17 @@ def whole_folder(path: Path) -> Iterator[Path]:
     target = path.expanduser().resolve()
     settle(target)
     new, old = _beside(target, "new"), _beside(target, "old")
-    new.mkdir(parents=True)
+    _WRITING.update((new, old))
     try:
+        new.mkdir(parents=True)
         yield new
         if target.exists():
             target.rename(old)
         new.rename(target)
     finally:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        _WRITING.difference_update((new, old))
         for left in (new, old):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -78,6 +87,12 @@ def settle(path: Path) -> None:
         shutil.rmtree(left, ignore_errors=True)
 
 
+def left_elsewhere(path: Path) -> list[Path]:
+    """What processes of other machines have left beside a path, or are writing there now."""
+    target = path.expanduser().resolve()
+    return [other for other in _beside_it(target) if other.suffix in (".new", ".old")]
+
+
 def _beside(path: Path, word: str) -> Path:
     return path.with_name(f".{path.name}.{_HERE}.{os.getpid()}.{word}")
 
@@ -85,14 +100,22 @@ def _beside(path: Path, word: str) -> Path:
 def _left(path: Path, word: str) -> list[Path]:
     """What processes of this machine that are no more have left beside a path."""
     start = f".{path.name}.{_HERE}."
-    # Not by glob: names may hold its characters.
-    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
-    found = [other for other in siblings if other.name.startswith(start) and other.suffix == f".{word}"]
-    return [other for other in found if not _runs(other.name.removeprefix(start).split(".")[0])]
+    found = [other for other in _beside_it(path) if other.name.startswith(start) and other.suffix == f".{word}"]
+    return [other for other in found if not _is_written(other, other.name.removeprefix(start).split(".")[0])]
 
 
-def _runs(process: str) -> bool:
-    if not process.isdigit():
+def _beside_it(path: Path) -> list[Path]:
+    # Not by glob: names may hold its characters. A folder that may be read may not be one that may be listed.
+    with suppress(OSError):
+        return [other for other in path.parent.iterdir() if other.name.startswith(f".{path.name}.")]
+    return []
+
+
+def _is_written(left: Path, process: str) -> bool:
+    if process == str(os.getpid()):
+        return left in _WRITING
+    # On Windows signal 0 is one.
+    if not process.isdigit() or os.name == "nt":
         return True
     try:
         os.kill(int(process), 0)

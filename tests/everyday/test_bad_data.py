@@ -142,6 +142,10 @@ def test_an_infinite_pixel_in_training_is_clipped_as_any_other_outlier(tmp_path:
 def test_ranges_start_with_the_first_batch_that_can_be_used(kind: str, tmp_path: Path) -> None:
     module, states = watched(tmp_path, [kind, "good", "good"])
     assert is_calibrated(module)
+    ranges = [value for key, value in states[0].items() if key.endswith("input_quantizer.range")]
+    assert ranges
+    # An infinite pixel is no NaN for the layers behind a first one that clips nothing yet.
+    assert all(bool(value.isnan()) for value in ranges)
     assert all(bool(value.isfinite().all()) for value in states[-1].values())
 
 
@@ -185,16 +189,28 @@ def test_bad_calibration_images_are_refused_and_the_network_stays_in_float(
     assert is_calibrated(module)
 
 
-def test_a_denoiser_with_nan_is_refused_and_stays_in_float(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "what"), [(NAN, "NaN"), (INF, "infinite values")])
+def test_a_denoiser_with_nan_is_refused_and_stays_in_float(value: float, what: str, tmp_path: Path) -> None:
     project: Everyday = PROJECTS["accuquant"]
     module = project.module()
-    torch.nn.init.constant_(module.unet.last.bias, NAN)
-    with pytest.raises(QuantizationError, match="NaN"):
+    torch.nn.init.constant_(module.unet.last.bias, value)
+    with pytest.raises(QuantizationError, match=rf"contains {what} at step 0 \(timestep"):
         project.trainer(tmp_path, project.callback()).test(module, *project.data(), verbose=False)
     assert not is_quantized(module)
     torch.nn.init.zeros_(module.unet.last.bias)
     project.trainer(tmp_path, project.callback()).test(module, *project.data(), verbose=False)
     assert is_calibrated(module)
+
+
+def test_an_empty_batch_among_calibration_images_changes_nothing(tmp_path: Path) -> None:
+    whole, found = images(8, seed=4), []
+    for batches in ([whole[:4], whole[4:]], [whole[:4], whole[:0], whole[4:]]):
+        module = VitModule()
+        data = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        ours = IGQViT(groups=4, calibration_images=8, allocate=False, calibration_data=data)
+        quiet(tmp_path / str(len(batches)), ours).test(module, VitData(), verbose=False)
+        found.append(state_of(module))
+    assert same(*found)
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------

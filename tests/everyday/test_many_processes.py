@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_quant import GradientQuantization, IGQViT, QuantizationError, load_from_checkpoint
+from everyday_projects import PROJECTS
+from lightning_quant import GradientQuantization, QuantizationError, load_from_checkpoint
 from lightning_quant.nn.strip import quantized_layers
 from networks import QUIET, Images
 from processes import on_ranks
+from small_diffusion import Project, batches
 from vits import VitData, VitModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -162,16 +164,28 @@ class Sharded(VitModule):
         fully_shard(self.backbone, mesh=mesh["data_parallel"])
 
 
-def test_a_calibration_of_pieces_of_weights_is_refused(tmp_path: Path) -> None:
+class ShardedDiffusion(Project):
+    """Somebody's denoiser, divided among ranks."""
+
+    def configure_model(self) -> None:
+        mesh: Any = self.device_mesh
+        fully_shard(self.unet, mesh=mesh["data_parallel"])
+
+
+@pytest.mark.parametrize("method", ["igq_vit", "accuquant"])
+def test_a_calibration_of_pieces_of_weights_is_refused(method: str, tmp_path: Path) -> None:
     def job(rank: int, ranks: int) -> str:
-        ours = IGQViT(groups=4, calibration_images=8, allocate=False)
-        run = pl.Trainer(strategy=ModelParallelStrategy(ranks, 1), callbacks=[ours], **{**QUIET, "devices": ranks})
+        module: Any = Sharded() if method == "igq_vit" else ShardedDiffusion()
+        data = VitData() if method == "igq_vit" else batches()
+        ours = PROJECTS[method].callback()
+        options = {**QUIET, "devices": ranks, "default_root_dir": tmp_path}
+        run = pl.Trainer(strategy=ModelParallelStrategy(ranks, 1), callbacks=[ours], **options)
         with pytest.raises(QuantizationError) as refused:
-            run.test(Sharded(), VitData(), verbose=False)
+            run.test(module, data, verbose=False)
         return str(refused.value)
 
     for said in on_ranks(2, job):
-        assert re.match(r"backbone\.\S+ is divided among ranks, .* calibrate with strategy='ddp'", said)
+        assert re.match(r"\S+ is divided among ranks, .* calibrate with strategy='ddp'", said)
 
 
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner.tuning import Tuner
 
 from everyday_projects import PROJECTS, Everyday
@@ -92,6 +93,17 @@ def test_best_and_last_checkpoints_with_early_stopping_and_a_logged_rate(project
     for which in ("best", "last"):
         run.test(module, *project.data(), ckpt_path=which, verbose=False)
         assert is_calibrated(module)
+    for path in (keep.best_model_path, keep.last_model_path):
+        again, other = project.module(), project.trainer(tmp_path, project.callback())
+        other.test(again, *project.data(), ckpt_path=path, weights_only=True, verbose=False)
+        written = torch.load(path, weights_only=True)["state_dict"]
+        found = again.state_dict()
+        # A calibration that comes after the fit is not in a checkpoint that was written before it.
+        assert all(torch.equal(found[name], written[name]) for name, _ in again.named_parameters())
+        if project is PROJECTS["int4_training"]:
+            quantized = [name for name in found if "quantizer" in name]
+            assert quantized
+            assert all(torch.equal(found[name], written[name]) for name in quantized)
     assert torch.isfinite(project.outputs(module)).all()
 
 
@@ -121,6 +133,38 @@ def test_options_of_the_trainer(project: Everyday, options: dict[str, Any], tmp_
     module = project.fitted_and_tested(tmp_path, **options)
     assert is_calibrated(module)
     assert torch.isfinite(project.outputs(module)).all()
+
+
+def test_half_precision_with_a_scaler_that_skips_steps(tmp_path: Path) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    module = SmallNet()
+    trainer(quantization(quantizer_lr=1e-3), plugins=[plugin], default_root_dir=tmp_path, max_epochs=12).fit(module)
+    # Its first steps overflowed.
+    assert scaler.get_scale() < 2.0**40
+    assert is_calibrated(module)
+    assert all(bool(value.isfinite().all()) for value in module.state_dict().values())
+
+
+@projects
+def test_fit_is_in_float_for_what_is_calibrated(project: Everyday, tmp_path: Path) -> None:
+    module, ours = project.module(), project.callback()
+    project.trainer(tmp_path, ours).fit(module, *project.data())
+    assert is_calibrated(module) == (project is PROJECTS["int4_training"])
+
+
+def test_a_resumed_fit_with_nothing_left_to_train_keeps_all(tmp_path: Path) -> None:
+    first = trainer(quantization(quantizer_lr=1e-3), default_root_dir=tmp_path)
+    first.fit(SmallNet())
+    first.save_checkpoint(tmp_path / "first.ckpt")
+    again = trainer(quantization(quantizer_lr=1e-3), default_root_dir=tmp_path)
+    again.fit(SmallNet(), ckpt_path=tmp_path / "first.ckpt", weights_only=True)
+    again.save_checkpoint(tmp_path / "again.ckpt")
+    states = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"] for name in ("first", "again")]
+    kept = [next(state for name, state in each.items() if "GradientQuantization" in name) for each in states]
+    assert kept[0]["batches"] == kept[1]["batches"] > 0
+    assert kept[0]["seed"] == kept[1]["seed"]
+    assert len(kept[0]["optimizers"]) == len(kept[1]["optimizers"]) == 1
 
 
 @projects

@@ -154,9 +154,31 @@ def test_a_changed_digit_of_the_description_is_refused(folder: Path) -> None:
     load_quantized(folder, model=mlp())
 
 
+def test_the_hash_of_a_description_is_that_of_what_is_read_again() -> None:
+    # As texts, which keys of JSON are, they have another order.
+    content = {"build": {"labels": {2: "b", 10: "c"}}, "description_sha256": "its own"}
+    assert description_digest(content) == description_digest(json.loads(json.dumps(content)))
+
+
+def test_a_description_that_is_nested_without_end_is_refused(folder: Path) -> None:
+    (folder / "quantization.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match=r"quantization\.json is cut off or changed"):
+        load_quantized(folder, model=mlp())
+
+
+def test_what_another_machine_left_is_named(folder: Path) -> None:
+    (folder / "quantization.json").unlink()
+    other = folder.with_name(f".{folder.name}.elsewhere.1.new")
+    other.mkdir()
+    with pytest.raises(CheckpointError, match=rf"(?s)has no quantization\.json.*Beside it lies {other.name}.*rename"):
+        load_quantized(folder, model=mlp())
+
+
 def test_an_unknown_version_says_which_package_wrote_it(folder: Path) -> None:
     broken(folder, lambda content: content.update(version=7, lightning_quant="9.1"))
-    with pytest.raises(CheckpointError, match=r"version 7, this .* reads version 1: load it with lightning_quant 9\.1"):
+    with pytest.raises(
+        CheckpointError, match=r"version 7, this .* reads versions up to 2: load it with lightning_quant 9\.1"
+    ):
         load_quantized(folder, model=mlp())
 
 

@@ -17,6 +17,7 @@ from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
 from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.gradient.ranks import own_counts, reduce_over_ranks
 from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn import Bits
 from networks import SmallNet, quantization, trainer
@@ -57,18 +58,20 @@ def test_ranks_end_with_the_same_state(ranks: int) -> None:
     assert all(other == first for other in others)
 
 
-def start_ranges(rank: int, ranks: int) -> list[float]:
+def start_ranges(rank: int, ranks: int, shift: float = 0.0) -> list[float]:
     module, ours, _ = network()
-    module(batch(60).chunk(ranks)[rank])
+    module((batch(60) * (1 - 0.9 * bool(shift)) + shift).chunk(ranks)[rank])
     return [float(ours.ranges[f"{layer}.weight_quantizer"]) for layer in (0, 2)] + [
         float(ours.ranges["0.input_quantizer"])
     ]
 
 
+# Values far from 0 start with their largest, those around it with their spread.
+@pytest.mark.parametrize("shift", [0.0, 5.0])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_ranges_start_from_the_union_of_the_ranks_batches(ranks: int) -> None:
-    expected = start_ranges(0, 1)
-    for found in on_ranks(ranks, start_ranges):
+def test_ranges_start_from_the_union_of_the_ranks_batches(ranks: int, shift: float) -> None:
+    expected = start_ranges(0, 1, shift)
+    for found in on_ranks(ranks, lambda rank, ranks: start_ranges(rank, ranks, shift)):
         assert found == pytest.approx(expected, rel=1e-6)
 
 
@@ -145,6 +148,15 @@ def test_weights_of_uneven_shares_are_those_of_one_on_the_union(ranks: int) -> N
     for found in on_ranks(ranks, lambda rank, ranks: trained(rank, ranks, rows, gradient_bits=32)):
         for name, values in expected.items():
             assert found[name] == pytest.approx(values, rel=1e-5, abs=1e-6), name
+
+
+def test_ranges_on_a_device_need_no_quantizer_of_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The meta device stands for any but the CPU."""
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    parameter = torch.zeros((), device="meta", requires_grad=True)
+    parameter.grad = torch.zeros((), device="meta")
+    counts, distance = reduce_over_ranks([], [parameter], own_counts([]))
+    assert counts.total.device.type == distance.device.type == "meta"
 
 
 def disagree(rank: int, ranks: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,22 @@ def other_weights(rank: int, ranks: int) -> str:
     return str(error.value)
 
 
+def turned(rank: int, ranks: int) -> None:
+    net = network()
+    with torch.no_grad():
+        net[0].weight.mul_(1 - 2 * rank)  # type: ignore[operator, union-attr]
+    with pytest.raises(QuantizationError, match=r"0\.weight is not the same"):
+        check_weights_agree(net)
+
+
+def a_little_other(rank: int, ranks: int) -> None:
+    net = network()
+    with torch.no_grad():
+        net[0].bias.mul_(1 + 1e-6 * rank)  # type: ignore[operator, union-attr]
+    with pytest.raises(QuantizationError, match=r"0\.bias is not the same"):
+        check_weights_agree(net)
+
+
 def other_ranges(rank: int, ranks: int) -> str:
     net = network()
     if rank == 1:
@@ -53,6 +71,11 @@ def other_ranges(rank: int, ranks: int) -> str:
 
 def test_the_same_networks_agree() -> None:
     on_ranks(3, same)
+
+
+@pytest.mark.parametrize("job", [turned, a_little_other])
+def test_signs_and_small_differences_are_seen(job: Any) -> None:
+    on_ranks(2, job)
 
 
 def test_other_weights_are_named() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.functional import mse_search, percentile
+from lightning_quant.functional.grid import decode, encode
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer
@@ -118,6 +119,16 @@ def test_no_more_values_than_codes(make: Maker, bits: int) -> None:
     moved = output(quantizer, sample(1))
     assert all(len(set(part.flatten().tolist())) <= 2**bits for part in with_one_range(quantizer, moved))
     assert not torch.equal(moved, sample(1))
+
+
+@nearest
+def test_scale_and_zero_point_that_it_tells_are_those_of_its_values(make: Maker) -> None:
+    quantizer = started(make)
+    moved = output(quantizer, sample())
+    affine = quantizer.affine_of(sample())
+    assert affine is not None
+    scale, zero_point = affine
+    torch.testing.assert_close(decode(encode(sample(), scale, quantizer.grid, zero_point), scale, zero_point), moved)
 
 
 @nearest_of_any_tensor

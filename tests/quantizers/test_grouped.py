@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.functional.grid import decode, encode
 from lightning_quant.quantizers import FixedQuantizer, Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 from lightning_quant.quantizers.dynamic import ChannelQuantizer, LogQuantizer, TokenQuantizer
@@ -87,6 +88,19 @@ def test_images_do_not_know_each_other(make: Callable[[], Quantizer]) -> None:
     x, quantizer = attention(), make()
     assert torch.equal(torch.cat([quantizer(x[i : i + 1]) for i in range(3)]), quantizer(x))
     assert torch.equal(quantizer(x[[2, 0, 1]]), quantizer(x)[[2, 0, 1]])
+
+
+@every
+def test_scale_and_zero_point_that_it_tells_are_those_of_its_values(make: Callable[[], Quantizer]) -> None:
+    x, quantizer = attention(), make()
+    affine = quantizer.affine_of(x)
+    # The steps of a logarithm are not uniform.
+    assert (affine is None) == isinstance(quantizer, LogQuantizer)
+    if affine is not None:
+        scale, zero_point = affine
+        torch.testing.assert_close(
+            decode(encode(x, scale, quantizer.grid, zero_point), scale, zero_point), quantizer(x)
+        )
 
 
 @every

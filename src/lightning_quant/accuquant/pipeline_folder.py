@@ -156,13 +156,16 @@ def load_component(path: Path, name: str) -> Any:
         CheckpointError: it cannot be loaded.
     """
     import torch
+    from diffusers.utils.import_utils import is_accelerate_available
 
     try:
         if name == "ClassEmbedding":
             kind: Any = import_module("lightning_quant.accuquant.class_conditional").ClassEmbedding
         else:
             kind = getattr(import_module("diffusers"), name)
-        network: Any = kind.from_pretrained(path, torch_dtype=torch.float32)
+        network: Any = kind.from_pretrained(
+            path, torch_dtype=torch.float32, low_cpu_mem_usage=is_accelerate_available()
+        )
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{path} is not the folder of a {name} that diffusers can load: {error}\nCopy the folder again, with its"

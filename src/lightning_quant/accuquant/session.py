@@ -187,6 +187,11 @@ class Calibration:
         some = self.source.window(ids, range(k, k + 1))
         return self.source.denoiser(some.states[0], self.source.sampler.timesteps[k], some.conditioning)
 
+    def replay(self) -> None:
+        """Call the network on float states, at steps that are evenly spread."""
+        for call in self._calls(_steps_to_see(self.source)):
+            call()
+
     @property
     def _stage_a(self) -> Reconstruction:
         if self._reconstruction is None:

@@ -153,7 +153,7 @@ _ANSWERS: tuple[tuple[str, Callable[[str, str, str, _Known], str]], ...] = (
     (r"Expected a dot import path string: (.+)", _no_class),
     (r"No module named '(.+)'", _no_path),
     (r"module '.+' has no attribute '(.+)'", _no_path),
-    (r"(unhashable type|is not iterable)", _no_name),
+    (r"^(unhashable type: |argument of type '\w+' is not )", _no_name),
     (r"object has no attribute '(keys)'", _no_options),
     (r"does not correspond to a subclass of (.+)", _wrong_kind),
     (r"does not accept (?:option|nested key) '(.+)'", _no_option),

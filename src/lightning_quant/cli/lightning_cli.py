@@ -122,7 +122,10 @@ class QuantizationCLI(LightningCLI):
         # jsonargparse wraps what the constructor of an optional class says, and may drop the original.
         text = str(error)
         classes = _WRAPPED.findall(text)
-        reason = explain(text) if "Union subtypes" in text else f"{type(error).__name__}: {text}"
+        reason = explain(text) if "Union subtypes" in text else text
+        first = _first(error)
+        if not isinstance(first, QuantizationError):
+            reason = f"{type(first).__name__}: {reason} (--debug shows where)"
         config = self.config.get(self.config.get("subcommand") or "") or self.config
         options = {key: config.get(key) for key in ("model", "data", "quantization")}
         options |= {f"trainer.{key}": value for key, value in vars(config.trainer).items()}
@@ -190,6 +193,13 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
         parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
         save_config_kwargs={"overwrite": True},
     )
+
+
+def _first(error: BaseException) -> BaseException:
+    """What an error was made of."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return error
 
 
 def _check_values(config: Any) -> None:

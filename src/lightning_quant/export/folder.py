@@ -14,10 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_quant.atomic import settle, whole_folder
+from lightning_quant.atomic import left_elsewhere, settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 
-VERSION = 1
+VERSION = 2
+# The first has no hash of the description.
+READ = (1, 2)
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 
 
@@ -82,22 +84,30 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
     settle(folder)
     missing = [name for name in (TENSORS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:
+        left = left_elsewhere(folder)
         raise CheckpointError(
             f"{folder} has no {' and no '.join(missing)}: give a folder that lightning_quant.save_quantized(model,"
             " folder) wrote."
+            + (
+                f"\nBeside it lies {', '.join(each.name for each in left)} of a process of another machine: if that was"
+                f" stopped while it wrote, rename a folder that has both files to {folder.name}."
+                if left
+                else ""
+            )
         )
     again = "copy the folder again, or write it again with lightning_quant.save_quantized(model, folder)."
     try:
         content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         version = content["version"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{folder / DESCRIPTION} is cut off or changed ({error}): {again}") from error
-    if version != VERSION:
+    if version not in READ:
         raise CheckpointError(
-            f"{folder / DESCRIPTION} has version {version}, this lightning_quant reads version {VERSION}: load it with"
+            f"{folder / DESCRIPTION} has version {version}, this lightning_quant reads versions up to"
+            f" {VERSION}: load it with"
             f" lightning_quant {content.get('lightning_quant')}, which wrote it."
         )
-    if description_digest(content) != content.get("description_sha256"):
+    if version > 1 and description_digest(content) != content.get("description_sha256"):
         raise CheckpointError(f"{folder / DESCRIPTION} is changed (its own sha256 is not what it says): {again}")
     try:
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
@@ -114,7 +124,8 @@ def description_digest(content: Mapping[str, Any]) -> str:
     >>> description_digest({"a": 1, "b": 2}) == description_digest({"b": 2, "a": 1, "description_sha256": "x"})
     True
     """
-    rest = {key: value for key, value in content.items() if key != "description_sha256"}
+    # As it is read again: keys of JSON are texts.
+    rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "description_sha256"}))
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 

@@ -87,14 +87,17 @@ def open_pipeline(folder: str | Path, **components: Any) -> Any:
         CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
         ConfigurationError: a library is missing that the pipeline needs.
     """
+    from diffusers.utils.import_utils import is_accelerate_available
+
     found = _quantized_folder(Path(folder).expanduser())
     library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
     kind: Any = getattr(import_module(library), found.pipeline)
     network = load_quantized(found.components[found.denoiser][0])
     # What the folder has as null is not taken for given.
     absent = [key for key, entry in _index(found.path).items() if entry == [None, None]]
+    given = {**dict.fromkeys(absent), found.denoiser: network, **components}
     try:
-        pipeline = kind.from_pretrained(found.path, **{**dict.fromkeys(absent), found.denoiser: network, **components})
+        pipeline = kind.from_pretrained(found.path, low_cpu_mem_usage=is_accelerate_available(), **given)
     except ImportError as error:
         raise ConfigurationError(
             f"{found.pipeline} needs a library that is not installed: {error}\nInstall it, or write"

@@ -93,6 +93,8 @@ class GradientQuantization(pl.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.noise: NoiseSource | None = None
         self.batches = 0
+        self.keeps_history = False
+        self.history: list[tuple[int, dict[str, float]]] = []
         self._layers: dict[str, QuantizedLayer] = {}
         self._optimizers: list[QuantizerOptimizer] = []
         self._handles: list[RemovableHandle] = []
@@ -107,6 +109,7 @@ class GradientQuantization(pl.Callback):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exchange the layers, before anything is wrapped and before optimizers exist."""
+        self._restored = {}
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
         _check_order(trainer, self)
@@ -153,6 +156,7 @@ class GradientQuantization(pl.Callback):
 
         Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
         """
+        self.history = []
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self.batches = self._restored.get("batches", 0)
@@ -178,7 +182,8 @@ class GradientQuantization(pl.Callback):
         self.batches += 1
         every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        observes = bool(every and trainer.loggers and last and (trainer.global_step + 1) % every == 0)
+        heard = bool(trainer.loggers) or self.keeps_history
+        observes = bool(every and heard and last and (trainer.global_step + 1) % every == 0)
         for quantizer in self._gradient_quantizers().values():
             quantizer.observes = observes
 
@@ -191,6 +196,8 @@ class GradientQuantization(pl.Callback):
         metrics = layer_metrics(self._gradient_quantizers())
         if metrics:
             self._check_agreement()
+        if metrics and self.keeps_history:
+            self.history.append((trainer.global_step, metrics))
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=trainer.global_step)
 
@@ -213,7 +220,7 @@ class GradientQuantization(pl.Callback):
         """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
         for handle in self._handles:
             handle.remove()
-        self._handles, self._restored = [], {}
+        self._handles = []
         # Without the callback nobody moves the intervals; training on without it must say so.
         for quantizer in self._gradient_quantizers().values():
             quantizer.noise = None
@@ -247,6 +254,9 @@ class GradientQuantization(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """All that is needed to continue exactly, beside the state of the module."""
+        # Of a fit that had nothing left to train.
+        if self._restored:
+            return self._restored
         if self.noise is None:
             return {}
         optimizers = [ours.state_dict() for ours in self._optimizers]

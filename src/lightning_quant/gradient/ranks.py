@@ -44,6 +44,9 @@ def reduce_over_ranks(
         counts over all ranks, and how far this rank's state was from the mean before, (quantizers + ranges,) relative.
     """
     ranks = dist.get_world_size()
+    # Without a quantizer of gradients the counts know no device.
+    device = next((tensor.device for tensor in (*(q.gamma for q in quantizers), *ranges)), counts.total.device)
+    counts = Counts(*(part.to(device) for part in counts))
     gamma = torch.stack([q.gamma for q in quantizers]).double() if quantizers else counts.total
     zero = torch.zeros((), dtype=torch.float64, device=gamma.device)
     grads = [zero if r.grad is None else r.grad.double() for r in ranges]

@@ -155,6 +155,10 @@ class Calibration:
         finally:
             self.source.network.train(training)
 
+    def replay(self) -> None:
+        """Call the network on the images that it was calibrated on."""
+        self.source.forward()
+
     def _perturb(self, slot: Slot) -> dict[int, float]:
         with emptied(self.source.network, filled_slots(self.source.network)):
             if self._replay is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -11,8 +11,12 @@ from lightning_quant.nn.structure import quantizers_of
 
 
 @contextmanager
-def in_float(module: nn.Module) -> Iterator[None]:
+def in_float(module: nn.Module, owners: Collection[str] | None = None) -> Iterator[None]:
     """Take the quantizers of a module out of their slots; afterwards each is back in its own.
+
+    Args:
+        module: quantized.
+        owners: names of the layers and attentions whose quantizers are taken; None takes all.
 
     >>> import torch
     >>> from lightning_quant.nn import swap
@@ -28,6 +32,8 @@ def in_float(module: nn.Module) -> Iterator[None]:
     taken = []
     for name, quantizer in list(quantizers_of(module)):
         owner, _, slot = name.rpartition(".")
+        if owners is not None and owner not in owners:
+            continue
         taken.append((module.get_submodule(owner), slot, quantizer))
     for parent, slot, _ in taken:
         parent._modules[slot] = None

@@ -80,6 +80,13 @@ class Quantizer(nn.Module):
         """Set the range from the first tensor; leaves the quantizer as it is where ``x`` is all zero."""
         raise NotImplementedError
 
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """Scale and zero point (None for 0) that each value of ``x`` gets, broadcastable to it.
+
+        None for a quantizer whose steps are not uniform.
+        """
+        return None
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

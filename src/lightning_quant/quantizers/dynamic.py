@@ -41,9 +41,12 @@ class TokenQuantizer(InstanceQuantizer, kind=6):
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``x``."""
+        return quantize_affine(x, *self.affine_of(x), self.bits)
+
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each token."""
         low, high = x.float().aminmax(dim=-1, keepdim=True)
-        low = torch.zeros_like(low) if self.from_zero else low
-        return quantize_affine(x, *affine_parameters(low, high, self.bits), self.bits)
+        return affine_parameters(torch.zeros_like(low) if self.from_zero else low, high, self.bits)
 
 
 class ChannelQuantizer(InstanceQuantizer, kind=7):
@@ -67,9 +70,14 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
         """Values on the grids, in the shape and dtype of ``x``."""
         if x.numel() == 0:
             return x
+        return quantize_affine(x, *self.affine_of(x), self.bits)
+
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each channel of each image."""
         tokens = self.per_image(x)
         low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
-        return quantize_affine(tokens, *affine_parameters(low, high, self.bits), self.bits).view(x.shape)
+        scale, zero_point = affine_parameters(low, high, self.bits)
+        return scale.expand_as(tokens).reshape(x.shape), zero_point.expand_as(tokens).reshape(x.shape)
 
 
 class LogQuantizer(InstanceQuantizer, kind=9):

@@ -97,6 +97,10 @@ class FixedQuantizer(Quantizer, kind=2):
             scale, zero_point = (per_channel(p, self.axis, ndim) for p in (scale, zero_point))
         return scale, None if self.symmetric else zero_point
 
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As :meth:`affine`."""
+        return self.affine(x.dim())
+
     @classmethod
     def from_signature(cls, signature: list[int]) -> FixedQuantizer:
         bits, symmetric, axis = signature

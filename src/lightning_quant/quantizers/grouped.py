@@ -7,7 +7,14 @@ from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.grid import Grid, unsigned_grid
-from lightning_quant.functional.groups import affine_parameters, quantize_channels, quantize_rows
+from lightning_quant.functional.groups import (
+    affine_parameters,
+    assign,
+    channel_ranges,
+    quantize_channels,
+    quantize_rows,
+    row_maxima,
+)
 from lightning_quant.quantizers.base import Quantizer
 
 
@@ -89,6 +96,13 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
         tokens = self.per_image(x)
         return quantize_channels(tokens, self.centres, self.scale, self.zero_point, self.bits).view(x.shape)
 
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the group that each channel of each image takes."""
+        tokens = self.per_image(x)
+        group = assign(channel_ranges(tokens).to(self.centres.dtype), self.centres).unsqueeze(-2)
+        scale, zero_point = (value[group].expand_as(tokens).reshape(x.shape) for value in (self.scale, self.zero_point))
+        return scale, zero_point
+
     @classmethod
     def from_signature(cls, signature: list[int]) -> GroupQuantizer:
         return cls(signature[0], signature[1])
@@ -139,6 +153,10 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
     def forward(self, attention: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``attention``; the identity before :meth:`set_ranges`."""
         return quantize_rows(attention, self.centres, self.scale, self.bits) if self.ready else attention
+
+    def affine_of(self, x: Tensor) -> tuple[Tensor, None]:
+        """Of the group that each row takes."""
+        return self.scale[assign(row_maxima(x).to(self.centres.dtype), self.centres[:, None])].unsqueeze(-1), None
 
     @classmethod
     def from_signature(cls, signature: list[int]) -> RowGroupQuantizer:

@@ -99,6 +99,10 @@ class LearnedQuantizer(Quantizer, kind=1):
         """Scale, which broadcasts to any tensor, and no zero point."""
         return self.scale, None
 
+    def affine_of(self, x: Tensor) -> tuple[Tensor, None]:
+        """The one scale, and no zero point."""
+        return self.affine(x.dim())
+
     @classmethod
     def from_signature(cls, signature: list[int]) -> LearnedQuantizer:
         bits, signed, decides = signature

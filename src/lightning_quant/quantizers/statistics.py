@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """Mean, population standard deviation, largest magnitude (a bound on it over ranks), and whether any is < 0."""
+    """Mean, population standard deviation, largest magnitude, and whether any is < 0."""
 
     mean: float
     std: float
@@ -63,15 +63,13 @@ def moments(x: Tensor) -> Moments:
     Moments(mean=0.0, std=1.0, largest=1.0, has_negative=True)
     """
     values = x.double()
-    sums = [
-        values.new_tensor(x.numel()),
-        values.sum(),
-        values.square().sum(),
-        values.abs().max() if x.numel() else values.sum(),
-        (values < 0).sum(),
-    ]
-    count, total, squares, largest, negatives = all_reduce_sum(torch.stack(sums)).tolist()
+    # A maximum among sums: each rank's in a place of its own.
+    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
+    maxima = values.new_zeros(ranks)
+    maxima[rank] = values.abs().max() if x.numel() else 0.0
+    sums = torch.stack([values.new_tensor(x.numel()), values.sum(), values.square().sum(), (values < 0).sum()])
+    count, total, squares, negatives, *largest = all_reduce_sum(torch.cat([sums, maxima])).tolist()
     if count == 0:
         return Moments(0.0, 0.0, 0.0, False)
     mean = total / count
-    return Moments(mean, math.sqrt(max(squares / count - mean * mean, 0.0)), largest, negatives > 0)
+    return Moments(mean, math.sqrt(max(squares / count - mean * mean, 0.0)), max(largest), negatives > 0)

@@ -125,6 +125,14 @@ class TimestepQuantizer(Quantizer, kind=10):
             zero_point = zero + (self._rounded(zero) - zero).detach()
         return fake_quantize(x, self._chosen(scale, x), self.grid, self._chosen(zero_point, x))
 
+    def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the group of the timestep that the network was called with last.
+
+        Raises:
+            QuantizationError: several groups, and no timestep.
+        """
+        return self._chosen(self.scale, x), self._chosen(self.zero_point, x)
+
     def _rounded(self, zero_point: Tensor) -> Tensor:
         return zero_point.detach().round().clamp(self.grid.low, self.grid.high)
 

@@ -4,6 +4,7 @@ from lightning_quant.report.calibration import CalibrationPictures, draw_calibra
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
 from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.intervals import Curve, LayerMetrics, draw_intervals, read_layer_metrics
+from lightning_quant.report.quantization_report import QuantizationReport
 from lightning_quant.report.trajectories import GenerationPictures, draw_error_curves, draw_generation
 from lightning_quant.report.windows import draw_gradient_cosines, draw_memory, draw_window_sweep
 
@@ -12,6 +13,7 @@ __all__ = [
     "Curve",
     "GenerationPictures",
     "LayerMetrics",
+    "QuantizationReport",
     "draw_budget_curve",
     "draw_calibration",
     "draw_channel_ranges",

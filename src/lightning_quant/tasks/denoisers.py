@@ -53,6 +53,7 @@ def unet(network: Mapping[str, Any] | str | nn.Module) -> Any:
         lightning_quant.errors.UnsupportedModelError: Expected a UNet2DModel of diffusers, found a Linear...
     """
     from diffusers import UNet2DModel
+    from diffusers.utils.import_utils import is_accelerate_available
 
     match network:
         case UNet2DModel():
@@ -64,7 +65,8 @@ def unet(network: Mapping[str, Any] | str | nn.Module) -> Any:
             )
         case str():
             # Diffusers reads networks in evaluation mode, which Lightning would leave them in.
-            return UNet2DModel.from_pretrained(_folder_with(network, "unet", "config.json")).train()
+            folder = _folder_with(network, "unet", "config.json")
+            return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available()).train()
         case _:
             return _built(UNet2DModel, network)
 

@@ -1,0 +1,211 @@
+"""A quantized network on recorded calls, against itself in float."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.analysis.layers import INPUT, LayerAnalysis, measure_tensors, relative_error, sensitivities
+from lightning_quant.analysis.recording import Call
+from lightning_quant.errors import QuantizationError, UnsupportedModelError
+from lightning_quant.functional.grid import FLOAT_BITS
+from lightning_quant.metrics.bops import LayerShape, measure_shapes, model_bops
+from lightning_quant.nn.in_float import in_float
+from lightning_quant.nn.layers import QuantizedLayer
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.quantizers import Quantizer
+
+_TIMED = 3
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What quantization does to a network.
+
+    Attributes:
+        layers: quantized layers and opened attentions, in the order of the network.
+        left_out: names of its Linear and Conv layers that are in float.
+        error: ``norm(quantized - float) / norm(float)`` of the outputs; None where it was not measured.
+        agreement: share of equal largest classes, where the outputs are logits (n, classes).
+        images: rows of the recorded calls.
+        float_seconds: median time of the recorded calls in float.
+        quantized_seconds: the same quantized; simulated, so that it says nothing of low-bit units.
+        float_bytes: parameters in FP32.
+        quantized_bytes: the same with the quantized weights as packed codes.
+        float_bops: bit operations of the first recorded call for an image; None where they cannot be counted.
+        quantized_bops: the same with the bits of each layer.
+    """
+
+    layers: Sequence[LayerAnalysis]
+    left_out: Sequence[str]
+    error: float | None
+    agreement: float | None
+    images: int
+    float_seconds: float
+    quantized_seconds: float
+    float_bytes: int
+    quantized_bytes: int
+    float_bops: int | None
+    quantized_bops: int | None
+
+
+def analyze_network(
+    network: nn.Module,
+    calls: Sequence[Call],
+    sensitivity: bool = True,
+    advance: Callable[[str], object] = lambda name: None,
+) -> Analysis:
+    """Make recorded calls again: quantized, in float, and with each layer alone.
+
+    Takes two runs of all calls for each layer with ``sensitivity``, and about ten without. The network is in
+    evaluation meanwhile, and is left as it was.
+
+    Args:
+        network: quantized, as :func:`~lightning_quant.analysis.quantized_root` finds it.
+        calls: of its forward, as a :class:`~lightning_quant.analysis.Recorder` keeps them.
+        sensitivity: whether the layers are measured one by one.
+        advance: told the name of each layer that was measured one by one.
+
+    Raises:
+        QuantizationError: nothing that is quantized and started, no call, or outputs without a tensor.
+    """
+    if not calls:
+        raise QuantizationError(
+            f"No call of {type(network).__name__} was recorded, which holds all that is quantized: analyze after a run"
+            " that called it."
+        )
+
+    def run() -> list[Tensor]:
+        return [tensor for call in calls for tensor in tensors_of(network(*call.args, **call.kwargs))]
+
+    with _evaluating(network):
+        layers = measure_tensors(network, run)
+        if not layers:
+            raise QuantizationError(
+                f"Nothing in {type(network).__name__} is quantized: analyze after it was trained or calibrated with"
+                " GradientQuantization, IGQViT or AccuQuant."
+            )
+        found, quantized_seconds = _timed(run)
+        with in_float(network):
+            expected, float_seconds = _timed(run)
+        if not expected:
+            raise QuantizationError(
+                f"{type(network).__name__} gives no tensor of floating point, so that nothing can be compared."
+            )
+        comparable = [each.shape for each in found] == [each.shape for each in expected]
+        error = relative_error(found, expected) if comparable else None
+        if sensitivity and comparable:
+            apart = sensitivities(network, run, [layer.name for layer in layers], expected, advance)
+            layers = [
+                replace(layer, only_quantized=apart[layer.name][0], only_float=apart[layer.name][1]) for layer in layers
+            ]
+        bops = _bops(network, calls[0], layers)
+    return Analysis(
+        layers=layers,
+        left_out=_left_out(network),
+        error=error,
+        agreement=_agreement(found, expected) if comparable else None,
+        images=sum(call.images for call in calls),
+        float_seconds=float_seconds,
+        quantized_seconds=quantized_seconds,
+        float_bytes=4 * sum(parameter.numel() for parameter in network.parameters()),
+        quantized_bytes=_packed_bytes(network),
+        float_bops=None if bops is None else bops[0],
+        quantized_bops=None if bops is None else bops[1],
+    )
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """All tensors of floating point in what a forward returns, in their order.
+
+    >>> [each.shape for each in tensors_of({"a": torch.zeros(1), "b": [torch.ones(2), 3]})]
+    [torch.Size([1]), torch.Size([2])]
+    """
+    match outputs:
+        case Tensor():
+            return [outputs] if outputs.is_floating_point() else []
+        case Mapping():
+            return [tensor for each in outputs.values() for tensor in tensors_of(each)]
+        case list() | tuple():
+            return [tensor for each in outputs for tensor in tensors_of(each)]
+        case _ if hasattr(outputs, "__dict__"):
+            return tensors_of(vars(outputs))
+        case _:
+            return []
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    try:
+        # Not inference mode: what a quantizer keeps of a weight would be unusable in a training after this.
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
+    found, seconds = run(), []
+    for _ in range(_TIMED):
+        start = time.perf_counter()
+        run()
+        if found and found[0].is_cuda:
+            torch.cuda.synchronize(found[0].device)
+        seconds.append(time.perf_counter() - start)
+    return found, statistics.median(seconds)
+
+
+def _agreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    if any(each.dim() != 2 or each.shape[1] < 2 for each in expected):
+        return None
+    equal = [a.argmax(1) == b.argmax(1) for a, b in zip(found, expected, strict=True)]
+    return float(torch.cat(equal).float().mean())
+
+
+def _packed_bytes(network: nn.Module) -> int:
+    bits = {id(p): FLOAT_BITS for p in network.parameters()}
+    for _, layer in quantized_layers(network):
+        if isinstance(layer.weight_quantizer, Quantizer):
+            bits[id(layer.weight)] = layer.weight_quantizer.bits
+    return sum(parameter.numel() * bits[id(parameter)] + 7 for parameter in network.parameters()) // 8
+
+
+def _left_out(network: nn.Module) -> list[str]:
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, kinds) and not isinstance(module, QuantizedLayer)
+    ]
+
+
+def _bops(network: nn.Module, call: Call, layers: Sequence[LayerAnalysis]) -> tuple[int, int] | None:
+    by_name = {layer.name: layer for layer in layers}
+    try:
+        shapes = measure_shapes(network, *call.args, run=lambda *args: network(*args, **call.kwargs))
+    except (UnsupportedModelError, IndexError, TypeError):
+        return None
+    plain = model_bops(shapes, FLOAT_BITS, FLOAT_BITS, first=None).total
+    return plain, sum(_bops_of(shape, by_name.get(shape.name)) for shape in shapes)
+
+
+def _bops_of(shape: LayerShape, layer: LayerAnalysis | None) -> int:
+    tensors = {} if layer is None else layer.tensors
+
+    def bits(name: str) -> int:
+        return tensors[name].bits if name in tensors else FLOAT_BITS
+
+    operand = max(bits(name) for name in ("query", "key", "value", "softmax")) if shape.kind == "attention" else None
+    groups = {shape.name: layer.groups} if layer is not None and layer.groups and shape.kind == "linear" else 0
+    weight, activation = (FLOAT_BITS, operand) if operand is not None else (bits("weight"), bits(INPUT))
+    return model_bops([shape], weight, activation, groups, first=None).total

@@ -1,0 +1,223 @@
+"""One run as one page: a self-contained HTML file, and the same figures as JSON."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_quant.analysis import Analysis, Finding, LayerAnalysis, find_causes
+from lightning_quant.atomic import whole_file
+
+PAGE = Path(__file__).parent / "page"
+NAME = "quantization_report"
+FORMAT = 1
+# Layers that are described in words.
+_WORST = 5
+_SLOTS = ("weight", "input", "query", "key", "value", "softmax")
+_HELP = {
+    "layer": "",
+    "kind": "",
+    "shape": "",
+    "groups": "quantizers among which the channels of each image choose",
+    "only this": "error of the network's outputs, of their norm, where only this one is quantized",
+    "all but this": "the same where all but this one are quantized: how much less than the whole error it is says what"
+    " is gained by leaving it in float",
+    "bits": "of this tensor",
+    "SQNR": "signal to quantization noise in dB; a bit is worth about 6",
+    "clipped": "share of the values that lie outside the codes",
+    "codes": "share of the codes that occur, where there are values enough to tell",
+    "range": "smallest and largest value that was seen",
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """A row of the summary: what is compared, in float and quantized, as numbers or as text."""
+
+    name: str
+    float: str
+    quantized: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What there is to say of one run.
+
+    Attributes:
+        title: of the page.
+        lead: one sentence.
+        summary: rows of float against quantized.
+        analysis: of the network.
+        pictures: PNG files by their titles; in the page, not in the JSON.
+        environment: machine, versions, seeds and hashes, by name.
+        advice: what the run as a whole suggests.
+        plan: as text; empty where the table of layers says all.
+        config: settings as YAML or text.
+        figures: further figures of the method, for the JSON.
+    """
+
+    title: str
+    lead: str
+    summary: Sequence[Figures]
+    analysis: Analysis
+    pictures: Mapping[str, Path] = field(default_factory=dict)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    advice: Sequence[Finding] = ()
+    plan: str = ""
+    config: str = ""
+    figures: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_report(report: RunReport, folder: Path) -> list[Path]:
+    """Write ``quantization_report.html`` and ``quantization_report.json`` into a folder.
+
+    Returns:
+        both paths.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = {f"{NAME}.html": render(report), f"{NAME}.json": json.dumps(as_json(report), indent=1) + "\n"}
+    for name, text in texts.items():
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]
+
+
+def as_json(report: RunReport) -> dict[str, Any]:
+    """All but the pictures, as values of JSON: what is not finite is null."""
+    analysis = asdict(report.analysis)
+    for layer, row in zip(report.analysis.layers, analysis["layers"], strict=True):
+        row["findings"] = [asdict(finding) for finding in find_causes(layer)]
+    found = {
+        "format": "lightning_quant report",
+        "version": FORMAT,
+        "title": report.title,
+        "lead": report.lead,
+        "summary": [asdict(row) for row in report.summary],
+        "advice": [asdict(finding) for finding in report.advice],
+        "analysis": analysis,
+        "figures": report.figures,
+        "environment": report.environment,
+        "plan": report.plan,
+        "config": report.config,
+    }
+    cleaned: dict[str, Any] = _finite(found)
+    return cleaned
+
+
+def render(report: RunReport) -> str:
+    """The page."""
+    from jinja2 import Environment, FileSystemLoader
+
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True)
+    slots = [slot for slot in _SLOTS if any(slot in layer.tensors for layer in report.analysis.layers)]
+    text: str = environment.get_template("report.html.j2").render(
+        title=report.title,
+        lead=report.lead,
+        summary=report.summary,
+        worst=[_in_words(layer, report.analysis) for layer in worst_layers(report.analysis)],
+        advice=report.advice,
+        pictures=[
+            {"title": title, "data": base64.b64encode(path.read_bytes()).decode()}
+            for title, path in report.pictures.items()
+        ],
+        columns=_columns(slots),
+        rows=[_row(layer, slots) for layer in report.analysis.layers],
+        layers_note=_layers_note(report.analysis),
+        plan=report.plan,
+        environment=report.environment,
+        config=report.config,
+        style=(PAGE / "style.css").read_text(encoding="utf-8"),
+        script=(PAGE / "script.js").read_text(encoding="utf-8"),
+    )
+    return text
+
+
+def worst_layers(analysis: Analysis, count: int = _WORST) -> list[LayerAnalysis]:
+    """Those by which the network loses most; without sensitivities those with the least signal to noise."""
+    if any(layer.only_quantized is not None for layer in analysis.layers):
+        return sorted(analysis.layers, key=lambda layer: layer.only_quantized or 0.0, reverse=True)[:count]
+    noisy = [layer for layer in analysis.layers if layer.tensors]
+    return sorted(noisy, key=lambda layer: min(figures.sqnr for figures in layer.tensors.values()))[:count]
+
+
+def _in_words(layer: LayerAnalysis, analysis: Analysis) -> dict[str, Any]:
+    says = ", ".join(
+        f"{slot} in {figures.bits} bits at {_sqnr(figures.sqnr)}" for slot, figures in layer.tensors.items()
+    )
+    if layer.only_quantized is not None and layer.only_float is not None and analysis.error is not None:
+        says = (
+            f"Alone it makes an error of {layer.only_quantized:.1%} of the outputs; with it in float the whole error is"
+            f" {layer.only_float:.1%} in place of {analysis.error:.1%}. It has {says}."
+        )
+    else:
+        says = f"It has {says}."
+    return {"name": layer.name, "says": says, "findings": find_causes(layer)}
+
+
+def _layers_note(analysis: Analysis) -> str:
+    count, left = len(analysis.layers), len(analysis.left_out)
+    note = f"{count} quantized, {left} linear layers and convolutions left in float"
+    names = f" ({', '.join(analysis.left_out)})" if 0 < left <= 8 else ""
+    return f"{note}{names}. Measured on {analysis.images} rows of recorded calls. Click on a heading to sort."
+
+
+def _columns(slots: Sequence[str]) -> list[dict[str, Any]]:
+    plain = [("layer", False), ("kind", False), ("shape", False), ("groups", True), ("only this", True)]
+    columns = [{"title": title, "number": number, "help": _HELP[title]} for title, number in plain]
+    columns.append({"title": "all but this", "number": True, "help": _HELP["all but this"]})
+    for slot in slots:
+        for title in ("bits", "SQNR", "clipped", "codes", "range"):
+            # Explained once.
+            explained = _HELP[title] if slot == slots[0] else ""
+            columns.append({"title": f"{slot} {title}", "number": title != "range", "help": explained})
+    return columns
+
+
+def _row(layer: LayerAnalysis, slots: Sequence[str]) -> list[dict[str, Any]]:
+    cells = [_cell(layer.name), _cell(layer.kind), _cell("x".join(map(str, layer.shape)))]
+    cells.append(_number(layer.groups or None, "d"))
+    cells += [_number(layer.only_quantized, ".2%"), _number(layer.only_float, ".2%")]
+    for slot in slots:
+        figures = layer.tensors.get(slot)
+        if figures is None:
+            cells += [*[_number(None, "")] * 4, _cell("")]
+            continue
+        cells += [
+            _number(figures.bits, "d"),
+            _number(figures.sqnr, ".1f"),
+            _number(figures.clipped, ".2%"),
+            _number(figures.codes_used, ".0%"),
+            _cell(f"{figures.low:.3g} to {figures.high:.3g}"),
+        ]
+    return cells
+
+
+def _cell(text: str) -> dict[str, Any]:
+    return {"text": text, "value": text, "number": False}
+
+
+def _number(value: float | None, spec: str) -> dict[str, Any]:
+    shown = "" if value is None else format(value, spec) if math.isfinite(value) else "exact"
+    return {"text": shown, "value": "" if value is None else value, "number": True}
+
+
+def _sqnr(value: float) -> str:
+    return f"{value:.0f} dB" if math.isfinite(value) else "no noise"
+
+
+def _finite(value: Any) -> Any:
+    match value:
+        case Mapping():
+            return {str(key): _finite(each) for key, each in value.items()}
+        case list() | tuple():
+            return [_finite(each) for each in value]
+        case float() if not math.isfinite(value):
+            return None
+        case _:
+            return value

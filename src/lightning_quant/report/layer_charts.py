@@ -1,0 +1,82 @@
+"""What each layer costs, and how its tensors fare, as pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from lightning_quant.analysis.layers import LayerAnalysis
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.windows import colour, finish, wrapped
+
+# More bars than this nobody reads.
+MOST = 25
+
+
+def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float, path: Path | None = None) -> Figure:
+    """Draw what the network loses by each layer alone, and what it would gain without it, the worst on top.
+
+    Args:
+        layers: measured one by one; those that were not are left out.
+        error: of the outputs with all layers quantized.
+        path: of the picture; None saves nothing.
+
+    Raises:
+        ConfigurationError: no layer that was measured.
+
+    >>> figure = draw_sensitivity([LayerAnalysis("fc", "Linear", (8, 8), 0, {}, 0.1, 0.02)], error=0.11)
+    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    ['fc']
+    """
+    measured = [layer for layer in layers if layer.only_quantized is not None and layer.only_float is not None]
+    if not measured:
+        raise ConfigurationError("No layer was measured one by one: analyze with sensitivity=True.")
+    worst = sorted(measured, key=_loss)[-MOST:]
+    figure = Figure(figsize=(8, 1.2 + 0.26 * len(worst)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    at = np.arange(len(worst))
+    axes.barh(at + 0.2, [_loss(layer) for layer in worst], 0.4, color=colour(0), label="only this one quantized")
+    gains = [max(error - (layer.only_float or 0.0), 0.0) for layer in worst]
+    axes.barh(at - 0.2, gains, 0.4, color=colour(1), label="less with only this one in float")
+    axes.set_yticks(at, [layer.name for layer in worst], fontsize=8)
+    axes.set_xlabel("error of the network's outputs, of their norm")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    left = len(measured) - len(worst)
+    return finish(figure, path, "What each layer costs" + (f" ({left} that cost less are not drawn)" if left else ""))
+
+
+def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Figure:
+    """Draw the signal to quantization noise of every tensor, from the first layer to the last.
+
+    Raises:
+        ConfigurationError: no tensor.
+
+    >>> draw_noise([])
+    Traceback (most recent call last):
+    ...
+    lightning_quant.errors.ConfigurationError: No quantized tensor to draw.
+    """
+    slots = list(dict.fromkeys(slot for layer in layers for slot in layer.tensors))
+    if not slots:
+        raise ConfigurationError("No quantized tensor to draw.")
+    figure = Figure(figsize=(8, 3.6), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    for order, slot in enumerate(slots):
+        points = [(at, layer.tensors[slot].sqnr) for at, layer in enumerate(layers) if slot in layer.tensors]
+        places, values = zip(*points, strict=True)
+        marker = "os^Dv<"[order % 6]
+        axes.plot(places, values, marker, markersize=4, color=colour(order), label=wrapped(slot))
+    axes.set_xlabel("quantized layers and attentions, in the order of the network")
+    axes.set_ylabel("signal to noise, dB")
+    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8, ncols=min(len(slots), 6), loc="lower left", bbox_to_anchor=(0, 1))
+    return finish(figure, path, "")
+
+
+def _loss(layer: LayerAnalysis) -> float:
+    return layer.only_quantized or 0.0

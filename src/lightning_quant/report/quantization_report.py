@@ -1,0 +1,297 @@
+"""The report of a run, written by a callback when it ends."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import nn
+
+from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_network, quantized_root
+from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.report.html import Figures, RunReport, write_report
+from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
+from lightning_quant.report.methods import method_of
+from lightning_quant.tasks.calibration_progress import ProgressBar
+
+_LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "diffusers", "torchmetrics")
+
+
+class QuantizationReport(pl.Callback):
+    """Write ``quantization_report.html`` and its JSON twin when a fit, validation, test or prediction ends.
+
+    While the run goes on, some of the calls of the network are recorded; at its end they are made again, quantized, in
+    float, and with each layer alone, which takes two passes over them for each layer. The page opens from disk and
+    loads nothing.
+
+    Args:
+        folder: where to; None takes the logger's folder, without logger the trainer's ``default_root_dir``.
+        sensitivity: whether layers are measured one by one.
+        images: rows of batches that are recorded at least.
+        float_metrics: what the float network reached, by the names that your module logs, to stand beside.
+
+    Raises:
+        ConfigurationError: fewer images than one.
+
+    >>> from lightning_quant import GradientQuantization
+    >>> trainer = pl.Trainer(callbacks=[GradientQuantization(), QuantizationReport("report")], logger=False)
+    """
+
+    def __init__(
+        self,
+        folder: str | None = None,
+        sensitivity: bool = True,
+        images: int = 32,
+        float_metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        if images < 1:
+            raise ConfigurationError(f"images={images}: expected at least one.")
+        self.folder, self.sensitivity, self.images = folder, sensitivity, images
+        self.float_metrics = dict(float_metrics or {})
+        self.analysis: Analysis | None = None
+        self._recorder: Recorder | None = None
+        self._root = ""
+        self._start = 0.0
+
+    # -- while it runs ------------------------------------------------------------------------------------------------
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Begin to count the time."""
+        self._forget()
+        self._start = time.perf_counter()
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+            if hasattr(other, "keeps_history"):
+                other.keeps_history = True
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        """Listen, once there is something quantized."""
+        if not getattr(pl_module, "fit_is_calibration", False):
+            self._listen(pl_module)
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        """Listen to a validation of its own; in a fit its batches count as those of the training."""
+        self._listen(pl_module)
+
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        """Listen, after all callbacks have calibrated."""
+        self._listen(pl_module)
+
+    def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        """Listen, after all callbacks have calibrated."""
+        self._listen(pl_module)
+
+    def _listen(self, pl_module: pl.LightningModule) -> None:
+        if self._recorder is None and any(quantizer.ready for _, quantizer in quantizers_of(pl_module)):
+            self._root = quantized_root(pl_module)
+            self._recorder = Recorder(pl_module.get_submodule(self._root), self.images)
+
+    # -- at its end ---------------------------------------------------------------------------------------------------
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what a training or a calibration came to."""
+        calibration = getattr(pl_module, "calibration", None)
+        if getattr(pl_module, "fit_is_calibration", False) and calibration is not None:
+            self._listen(pl_module)
+            with torch.no_grad():
+                calibration.replay()
+        self._write(trainer, pl_module, "fit")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what a validation of its own came to."""
+        if trainer.state.fn == "validate":
+            self._write(trainer, pl_module, "validation")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what a test came to."""
+        self._write(trainer, pl_module, "test")
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write what a prediction came to."""
+        self._write(trainer, pl_module, "prediction")
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Listen no more."""
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._recorder is not None:
+            self._recorder.stop()
+        self._recorder = None
+
+    def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        seconds = time.perf_counter() - self._start
+        # Asked on all ranks: the logger's folder is broadcast.
+        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        recorder = self._recorder
+        self._forget()
+        if not trainer.is_global_zero:
+            return
+        if recorder is None:
+            rank_zero_warn(
+                f"No report: nothing in {type(pl_module).__name__} is quantized and has a range. Add"
+                " GradientQuantization, IGQViT or AccuQuant to the callbacks, or load a quantized checkpoint."
+            )
+            return
+        network = pl_module.get_submodule(self._root)
+        try:
+            self.analysis = _analyzed(trainer, network, recorder, self.sensitivity)
+        except QuantizationError as error:
+            rank_zero_warn(f"No report: {error}")
+            return
+        with tempfile.TemporaryDirectory() as drawn:
+            report = self._report(trainer, pl_module, network, self.analysis, stage, seconds, Path(drawn))
+            written = write_report(report, folder)
+        rank_zero_info(f"Report: {written[0]}")
+
+    def _report(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        network: nn.Module,
+        analysis: Analysis,
+        stage: str,
+        seconds: float,
+        drawn: Path,
+    ) -> RunReport:
+        method = method_of(trainer, pl_module)
+        pictures: dict[str, Path] = {}
+        if analysis.error is not None and any(layer.only_float is not None for layer in analysis.layers):
+            pictures["What each layer costs"] = drawn / "sensitivity.png"
+            draw_sensitivity(analysis.layers, analysis.error, drawn / "sensitivity.png")
+        pictures["Signal to quantization noise of each tensor"] = drawn / "noise.png"
+        draw_noise(analysis.layers, drawn / "noise.png")
+        pictures |= method.draw(drawn)
+        bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
+        lead = (
+            f"{method.name}: {len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
+            f" {' and '.join(map(str, bits))} bits, after {stage}. {method.execution}"
+        )
+        return RunReport(
+            title=f"{type(pl_module).__name__}, quantized",
+            lead=lead,
+            summary=self._summary(trainer, analysis, seconds),
+            analysis=analysis,
+            pictures=pictures,
+            environment=_environment(trainer, network),
+            advice=[*method.advice(), *_advice(analysis)],
+            plan=method.plan,
+            config=_config(trainer, pl_module),
+            figures=method.figures(),
+        )
+
+    def _summary(self, trainer: pl.Trainer, analysis: Analysis, seconds: float) -> list[Figures]:
+        rows = []
+        for name, value in sorted(trainer.callback_metrics.items()):
+            known = self.float_metrics.get(name)
+            rows.append(Figures(name, "" if known is None else f"{known:.4g}", f"{float(value):.4g}", "as logged"))
+        if analysis.error is not None:
+            note = "norm of the difference over that of the float outputs, recorded calls"
+            rows.append(Figures("error of the outputs", "0", f"{analysis.error:.2%}", note))
+        if analysis.agreement is not None:
+            rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "of the recorded calls"))
+        share = analysis.quantized_bytes / analysis.float_bytes
+        size = f"{_bytes(analysis.quantized_bytes)} ({share:.1%})"
+        rows.append(Figures("size of the parameters", _bytes(analysis.float_bytes), size, "codes packed"))
+        if analysis.float_bops and analysis.quantized_bops:
+            share = analysis.quantized_bops / analysis.float_bops
+            bops = f"{_large(analysis.quantized_bops)} ({share:.2%})"
+            rows.append(Figures("bit operations an image", _large(analysis.float_bops), bops, "groups included"))
+        slower = analysis.quantized_seconds / analysis.float_seconds if analysis.float_seconds else 0.0
+        note = f"of the recorded calls, {slower:.1f} times: simulated, which says nothing of low-bit units"
+        took = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]
+        rows.append(Figures("time here", took[0], took[1], note))
+        rows.append(Figures("the run", "", f"{seconds:.0f} s", f"{_bytes(_peak_memory())} of memory at most"))
+        return rows
+
+
+def _analyzed(trainer: pl.Trainer, network: nn.Module, recorder: Recorder, sensitivity: bool) -> Analysis:
+    if not sensitivity:
+        return analyze_network(network, recorder.calls, sensitivity=False)
+    owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
+    with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
+        return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name))
+
+
+def _advice(analysis: Analysis) -> Iterator[Finding]:
+    """What the layers together suggest."""
+    measured = [layer for layer in analysis.layers if layer.only_quantized]
+    total = sum((layer.only_quantized or 0.0) ** 2 for layer in measured)
+    if not measured or not total:
+        return
+    worst = max(measured, key=lambda layer: layer.only_quantized or 0.0)
+    share = (worst.only_quantized or 0.0) ** 2 / total
+    if len(measured) > 2 and share > 0.5:
+        yield Finding(
+            f"{worst.name} makes {share:.0%} of the squared error that layers make alone.",
+            f"Leave it in float, exclude=['{worst.name}'], or give it more bits: the others cost little.",
+        )
+
+
+def _environment(trainer: pl.Trainer, network: nn.Module) -> dict[str, str]:
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    )
+    libraries = []
+    for name in _LIBRARIES:
+        with suppress(PackageNotFoundError):
+            libraries.append(f"{name} {version(name)}")
+    return {
+        "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": " ".join(Path(word).name if at == 0 else word for at, word in enumerate(sys.argv)),
+        "device": f"{device.type}, {hardware}, {torch.get_num_threads()} threads, {trainer.world_size} processes",
+        "precision": str(trainer.precision),
+        "seed": os.environ.get("PL_GLOBAL_SEED", "none was set"),
+        "versions": f"Python {platform.python_version()}, {', '.join(libraries)}",
+        "SHA-256 of the float weights": weights_hash(network),
+    }
+
+
+def _config(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """That of the command line where there is one, else what module and callbacks say of themselves."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
+        if parser is not None and config is not None:
+            text: str = parser.dump(config, skip_none=True)
+            return text
+    hyperparameters = "\n".join(f"{name}: {value}" for name, value in pl_module.hparams.items())
+    return f"{type(pl_module).__name__}\n{hyperparameters}".strip()
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    import resource  # which Windows does not have
+
+    # Kilobytes, but on a Mac bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def _large(count: float) -> str:
+    for unit in ("", " K", " M", " G"):
+        if count < 1000:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"
