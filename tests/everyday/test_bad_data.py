@@ -206,7 +206,7 @@ def test_an_empty_batch_among_calibration_images_changes_nothing(tmp_path: Path)
     whole, found = images(8, seed=4), []
     for batches in ([whole[:4], whole[4:]], [whole[:4], whole[:0], whole[4:]]):
         module = VitModule()
-        data = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        data: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
         ours = IGQViT(groups=4, calibration_images=8, allocate=False, calibration_data=data)
         quiet(tmp_path / str(len(batches)), ours).test(module, VitData(), verbose=False)
         found.append(state_of(module))
