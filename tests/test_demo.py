@@ -12,6 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
+from browser import needs_chromium, visit
 from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized, open_pipeline
 from lightning_quant.cli import main as cli
 from lightning_quant.demo import accuquant, igq_vit, int4_training
@@ -70,6 +71,26 @@ def test_the_report_holds_the_distances_of_the_diffusion_model(ran: tuple[Path, 
         assert report[name]["end_error"] > 0
         assert report[name]["FID2FP32"] > 0
         assert 0 < report[name]["PSNR"] < 100
+
+
+def test_one_page_shows_all_three_methods(ran: tuple[Path, str]) -> None:
+    page, names = ran[0] / "quantization_report.html", ("INT4 training", "IGQ-ViT", "AccuQuant")
+    assert str(page) in ran[1]
+    assert page.stat().st_size < 5_000_000
+    runs = json.loads((ran[0] / "quantization_report.json").read_text(encoding="utf-8"))["runs"]
+    assert [run["title"].partition(":")[0] for run in runs] == list(names)
+    accuracy = {row["name"]: row for row in runs[1]["summary"]}["test/acc"]
+    assert float(accuracy["float"]) > 0
+    assert all(len(run["analysis"]["layers"]) > 5 for run in runs)
+
+
+@needs_chromium
+def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> None:
+    script = "return [document.querySelectorAll('.run').length, Array.from(document.images).map((i) => i.naturalWidth)]"
+    (runs, pictures), console = visit(ran[0] / "quantization_report.html", script, tmp_path)
+    assert not console
+    assert runs == 3
+    assert min(pictures) > 100
 
 
 def test_the_quantized_pipeline_can_be_opened(ran: tuple[Path, str]) -> None:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from lightning_quant.igq_vit import IGQViT, IGQViTModule
     from lightning_quant.metrics import GenerationMetrics
     from lightning_quant.nn import strip
-    from lightning_quant.report import CalibrationPictures, GenerationPictures, QuantizationReport
+    from lightning_quant.report import CalibrationPictures, GenerationPictures, QuantizationReport, analyze
     from lightning_quant.tasks import ImageClassifier, ImageDiffusion
 
 __version__ = "0.1.0"
@@ -65,6 +65,7 @@ __all__ = [
     "QuantizationReport",
     "SaveQuantized",
     "__version__",
+    "analyze",
     "load_from_checkpoint",
     "load_pipeline",
     "load_quantized",
@@ -96,6 +97,7 @@ _HOME = {
     "QuantizationError": "errors",
     "QuantizationReport": "report",
     "SaveQuantized": "export",
+    "analyze": "report",
     "load_from_checkpoint": "export",
     "load_pipeline": "accuquant",
     "load_quantized": "export",

@@ -11,6 +11,7 @@ VERBS = {
     "test": "Evaluate on the test set.",
     "predict": "Run inference.",
     "calibrate": "Calibrate a quantized network: on unlabelled images, or on what a diffusion model samples.",
+    "analyze": "Measure a quantized network layer by layer on its test data, and write a report of it.",
     "configs": "List the packaged configs, or print one.",
     "demo": "Train and calibrate small networks on the embedded digits, and show what each method does.",
 }

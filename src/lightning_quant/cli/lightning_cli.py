@@ -1,4 +1,4 @@
-"""The LightningCLI behind fit, validate, test, predict and calibrate."""
+"""The LightningCLI behind fit, validate, test, predict, calibrate and analyze."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class QuantizationCLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and ours, each with the arguments that are not options."""
-        return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}}
+        return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}, "analyze": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantization`."""

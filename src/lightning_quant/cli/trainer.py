@@ -1,4 +1,4 @@
-"""The Trainer of the command line: Lightning's, with the verb `calibrate`."""
+"""The Trainer of the command line: Lightning's, with the verbs `calibrate` and `analyze`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,33 @@ _UNTRUE = ("Found .* module.* in eval mode", "Your `IterableDataset` has `__len_
 
 
 class CalibratingTrainer(Trainer):
-    """Lightning's Trainer with one verb more; a verb of the command line is a method of its Trainer."""
+    """Lightning's Trainer with two verbs more; a verb of the command line is a method of its Trainer."""
+
+    def analyze(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        folder: str | None = None,
+        sensitivity: bool = True,
+        images: int = 32,
+    ) -> None:
+        """Measure a quantized network layer by layer on its test data, and write a report of it.
+
+        Args:
+            model: Quantized, by a checkpoint or by a callback such as `--quantization IGQViT`.
+            datamodule: Of the test data; None where the model has its own.
+            ckpt_path: A checkpoint of a quantized run.
+            folder: For quantization_report.html and .json; None takes the logger's.
+            sensitivity: Whether layers are measured one by one.
+            images: Rows of batches that they are measured on at least.
+
+        Raises:
+            QuantizationError: Nothing that is quantized, or could be.
+        """
+        from lightning_quant.report.analyzing import analyze  # brings libraries that help does without
+
+        analyze(model, datamodule, folder, ckpt_path, sensitivity, images, trainer=self)
 
     def calibrate(
         self,

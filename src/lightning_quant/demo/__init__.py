@@ -12,6 +12,7 @@ from rich.console import Console
 from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.demo.terminal import one_thread, quiet
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report import RunReport, write_report
 
 METHODS = (int4_training, igq_vit, accuquant)
 
@@ -20,8 +21,8 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
     """Run each method on the digits, print what came out, and write it to ``report.json``.
 
     Args:
-        output: folder for ``report.json``, the pictures, and what each method leaves; what an earlier demo left there
-            is replaced.
+        output: folder for ``quantization_report.html``, ``report.json``, the pictures, and what each method leaves; what
+            an earlier demo left there is replaced.
         seed: of the first run of each kind; the others follow it.
 
     Raises:
@@ -29,13 +30,16 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ConfigurationError(f"{output} is a file: write --output FOLDER, a new folder or one to write into.")
-    console = Console()
+    console, reports = Console(), list[RunReport]()
     for method in METHODS:
         with quiet(), one_thread():
             found = method.run(console, output, seed)
-        _write_report(output / "report.json", method.METHOD, found)
+        _write_report(output / "report.json", method.METHOD, found.figures)
+        reports.append(found.report)
         console.print()
+    page, _ = write_report(output, *reports)
     console.print(
+        f"Report of all three, for a browser: {page}\n"
         f"Figures of all: {output / 'report.json'}. More to run: lightning-quant configs",
         highlight=False,
         markup=False,

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from lightning_quant.accuquant.module import AccuQuantModule
 from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data import DigitsDataModule
-from lightning_quant.demo.runs import cpu_trainer
+from lightning_quant.demo.runs import Outcome, cpu_trainer
 from lightning_quant.demo.terminal import RunBar
 from lightning_quant.export import open_pipeline, save_pipeline
 from lightning_quant.metrics import GenerationMetrics
-from lightning_quant.report import draw_generation
+from lightning_quant.report import QuantizationReport, draw_generation
 from lightning_quant.tasks import ImageDiffusion
 
 METHOD = "accuquant"
@@ -81,7 +81,7 @@ class Run:
     module: AccuQuantModule
 
 
-def run(console: Console, output: Path, seed: int) -> dict[str, dict[str, float]]:
+def run(console: Console, output: Path, seed: int) -> Outcome:
     """Train a small UNet in float, and show how far its images move under each calibration.
 
     Args:
@@ -91,7 +91,8 @@ def run(console: Console, output: Path, seed: int) -> dict[str, dict[str, float]
 
     Returns:
         for ``float``, ``per_step`` and ``accuquant`` the distance to the float model: ``end_error``, RMSE of the last
-        states from held-out noise, images being in [-1, 1]; ``FID2FP32``; and ``PSNR`` in dB, 100 for equal images.
+        states from held-out noise, images being in [-1, 1]; ``FID2FP32``; and ``PSNR`` in dB, 100 for equal images;
+        and the report of the run over windows.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -99,11 +100,17 @@ def run(console: Console, output: Path, seed: int) -> dict[str, dict[str, float]
     _train(pipeline, seed)
     features = _features(seed)
     with tempfile.TemporaryDirectory() as cache:
-        runs = {name: _calibrate(name, pipeline, features, cache, seed) for name in _quantizations()}
+        report = QuantizationReport(str(output / METHOD))
+        runs = {
+            name: _calibrate(name, pipeline, features, cache, seed, [report] if name == "accuquant" else [])
+            for name in _quantizations()
+        }
     _conclude(console, runs, time.perf_counter() - start)
     pictures = draw_generation(_drawn(runs), output)
     _show_one(console, runs["accuquant"].module, output, pictures)
-    return {"float": FLOAT, **{name: dict(runs[name].measures) for name in ("per_step", "accuquant")}}
+    assert report.report is not None
+    measures = {name: dict(runs[name].measures) for name in ("per_step", "accuquant")}
+    return Outcome({"float": FLOAT, **measures}, report.report)
 
 
 def _train(pipeline: Path, seed: int) -> None:
@@ -156,7 +163,9 @@ def _quantizations() -> dict[str, dict[str, Any]]:
     }
 
 
-def _calibrate(name: str, pipeline: Path, features: nn.Module, cache: str, seed: int) -> Run:
+def _calibrate(
+    name: str, pipeline: Path, features: nn.Module, cache: str, seed: int, others: Sequence[pl.Callback]
+) -> Run:
     """What a user writes: the module, ``trainer.fit`` and ``trainer.test``."""
     chosen = _quantizations()[name]
     module = AccuQuantModule(
@@ -179,7 +188,7 @@ def _calibrate(name: str, pipeline: Path, features: nn.Module, cache: str, seed:
             **chosen,
         },
     )
-    trainer = cpu_trainer(max_epochs=1, callbacks=[RunBar(f"{TITLES[name]}, seed {seed}")], logger=False)
+    trainer = cpu_trainer(max_epochs=1, callbacks=[RunBar(f"{TITLES[name]}, seed {seed}"), *others], logger=False)
     start = time.perf_counter()
     with _as_expected():
         trainer.fit(module)

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_quant.data import DigitsDataModule
-from lightning_quant.demo.runs import TEST_IMAGES, cpu_trainer
+from lightning_quant.demo.runs import TEST_IMAGES, Outcome, cpu_trainer
 from lightning_quant.demo.terminal import RunBar, counted
 from lightning_quant.export import load_quantized, save_quantized
 from lightning_quant.igq_vit import IGQViT
 from lightning_quant.igq_vit.session import INPUT, Calibration
-from lightning_quant.report import draw_calibration
+from lightning_quant.report import QuantizationReport, RunReport, draw_calibration, with_float
 from lightning_quant.tasks import ImageClassifier
 
 METHOD = "igq_vit"
@@ -58,18 +58,20 @@ class Run:
         seconds: of both together.
         model: quantized.
         calibration: how it was.
+        report: of the test, where one was made.
     """
 
     accuracy: float
     seconds: float
     model: ImageClassifier
     calibration: Calibration
+    report: RunReport | None
 
 
 Runs = Mapping[tuple[str, tuple[int, int]], list[Run]]
 
 
-def run(console: Console, output: Path, seed: int) -> dict[str, float]:
+def run(console: Console, output: Path, seed: int) -> Outcome:
     """Train a small ViT in float, and show what it keeps under each scheme, with and without groups.
 
     Args:
@@ -78,7 +80,7 @@ def run(console: Console, output: Path, seed: int) -> dict[str, float]:
         seed: of the training and of the first draw of calibration images; the other draws follow it.
 
     Returns:
-        accuracy in float and mean accuracy of each scheme, in [0, 1].
+        accuracy in float and mean accuracy of each scheme, in [0, 1], and the report of one run with groups allocated.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -91,7 +93,9 @@ def run(console: Console, output: Path, seed: int) -> dict[str, float]:
     # Channels are drawn in 8 groups: an allocation gives the layer whose groups differ most a lot more.
     draw_calibration(everywhere.calibration, output)
     _show_one(console, allocated.model, checkpoint, output, pictures)
-    return {"float": accuracy, **{name: _mean(runs[name, BITS[-1]]) for name in SCHEMES}}
+    assert allocated.report is not None
+    figures = {"float": accuracy, **{name: _mean(runs[name, BITS[-1]]) for name in SCHEMES}}
+    return Outcome(figures, with_float(allocated.report, {"test/acc": accuracy}))
 
 
 def _train(checkpoint: Path, seed: int) -> float:
@@ -112,18 +116,22 @@ def _calibrate(checkpoint: Path, draws: range) -> Runs:
     with tempfile.TemporaryDirectory() as cache:
         for name, bits, draw in counted(jobs, f"{len(jobs)} calibrations and tests"):
             callback = IGQViT(*bits, **SCHEMES[name], seed=draw, cache_dir=cache)
-            runs.setdefault((name, bits), []).append(_test(checkpoint, callback))
+            shown = (name, bits, draw) == ("igq_allocated", BITS[-1], draws[0])
+            report = QuantizationReport(str(checkpoint.parent)) if shown else None
+            runs.setdefault((name, bits), []).append(_test(checkpoint, callback, report))
     return runs
 
 
-def _test(checkpoint: Path, callback: IGQViT) -> Run:
+def _test(checkpoint: Path, callback: IGQViT, report: QuantizationReport | None) -> Run:
     """What a user writes: the callback, and ``trainer.test``."""
     model = ImageClassifier.load_from_checkpoint(checkpoint)
     start = time.perf_counter()
-    trainer = cpu_trainer(callbacks=[callback], logger=False, enable_progress_bar=False)
+    callbacks: list[pl.Callback] = [callback] if report is None else [callback, report]
+    trainer = cpu_trainer(callbacks=callbacks, logger=False, enable_progress_bar=False)
     accuracy = trainer.test(model, _data(), verbose=False)[0]["test/acc"]
     assert callback.calibration is not None
-    return Run(float(accuracy), time.perf_counter() - start, model.eval(), callback.calibration)
+    found = None if report is None else report.report
+    return Run(float(accuracy), time.perf_counter() - start, model.eval(), callback.calibration, found)
 
 
 def _data() -> DigitsDataModule:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_quant.data import DigitsDataModule
-from lightning_quant.demo.runs import TEST_IMAGES, cpu_trainer
+from lightning_quant.demo.runs import TEST_IMAGES, Outcome, cpu_trainer
 from lightning_quant.demo.terminal import RunBar
 from lightning_quant.gradient import (
     GradientQuantization,
@@ -25,7 +25,7 @@ from lightning_quant.gradient import (
     MinimumErrorInterval,
     MinMaxInterval,
 )
-from lightning_quant.report import LayerMetrics, draw_intervals, read_layer_metrics
+from lightning_quant.report import LayerMetrics, QuantizationReport, RunReport, draw_intervals, read_layer_metrics
 from lightning_quant.tasks import ImageClassifier
 
 METHOD = "int4_training"
@@ -59,15 +59,17 @@ class Run:
         seconds: of the training.
         checkpoint: where it is kept.
         metrics: what was logged of the layers; None in float.
+        report: of the test; None in float.
     """
 
     accuracy: float
     seconds: float
     checkpoint: Path
     metrics: LayerMetrics | None
+    report: RunReport | None
 
 
-def run(console: Console, output: Path, seed: int) -> dict[str, float]:
+def run(console: Console, output: Path, seed: int) -> Outcome:
     """Train a small ResNet in float and in 4 bits, and show what the interval strategies did.
 
     Args:
@@ -76,7 +78,7 @@ def run(console: Console, output: Path, seed: int) -> dict[str, float]:
         seed: of the first training of each strategy; the others follow it.
 
     Returns:
-        mean accuracy of each strategy, in [0, 1].
+        mean accuracy of each strategy, in [0, 1], and the report of one run with the method's own.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -89,7 +91,9 @@ def run(console: Console, output: Path, seed: int) -> dict[str, float]:
         title=f"Digits, {NETWORK}, 4/4/4, seed {seed}",
     )
     _conclude(console, runs, output, time.perf_counter() - start)
-    return {name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}
+    report = runs["large_gradient"][0].report
+    assert report is not None
+    return Outcome({name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}, report)
 
 
 def _train(strategy: str, output: Path, seed: int) -> Run:
@@ -99,9 +103,10 @@ def _train(strategy: str, output: Path, seed: int) -> Run:
     folder = output / METHOD / f"{strategy}_{seed}"
     (folder / "metrics.csv").unlink(missing_ok=True)
     bar: list[pl.Callback] = [RunBar(f"{TITLES[strategy]}, seed {seed}")]
+    report = QuantizationReport(str(folder))
     trainer = cpu_trainer(
         max_epochs=EPOCHS,
-        callbacks=bar if interval is None else [*bar, GradientQuantization(4, 4, 4, interval)],
+        callbacks=bar if interval is None else [*bar, GradientQuantization(4, 4, 4, interval), report],
         logger=CSVLogger(folder.parent, name=folder.name, version=""),
         log_every_n_steps=LOG_EVERY,
     )
@@ -113,7 +118,7 @@ def _train(strategy: str, output: Path, seed: int) -> Run:
     trainer.save_checkpoint(checkpoint)
     accuracy = trainer.test(model, data, verbose=False)[0]["test/acc"]
     metrics = None if interval is None else read_layer_metrics(folder / "metrics.csv")
-    return Run(accuracy, seconds, checkpoint, metrics)
+    return Run(accuracy, seconds, checkpoint, metrics, report.report)
 
 
 def _model() -> ImageClassifier:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import lightning.pytorch as pl
+
+from lightning_quant.report import RunReport
 
 TEST_IMAGES = 360
 
@@ -16,3 +21,16 @@ cpu_trainer = partial(
     enable_checkpointing=False,
     enable_model_summary=False,
 )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a method's part of the demo came to.
+
+    Attributes:
+        figures: for ``report.json``.
+        report: of the run that is shown.
+    """
+
+    figures: Mapping[str, Any]
+    report: RunReport

@@ -1,7 +1,9 @@
 """What happened in a run, as pictures."""
 
+from lightning_quant.report.analyzing import analyze
 from lightning_quant.report.calibration import CalibrationPictures, draw_calibration
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
+from lightning_quant.report.html import RunReport, with_float, write_report
 from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.intervals import Curve, LayerMetrics, draw_intervals, read_layer_metrics
 from lightning_quant.report.quantization_report import QuantizationReport
@@ -14,6 +16,8 @@ __all__ = [
     "GenerationPictures",
     "LayerMetrics",
     "QuantizationReport",
+    "RunReport",
+    "analyze",
     "draw_budget_curve",
     "draw_calibration",
     "draw_channel_ranges",
@@ -25,4 +29,6 @@ __all__ = [
     "draw_memory",
     "draw_window_sweep",
     "read_layer_metrics",
+    "with_float",
+    "write_report",
 ]

@@ -6,7 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ class RunReport:
         lead: one sentence.
         summary: rows of float against quantized.
         analysis: of the network.
-        pictures: PNG files by their titles; in the page, not in the JSON.
+        pictures: bytes of PNG files by their titles; in the page, not in the JSON.
         environment: machine, versions, seeds and hashes, by name.
         advice: what the run as a whole suggests.
         plan: as text; empty where the table of layers says all.
@@ -66,7 +66,7 @@ class RunReport:
     lead: str
     summary: Sequence[Figures]
     analysis: Analysis
-    pictures: Mapping[str, Path] = field(default_factory=dict)
+    pictures: Mapping[str, bytes] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     advice: Sequence[Finding] = ()
     plan: str = ""
@@ -74,14 +74,21 @@ class RunReport:
     figures: Mapping[str, Any] = field(default_factory=dict)
 
 
-def write_report(report: RunReport, folder: Path) -> list[Path]:
-    """Write ``quantization_report.html`` and ``quantization_report.json`` into a folder.
+def with_float(report: RunReport, metrics: Mapping[str, float]) -> RunReport:
+    """The same report with what the float network reached, by the names of the summary's rows."""
+    rows = [replace(row, float=f"{metrics[row.name]:.4g}") if row.name in metrics else row for row in report.summary]
+    return replace(report, summary=rows)
+
+
+def write_report(folder: Path, *reports: RunReport) -> list[Path]:
+    """Write ``quantization_report.html`` and ``quantization_report.json`` of one run or several into a folder.
 
     Returns:
         both paths.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    texts = {f"{NAME}.html": render(report), f"{NAME}.json": json.dumps(as_json(report), indent=1) + "\n"}
+    content = {"format": "lightning_quant report", "version": FORMAT, "runs": [as_json(each) for each in reports]}
+    texts = {f"{NAME}.html": render(*reports), f"{NAME}.json": json.dumps(content, indent=1) + "\n"}
     for name, text in texts.items():
         with whole_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
@@ -94,8 +101,6 @@ def as_json(report: RunReport) -> dict[str, Any]:
     for layer, row in zip(report.analysis.layers, analysis["layers"], strict=True):
         row["findings"] = [asdict(finding) for finding in find_causes(layer)]
     found = {
-        "format": "lightning_quant report",
-        "version": FORMAT,
         "title": report.title,
         "lead": report.lead,
         "summary": [asdict(row) for row in report.summary],
@@ -110,32 +115,36 @@ def as_json(report: RunReport) -> dict[str, Any]:
     return cleaned
 
 
-def render(report: RunReport) -> str:
+def render(*reports: RunReport) -> str:
     """The page."""
     from jinja2 import Environment, FileSystemLoader
 
-    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True)
-    slots = [slot for slot in _SLOTS if any(slot in layer.tensors for layer in report.analysis.layers)]
+    environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text: str = environment.get_template("report.html.j2").render(
-        title=report.title,
-        lead=report.lead,
-        summary=report.summary,
-        worst=[_in_words(layer, report.analysis) for layer in worst_layers(report.analysis)],
-        advice=report.advice,
-        pictures=[
-            {"title": title, "data": base64.b64encode(path.read_bytes()).decode()}
-            for title, path in report.pictures.items()
-        ],
-        columns=_columns(slots),
-        rows=[_row(layer, slots) for layer in report.analysis.layers],
-        layers_note=_layers_note(report.analysis),
-        plan=report.plan,
-        environment=report.environment,
-        config=report.config,
+        runs=[_shown(report) for report in reports],
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
         script=(PAGE / "script.js").read_text(encoding="utf-8"),
     )
     return text
+
+
+def _shown(report: RunReport) -> dict[str, Any]:
+    """What the template takes of a run."""
+    analysis = report.analysis
+    slots = [slot for slot in _SLOTS if any(slot in layer.tensors for layer in analysis.layers)]
+    worst = [_in_words(layer, analysis) for layer in worst_layers(analysis)]
+    return {
+        **{name: getattr(report, name) for name in ("title", "lead", "summary", "advice", "plan", "environment")},
+        "config": report.config,
+        "worst": worst,
+        "plain": _plain(worst),
+        "pictures": [
+            {"title": title, "data": base64.b64encode(picture).decode()} for title, picture in report.pictures.items()
+        ],
+        "columns": _columns(slots),
+        "rows": [_row(layer, slots) for layer in analysis.layers],
+        "layers_note": _layers_note(analysis),
+    }
 
 
 def worst_layers(analysis: Analysis, count: int = _WORST) -> list[LayerAnalysis]:
@@ -158,6 +167,15 @@ def _in_words(layer: LayerAnalysis, analysis: Analysis) -> dict[str, Any]:
     else:
         says = f"It has {says}."
     return {"name": layer.name, "says": says, "findings": find_causes(layer)}
+
+
+def _plain(worst: Sequence[Mapping[str, Any]]) -> str:
+    """Of layers whose figures say nothing."""
+    names = [layer["name"] for layer in worst if not layer["findings"]]
+    if not names:
+        return ""
+    which = "these layers" if len(names) == len(worst) else ", ".join(names)
+    return f"Nothing stands out in the figures of {which}: more bits, or float, is what helps."
 
 
 def _layers_note(analysis: Analysis) -> str:

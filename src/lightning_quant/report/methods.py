@@ -37,6 +37,11 @@ class Method:
         return "A quantized network"
 
     @property
+    def detail(self) -> str:
+        """What the page says first; empty, or a sentence and a space."""
+        return ""
+
+    @property
     def execution(self) -> str:
         """How products run, in a sentence."""
         return "Products are simulated in floating point."
@@ -80,7 +85,11 @@ class _Gradients(Method):
 
     @property
     def name(self) -> str:
-        return f"INT4 training with {type(self.callback.interval).__name__}"
+        return "INT4 training"
+
+    @property
+    def detail(self) -> str:
+        return f"Gradients by {type(self.callback.interval).__name__}. "
 
     @property
     def execution(self) -> str:
@@ -122,7 +131,12 @@ class _Groups(Method):
 
     @property
     def name(self) -> str:
-        return f"IGQ-ViT, scheme '{self.calibration.source.plan.settings.scheme}'"
+        return "IGQ-ViT"
+
+    @property
+    def detail(self) -> str:
+        settings = self.calibration.source.plan.settings
+        return f"Scheme '{settings.scheme}'{', groups allocated' if self.calibration.groups else ''}. "
 
     @property
     def plan(self) -> str:

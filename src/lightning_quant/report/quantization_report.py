@@ -62,6 +62,8 @@ class QuantizationReport(pl.Callback):
         self.folder, self.sensitivity, self.images = folder, sensitivity, images
         self.float_metrics = dict(float_metrics or {})
         self.analysis: Analysis | None = None
+        self.report: RunReport | None = None
+        self.written: list[Path] = []
         self._recorder: Recorder | None = None
         self._root = ""
         self._start = 0.0
@@ -94,7 +96,7 @@ class QuantizationReport(pl.Callback):
         self._listen(pl_module)
 
     def _listen(self, pl_module: pl.LightningModule) -> None:
-        if self._recorder is None and any(quantizer.ready for _, quantizer in quantizers_of(pl_module)):
+        if self._recorder is None and next(quantizers_of(pl_module), None) is not None:
             self._root = quantized_root(pl_module)
             self._recorder = Recorder(pl_module.get_submodule(self._root), self.images)
 
@@ -152,9 +154,9 @@ class QuantizationReport(pl.Callback):
             rank_zero_warn(f"No report: {error}")
             return
         with tempfile.TemporaryDirectory() as drawn:
-            report = self._report(trainer, pl_module, network, self.analysis, stage, seconds, Path(drawn))
-            written = write_report(report, folder)
-        rank_zero_info(f"Report: {written[0]}")
+            self.report = self._report(trainer, pl_module, network, self.analysis, stage, seconds, Path(drawn))
+        self.written = write_report(folder, self.report)
+        rank_zero_info(f"Report: {self.written[0]}")
 
     def _report(
         self,
@@ -176,15 +178,15 @@ class QuantizationReport(pl.Callback):
         pictures |= method.draw(drawn)
         bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
         lead = (
-            f"{method.name}: {len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
+            f"{method.detail}{len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
             f" {' and '.join(map(str, bits))} bits, after {stage}. {method.execution}"
         )
         return RunReport(
-            title=f"{type(pl_module).__name__}, quantized",
+            title=f"{method.name}: {type(pl_module).__name__}",
             lead=lead,
             summary=self._summary(trainer, analysis, seconds),
             analysis=analysis,
-            pictures=pictures,
+            pictures={title: path.read_bytes() for title, path in pictures.items()},
             environment=_environment(trainer, network),
             advice=[*method.advice(), *_advice(analysis)],
             plan=method.plan,

@@ -1,0 +1,138 @@
+"""Analysis of a quantized module on its own test data, from Python and from the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_quant.analysis import Analysis, quantized_root
+from lightning_quant.errors import QuantizationError
+from lightning_quant.gradient import GradientQuantization
+from lightning_quant.gradient.structure import quantize_layers
+from lightning_quant.nn.in_float import in_float
+from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import is_quantized, quantizers_of
+from lightning_quant.report.html import with_float, write_report
+from lightning_quant.report.quantization_report import QuantizationReport
+
+
+def analyze(
+    module: pl.LightningModule,
+    datamodule: pl.LightningDataModule | None = None,
+    folder: str | None = None,
+    ckpt_path: str | None = None,
+    sensitivity: bool = True,
+    images: int = 32,
+    trainer: pl.Trainer | None = None,
+) -> Analysis:
+    """Test a module quantized and in float, measure it layer by layer, and write ``quantization_report.html``.
+
+    A module with ranges is taken as it is, one of a checkpoint as that says. Otherwise the callback of a method among
+    the Trainer's says how it would be quantized: IGQViT and AccuQuant calibrate; for GradientQuantization, which learns
+    its ranges, they are set by the first test batch.
+
+    Args:
+        module: quantized, or to be quantized by a callback of the Trainer or by the checkpoint.
+        datamodule: of the test data; None where the module has its own.
+        folder: for the report; None takes the logger's, without logger the trainer's ``default_root_dir``.
+        ckpt_path: of a quantized run.
+        sensitivity: whether layers are measured one by one.
+        images: rows of batches that they are measured on at least.
+        trainer: None makes one without logger and checkpoints.
+
+    Raises:
+        QuantizationError: nothing that is quantized, or could be.
+
+    >>> from lightning_quant import DigitsDataModule, GradientQuantization, ImageClassifier
+    >>> module = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
+    >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    >>> trainer = pl.Trainer(callbacks=[GradientQuantization()], accelerator="cpu", limit_test_batches=1, **quiet)
+    >>> found = analyze(module, DigitsDataModule(), "report", sensitivity=False, trainer=trainer)
+    >>> len(found.layers)
+    18
+    """
+    run = trainer or pl.Trainer(logger=False, enable_checkpointing=False)
+    report = QuantizationReport(folder, sensitivity, images)
+    others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+    ours = next((each for each in others if isinstance(each, GradientQuantization)), None)
+    planned = ours is not None and ckpt_path is None and not any(q.ready for _, q in quantizers_of(module))
+    with ExitStack() as stack:
+        if ours is not None and planned:
+            stack.enter_context(_without(others, ours))
+            if not is_quantized(module):
+                quantize_layers(module, ours.plan(module).chosen, ours.interval)
+            rank_zero_info("Not trained yet: ranges are those of the first test batch, as a training would begin.")
+            others.append(_Start())
+        others.append(report)
+        try:
+            run.test(module, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **_unpickled(ckpt_path))
+        finally:
+            others[:] = [each for each in others if not isinstance(each, _Start)]
+            others.remove(report)
+    if report.report is None or report.analysis is None:
+        raise QuantizationError(
+            f"Nothing in {type(module).__name__} is quantized: add GradientQuantization, IGQViT or AccuQuant to the"
+            " Trainer's callbacks, or give ckpt_path= of a quantized run."
+        )
+    if not getattr(module, "own_batches", False):
+        metrics = _float_metrics(run, module, datamodule)
+        write_report(report.written[0].parent, with_float(report.report, metrics))
+    return report.analysis
+
+
+class _Start(pl.Callback):
+    """Lets quantizers begin with the first batch, as they do in a training."""
+
+    def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        for _, layer in quantized_layers(pl_module):
+            # Of linear layers and convolutions it changes nothing else.
+            layer.training = True
+
+    def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
+        for _, layer in quantized_layers(pl_module):
+            layer.training = False
+
+
+def _float_metrics(
+    run: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None
+) -> dict[str, float]:
+    """What the test logs in float."""
+    network = module.get_submodule(quantized_root(module))
+    others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]
+    methods = [each for each in others if isinstance(each, GradientQuantization) or getattr(each, "calibrates", False)]
+    with ExitStack() as stack:
+        for method in methods:
+            stack.enter_context(_without(others, method))
+        if getattr(module, "fit_is_calibration", False):
+            # It refuses a network without quantizers.
+            stack.enter_context(_unchecked(module))
+        stack.enter_context(in_float(network))
+        found = run.test(module, datamodule=datamodule, verbose=False)
+    return {name: value for each in found for name, value in each.items()}
+
+
+@contextmanager
+def _without(callbacks: list[pl.Callback], callback: pl.Callback) -> Iterator[None]:
+    at = callbacks.index(callback)
+    callbacks.remove(callback)
+    try:
+        yield
+    finally:
+        callbacks.insert(at, callback)
+
+
+@contextmanager
+def _unchecked(module: Any) -> Iterator[None]:
+    module.check_calibrated = lambda: None
+    try:
+        yield
+    finally:
+        del module.check_calibrated
+
+
+def _unpickled(ckpt_path: str | None) -> dict[str, Any]:
+    return {} if ckpt_path is None else {"weights_only": True}

@@ -1,0 +1,225 @@
+"""The report of a run: written by a callback after any run of any method, as a page and as JSON."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from browser import needs_chromium, visit
+from everyday_projects import PROJECTS, Everyday
+from lightning_quant import QuantizationReport, analyze
+from lightning_quant.errors import ConfigurationError, QuantizationError
+from networks import SmallNet, quantization, trainer
+from small_diffusion import batches
+from vits import VitData, VitModule, quiet
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+projects = pytest.mark.parametrize("name", list(PROJECTS))
+
+
+def content(folder: Path) -> Any:
+    found = json.loads((folder / "quantization_report.json").read_text(encoding="utf-8"))
+    assert found["format"] == "lightning_quant report"
+    (run,) = found["runs"]
+    return run
+
+
+def after_test(name: str, folder: Path, **options: Any) -> tuple[Any, QuantizationReport]:
+    """A project after fit and test, with a report of the test."""
+    project = PROJECTS[name]
+    torch.manual_seed(0)
+    module, report = project.module(), QuantizationReport(str(folder / "report"), **options)
+    run = project.trainer(folder, project.callback(), report, log_every_n_steps=2)
+    run.fit(module, *project.data())
+    run.test(module, *project.data(), verbose=False)
+    return module, report
+
+
+@pytest.fixture(scope="module", params=list(PROJECTS))
+def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path, Any]:
+    folder = tmp_path_factory.mktemp(request.param)
+    module, _ = after_test(request.param, folder)
+    return request.param, folder / "report", module
+
+
+def test_page_and_json_say_what_was_quantized(run: tuple[str, Path, Any]) -> None:
+    name, folder, module = run
+    found = content(folder)
+    assert {row["name"] for row in found["summary"]} >= {"error of the outputs", "size of the parameters", "time here"}
+    analysis = found["analysis"]
+    assert 0 < analysis["error"] < 1
+    assert len(analysis["layers"]) >= 4
+    assert all(layer["only_quantized"] >= 0 for layer in analysis["layers"])
+    assert analysis["quantized_bytes"] < analysis["float_bytes"]
+    assert len(found["environment"]["SHA-256 of the float weights"]) == 64
+    page = (folder / "quantization_report.html").read_text(encoding="utf-8")
+    assert all(layer["name"] in page for layer in analysis["layers"])
+    assert type(module).__name__ in page
+    assert page.count("data:image/png;base64,") >= (2 if name == "accuquant" else 3)
+
+
+def test_the_page_needs_nothing_else(run: tuple[str, Path, Any]) -> None:
+    _, folder, _ = run
+    page = (folder / "quantization_report.html").read_text(encoding="utf-8")
+    assert not re.search(r"""(src|href)=["'](?!data:|#)""", page)
+    assert "@import" not in page
+    assert "http" not in re.sub(r"data:image/png;base64,[\w+/=]+", "", page)
+    assert len(page) < 2_000_000
+
+
+def test_figures_of_each_method_are_there(run: tuple[str, Path, Any]) -> None:
+    name, folder, _ = run
+    found = content(folder)["figures"]
+    match name:
+        case "igq_vit":
+            assert found == {"groups": {}, "perturbations": {}}  # of an allocation, which there was none of
+        case "accuquant":
+            assert len(found["held_out_errors"]["ranges"]) == 7
+            assert found["window"] == 2
+
+
+def test_a_training_reports_its_intervals(tmp_path: Path) -> None:
+    report = QuantizationReport(str(tmp_path))
+    trainer(quantization(), report, default_root_dir=tmp_path, log_every_n_steps=2).fit(SmallNet())
+    gradients = content(tmp_path)["figures"]["gradients_at_the_end"]
+    assert set(gradients) == {"net.0", "net.3", "net.8", "net.10"}
+    assert all(0 < layer["gamma"] <= 1 for layer in gradients.values())
+    assert "Intervals of the gradients" in (tmp_path / "quantization_report.html").read_text(encoding="utf-8")
+
+
+def test_a_run_is_the_same_with_and_without_a_report(tmp_path: Path) -> None:
+    states = []
+    for others in ([], [QuantizationReport(str(tmp_path))]):
+        torch.manual_seed(0)
+        module = SmallNet()
+        trainer(quantization(quantizer_lr=1e-3), *others, default_root_dir=tmp_path, max_epochs=2).fit(module)
+        states.append(module.state_dict())
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_every_evaluation_has_one(verb: str, tmp_path: Path) -> None:
+    module, data = VitModule(), VitData()
+    run = quiet(tmp_path, PROJECTS["igq_vit"].callback(), QuantizationReport(str(tmp_path), sensitivity=False))
+    getattr(run, verb)(module, data)
+    found = content(tmp_path)
+    assert {"validate": "after validation", "test": "after test", "predict": "after prediction"}[verb] in found["lead"]
+    assert all(layer["only_quantized"] is None for layer in found["analysis"]["layers"])
+
+
+def test_float_metrics_stand_beside(tmp_path: Path) -> None:
+    after_test("int4_training", tmp_path, float_metrics={"test/loss": 0.5})
+    (row,) = [row for row in content(tmp_path / "report")["summary"] if row["name"] == "test/loss"]
+    assert row["float"] == "0.5"
+    assert float(row["quantized"]) > 0
+
+
+def test_a_float_module_gets_none_and_is_told_why(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="No report: nothing in SmallNet is quantized"):
+        trainer(QuantizationReport(str(tmp_path)), default_root_dir=tmp_path).test(SmallNet(), verbose=False)
+    assert not list(tmp_path.glob("*.html"))
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="images=0: expected at least one"):
+        QuantizationReport(images=0)
+
+
+# -- analyze -----------------------------------------------------------------------------------------------------------
+
+
+class Noise(pl.LightningDataModule):
+    def test_dataloader(self) -> DataLoader[Any]:
+        return batches()  # type: ignore[return-value]
+
+
+def data_of(name: str) -> Any:
+    return {"int4_training": None, "igq_vit": VitData(), "accuquant": Noise()}[name]
+
+
+@projects
+def test_a_plan_is_analyzed_before_anything_was_trained(name: str, tmp_path: Path) -> None:
+    project: Everyday = PROJECTS[name]
+    run = project.trainer(tmp_path, project.callback())
+    before = list(run.callbacks)
+    found = analyze(project.module(), data_of(name), str(tmp_path), trainer=run)
+    assert 0 < (found.error or 0) < 1
+    assert (tmp_path / "quantization_report.html").is_file()
+    assert run.callbacks == before
+
+
+@projects
+def test_a_checkpoint_is_analyzed(name: str, tmp_path: Path) -> None:
+    project = PROJECTS[name]
+    module = project.fitted_and_tested(tmp_path)
+    path = project.saved(module, tmp_path)
+    again = project.module()
+    run = project.trainer(tmp_path, project.callback())
+    found = analyze(again, data_of(name), str(tmp_path), str(path), sensitivity=False, trainer=run)
+    assert torch.equal(project.outputs(again), project.outputs(module))
+    assert 0 < (found.error or 0) < 1
+
+
+def test_metrics_of_the_float_network_are_measured_too(tmp_path: Path) -> None:
+    module = VitModule()
+    expected = quiet(tmp_path).test(module, VitData(), verbose=False)[0]["test/loss"]
+    run = quiet(tmp_path, PROJECTS["igq_vit"].callback())
+    analyze(module, VitData(), str(tmp_path), sensitivity=False, trainer=run)
+    (row,) = [row for row in content(tmp_path)["summary"] if row["name"] == "test/loss"]
+    assert row["float"] == f"{expected:.4g}" != row["quantized"]
+
+
+def test_a_module_without_any_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QuantizationError, match="add GradientQuantization, IGQViT or AccuQuant"):
+        analyze(SmallNet(), folder=str(tmp_path), trainer=trainer(default_root_dir=tmp_path))
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+LOOK = """
+const heads = Array.from(document.querySelectorAll("table.layers th"));
+const column = (at) => Array.from(document.querySelectorAll("table.layers tbody tr:not([hidden])"))
+  .map((row) => row.cells[at].dataset.value);
+const only = heads.findIndex((head) => head.textContent === "only this");
+const found = {names: column(0), before: column(only)};
+heads[only].querySelector("button").click();
+found.down = column(only);
+heads[only].querySelector("button").click();
+found.up = column(only);
+const filter = document.querySelector(".filter");
+filter.value = found.names[1];
+filter.dispatchEvent(new Event("input"));
+found.filtered = column(0);
+found.shown = document.querySelector(".shown").textContent;
+found.pictures = Array.from(document.images).map((image) => image.naturalWidth);
+found.overflow = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+found.ground = getComputedStyle(document.body).backgroundColor;
+return found;
+"""
+
+
+@needs_chromium
+@pytest.mark.parametrize("width", [1200, 500])
+def test_in_a_browser_pictures_show_and_the_table_sorts_and_filters(
+    width: int, run: tuple[str, Path, Any], tmp_path: Path
+) -> None:
+    _, folder, _ = run
+    found, console = visit(folder / "quantization_report.html", LOOK, tmp_path, width)
+    assert not console
+    assert found["names"] == [layer["name"] for layer in content(folder)["analysis"]["layers"]]
+    values = [float(value) for value in found["before"]]
+    assert [float(value) for value in found["down"]] == sorted(values, reverse=True)
+    assert [float(value) for value in found["up"]] == sorted(values)
+    assert found["names"][1] in found["filtered"]
+    assert found["shown"] == f"{len(found['filtered'])} of {len(values)}"
+    assert len(found["pictures"]) >= 2
+    assert min(found["pictures"]) > 100
+    # Wide tables scroll by themselves, the page does not.
+    assert found["overflow"] == 0
