@@ -291,6 +291,30 @@ def test_an_error_in_a_constructor_is_one_message_and_exit_code_1(capsys: pytest
     assert "weight_bits=1: expected" in last
 
 
+def test_analyze_writes_a_report_of_what_was_not_trained_yet(elsewhere: Path, caplog: pytest.LogCaptureFixture) -> None:
+    main(
+        [
+            "analyze",
+            *QUICKSTART,
+            *QUIET,
+            "--folder",
+            "plan",
+            "--sensitivity",
+            "false",
+            "--trainer.limit_test_batches",
+            "1",
+        ]
+    )
+    assert (elsewhere / "plan" / "quantization_report.html").is_file()
+    assert "Quantized, the outputs move by" in caplog.text
+    assert "Report: plan/quantization_report.html" in caplog.text
+
+
+def test_analyze_of_a_float_model_says_what_to_add(capsys: pytest.CaptureFixture[str]) -> None:
+    said = mistake(capsys, "analyze", *QUICKSTART, *QUIET, "--quantization=null", code=1)
+    assert "add GradientQuantization, IGQViT or AccuQuant" in said
+
+
 @pytest.mark.parametrize("way", ["option", "environment"])
 def test_debug_shows_the_traceback(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_quant.cli.advice import UsageError

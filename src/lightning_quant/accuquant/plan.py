@@ -80,7 +80,7 @@ class DenoiserPlan:
             halves = f"halves of {' + '.join(map(str, row.parts))} channels" if row.parts else ""
             table.add_row(row.name, *bits, ", ".join(filter(None, (row.note, halves))))
         text = io.StringIO()
-        Console(file=text, width=110).print(table)
+        Console(file=text, force_jupyter=False, color_system=None, width=110).print(table)
         return text.getvalue() + self.summary()
 
 

@@ -21,8 +21,8 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
     """Run each method on the digits, print what came out, and write it to ``report.json``.
 
     Args:
-        output: folder for ``quantization_report.html``, ``report.json``, the pictures, and what each method leaves; what
-            an earlier demo left there is replaced.
+        output: folder for ``quantization_report.html``, ``report.json``, the pictures, and what each method leaves;
+            what an earlier demo left there is replaced.
         seed: of the first run of each kind; the others follow it.
 
     Raises:

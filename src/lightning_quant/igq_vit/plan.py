@@ -111,7 +111,7 @@ class VitPlan:
         for row in self.rows:
             weight = "" if row.role in ("attention", "float") else f"{self.settings.weight_bits} bit"
             table.add_row(row.name, row.kind, weight, self._input(row), row.note)
-        console = Console(file=io.StringIO(), width=180, color_system=None)
+        console = Console(file=io.StringIO(), force_jupyter=False, width=180, color_system=None)
         console.print(table)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()

@@ -79,7 +79,7 @@ class Plan:
         for layer in self.layers:
             bits = "float" if layer.bits is None else str(layer.bits)
             table.add_row(layer.name, layer.kind, "x".join(map(str, layer.shape)), bits, layer.note)
-        console = Console(file=io.StringIO(), width=140, color_system=None)
+        console = Console(file=io.StringIO(), force_jupyter=False, width=140, color_system=None)
         console.print(table)
         text: str = console.file.getvalue()  # type: ignore[attr-defined]
         return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()

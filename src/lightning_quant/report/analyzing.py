@@ -16,7 +16,7 @@ from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, quantizers_of
-from lightning_quant.report.html import with_float, write_report
+from lightning_quant.report.html import with_float, worst_layers, write_report
 from lightning_quant.report.quantization_report import QuantizationReport
 
 
@@ -81,6 +81,7 @@ def analyze(
     if not getattr(module, "own_batches", False):
         metrics = _float_metrics(run, module, datamodule)
         write_report(report.written[0].parent, with_float(report.report, metrics))
+    rank_zero_info(f"{_in_short(report.analysis)}\nReport: {report.written[0]}")
     return report.analysis
 
 
@@ -95,6 +96,18 @@ class _Start(pl.Callback):
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
         for _, layer in quantized_layers(pl_module):
             layer.training = False
+
+
+def _in_short(analysis: Analysis) -> str:
+    """What a terminal shows of it."""
+    said = "" if analysis.error is None else f"Quantized, the outputs move by {analysis.error:.1%} of their norm."
+    if analysis.agreement is not None:
+        said += f" {analysis.agreement:.1%} keep their class."
+    worst = [layer for layer in worst_layers(analysis, 3) if layer.only_quantized is not None]
+    if worst:
+        each = ", ".join(f"{layer.name} ({layer.only_quantized:.1%} alone)" for layer in worst)
+        said += f" Most by {each}."
+    return said or f"{len(analysis.layers)} quantized layers."
 
 
 def _float_metrics(
