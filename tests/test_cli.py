@@ -68,7 +68,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *args: str, code: int = 2) -> st
 MISTAKES = {
     "no verb": (
         [],
-        "A verb is missing (fit, validate, test, predict, calibrate, configs, demo); try: lightning-quant fit",
+        "A verb is missing (fit, validate, test, predict, calibrate, analyze, configs, demo); try: lightning-quant fit",
     ),
     "config before the verb": (
         ["--config", "x.yaml", "fit", "--trainer.max_epochs", "1"],
@@ -243,7 +243,8 @@ def test_what_a_callback_is_not_made_of_is_said_of_its_option(
     given = "trainer: {callbacks: [{class_path: ModelCheckpoint, init_args: {save_top_k: -2}}]}"
     (elsewhere / "mine.yaml").write_text(given, encoding="utf-8")
     said = mistake(capsys, "fit", *QUICKSTART, "--config", "mine.yaml", code=1)
-    assert said == "lightning-quant: --trainer.callbacks: Invalid value for save_top_k=-2. Must be >= -1"
+    reason = "MisconfigurationException: Invalid value for save_top_k=-2. Must be >= -1 (--debug shows where)"
+    assert said == f"lightning-quant: --trainer.callbacks: {reason}"
 
 
 def test_quantization_in_the_group_and_in_the_callbacks_is_refused(

@@ -6,6 +6,7 @@ import operator
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import reduce
 from importlib import import_module
 from inspect import isclass
@@ -185,14 +186,29 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
         for name in lightning_quant.__all__:
             getattr(lightning_quant, name)
         import_module("lightning_quant.models")
-    return (_HelpCLI if helping else QuantizationCLI)(
-        args=list(args),
-        run=run,
-        trainer_class=CalibratingTrainer,
-        parser_class=Parser,
-        parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
-        save_config_kwargs={"overwrite": True},
-    )
+    with _verbs_are_no_names() if helping else nullcontext():
+        return (_HelpCLI if helping else QuantizationCLI)(
+            args=list(args),
+            run=run,
+            trainer_class=CalibratingTrainer,
+            parser_class=Parser,
+            parser_kwargs={"prog": "lightning-quant", "description": lightning_quant.__doc__.partition("\n")[0]},
+            save_config_kwargs={"overwrite": True},
+        )
+
+
+@contextmanager
+def _verbs_are_no_names() -> Iterator[None]:
+    """The parser asks the package whether a verb is one of its names; of `analyze` that would import all it needs."""
+    names = vars(lightning_quant)
+    absent = CalibratingTrainer.analyze.__name__ not in names
+    if absent:
+        names[CalibratingTrainer.analyze.__name__] = None
+    try:
+        yield
+    finally:
+        if absent:
+            del names[CalibratingTrainer.analyze.__name__]
 
 
 def _first(error: BaseException) -> BaseException:
