@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from browser import needs_chromium, visit
@@ -92,6 +94,19 @@ def test_a_training_reports_its_intervals(tmp_path: Path) -> None:
     assert set(gradients) == {"net.0", "net.3", "net.8", "net.10"}
     assert all(0 < layer["gamma"] <= 1 for layer in gradients.values())
     assert "Intervals of the gradients" in (tmp_path / "quantization_report.html").read_text(encoding="utf-8")
+
+
+def test_the_same_figures_go_to_loggers(tmp_path: Path) -> None:
+    report, logger = QuantizationReport(str(tmp_path)), CSVLogger(tmp_path, name="", version="")
+    run = trainer(quantization(), report, default_root_dir=tmp_path, logger=logger)
+    run.fit(SmallNet())
+    with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        (row,) = [row for row in csv.DictReader(file) if row["quantization/error"]]
+    layers = content(tmp_path)["analysis"]["layers"]
+    for layer in layers:
+        name = f"quantization/{layer['name']}"
+        assert float(row[f"{name}/only_quantized"]) == pytest.approx(layer["only_quantized"])
+        assert float(row[f"{name}/weight_sqnr"]) == pytest.approx(layer["tensors"]["weight"]["sqnr"])
 
 
 def test_a_run_is_the_same_with_and_without_a_report(tmp_path: Path) -> None:

@@ -26,11 +26,13 @@ class _Row:
     measure: str
     label: str
     noisy: bool
+    logarithmic: bool = True
 
 
 _ROWS = (
     _Row("gamma", "gamma: end of the interval\n(of the largest gradient)", noisy=False),
     _Row("error_large", "mean error of the large ones\n(of the largest gradient)", noisy=True),
+    _Row("clipped", "share of the gradients\nbeyond the interval", noisy=True, logarithmic=False),
 )
 
 
@@ -130,9 +132,10 @@ def read_layer_metrics(path: Path) -> LayerMetrics:
 def draw_intervals(
     runs: Mapping[str, LayerMetrics], path: Path, layers: Sequence[str] | None = None, title: str = ""
 ) -> None:
-    """Draw gamma and the error of the large gradients over optimizer steps, one column a layer and one line a run.
+    """Draw gamma, the error of the large gradients and the clipped share over optimizer steps, a column for each layer.
 
-    Errors are drawn thin as they were logged, and thick as a running mean over five logs, on a logarithmic axis.
+    Each run is a line. Errors and shares are drawn thin as they were logged, and thick as a running mean over five
+    logs; errors on a logarithmic axis.
 
     Args:
         runs: by the name that the legend gives them; the first lies on top.
@@ -144,7 +147,7 @@ def draw_intervals(
         ConfigurationError: no run, or a layer that not every run has.
     """
     chosen = _choose(runs, layers)
-    figure = Figure(figsize=(max(5.0, 0.9 + 3.05 * len(chosen)), 5.8), dpi=150, layout="constrained")
+    figure = Figure(figsize=(max(5.0, 0.9 + 3.05 * len(chosen)), 8.2), dpi=150, layout="constrained")
     grid = figure.subplots(len(_ROWS), len(chosen), sharex=True, sharey="row", squeeze=False)
     for axes_row, row in zip(grid, _ROWS, strict=True):
         for axes, layer in zip(axes_row, chosen, strict=True):
@@ -206,6 +209,11 @@ def _scale(axes: Axes, row: _Row) -> None:
     """Of the whole row: errors differ by factors, gamma is a share."""
     if not row.noisy:
         axes.set_ylim(0, 1.05)
+        return
+    if not row.logarithmic:
+        # Shares may be 0, and are of the order of 1e-4.
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

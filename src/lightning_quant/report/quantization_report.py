@@ -33,9 +33,9 @@ _LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "d
 class QuantizationReport(pl.Callback):
     """Write ``quantization_report.html`` and its JSON twin when a fit, validation, test or prediction ends.
 
-    While the run goes on, some of the calls of the network are recorded; at its end they are made again, quantized, in
-    float, and with each layer alone, which takes two passes over them for each layer. The page opens from disk and
-    loads nothing.
+    The same figures go to the Trainer's loggers, as ``quantization/...``. While the run goes on, some of the calls of
+    the network are recorded; at its end they are made again, quantized, in float, and with each layer alone, which
+    takes two passes over them for each layer. The page opens from disk and loads nothing.
 
     Args:
         folder: where to; None takes the logger's folder, without logger the trainer's ``default_root_dir``.
@@ -157,6 +157,9 @@ class QuantizationReport(pl.Callback):
             self.report = self._report(trainer, pl_module, network, self.analysis, stage, seconds, Path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
+        metrics = _logged(self.analysis)
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)
 
     def _report(
         self,
@@ -225,6 +228,20 @@ def _analyzed(trainer: pl.Trainer, network: nn.Module, recorder: Recorder, sensi
     owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
     with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
         return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name))
+
+
+def _logged(analysis: Analysis) -> dict[str, float]:
+    """What goes to the user's loggers."""
+    found = {"quantization/bytes": float(analysis.quantized_bytes)}
+    for name in ("error", "agreement", "quantized_bops"):
+        value = getattr(analysis, name)
+        if value is not None:
+            found[f"quantization/{name}"] = float(value)
+    for layer in analysis.layers:
+        if layer.only_quantized is not None:
+            found[f"quantization/{layer.name}/only_quantized"] = layer.only_quantized
+        found |= {f"quantization/{layer.name}/{slot}_sqnr": each.sqnr for slot, each in layer.tensors.items()}
+    return found
 
 
 def _advice(analysis: Analysis) -> Iterator[Finding]:
