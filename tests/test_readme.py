@@ -2,9 +2,19 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+
+from lightning_quant import load_quantized, save_quantized
+from lightning_quant.quantizers.base import KINDS
+from lightning_quant.tasks.calibration import is_calibrated
+from networks import SmallNet, quantization, trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -42,3 +52,37 @@ def test_the_configs_that_the_readme_names_exist() -> None:
     from lightning_quant.cli.packaged import names
 
     assert set(re.findall(r"--config (\S+\.yaml)", README)) <= set(names())
+
+
+def test_what_extends_the_package_runs_as_the_readme_has_it(tmp_path: Path) -> None:
+    section = README[README.index("## Extending it") : README.index("## How the code is laid out")]
+    interval, quantizer = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "extending"}
+    exec(interval, names)
+    gamma = names["Quantile"](0.5).start(torch.linspace(0.1, 1, 10), 4)
+    assert 0.4 < float(gamma) < 0.7
+    before = dict(KINDS)
+    sys.modules["extending"] = ModuleType("extending")
+    try:
+        exec(quantizer, names)
+        vars(sys.modules["extending"]).update(names)
+        layer, x = names["layer"].eval(), torch.randn(3, 8)
+        layer.weight_quantizer.initialise(layer.weight.detach())
+        network = nn.Sequential(layer)
+        saved = save_quantized(network, tmp_path / "saved")
+        loaded: Any = load_quantized(saved, model=nn.Sequential(nn.Linear(8, 8)))
+        assert type(loaded[0].weight_quantizer).__name__ == "PowerOfTwo"
+        assert torch.equal(loaded(x), network(x))
+    finally:
+        KINDS.clear()
+        KINDS.update(before)
+        del sys.modules["extending"]
+
+
+def test_the_interval_of_the_readme_trains(tmp_path: Path) -> None:
+    section = README[README.index("## Extending it") :]
+    names: dict[str, Any] = {}
+    exec(re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)[0], names)
+    module = SmallNet()
+    trainer(quantization(interval=names["Quantile"]()), default_root_dir=tmp_path).fit(module)
+    assert is_calibrated(module)
