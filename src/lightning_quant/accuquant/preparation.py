@@ -22,13 +22,14 @@ from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.samplers import Sampler, sampler_of
 from lightning_quant.accuquant.session import Calibration, Source
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
-from lightning_quant.accuquant.trajectories import check_finite, device_of, evaluating, rows_to, trajectory_bytes
+from lightning_quant.accuquant.trajectories import check_finite, device_of, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_files import describe
 from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.agreement import check_weights_agree
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.strip import strip
 from lightning_quant.tasks.calibration_progress import ProgressBar, duration
 

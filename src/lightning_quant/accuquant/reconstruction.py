@@ -17,9 +17,9 @@ from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, gather
 from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.ranges import activation_quantizers
 from lightning_quant.accuquant.settings import Settings
-from lightning_quant.accuquant.trajectories import evaluating
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.soft_rounding import rounding_penalty
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.layers import QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.quantizers.rounded import RoundedQuantizer

@@ -19,12 +19,13 @@ from lightning_quant.accuquant.ranges import activation_ranges, weight_ranges
 from lightning_quant.accuquant.reconstruction import Reconstruction
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
-from lightning_quant.accuquant.trajectories import Trajectories, device_of, evaluating
+from lightning_quant.accuquant.trajectories import Trajectories, device_of
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors
 from lightning_quant.accuquant.windows import Window, network_calls, roll, window_loss
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.agreement import check_quantizers_agree
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.structure import quantizers_of
 
 # Of the float trajectories, how many images and network calls ranges and blocks see.

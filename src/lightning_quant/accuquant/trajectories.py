@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -260,18 +259,6 @@ def check_window(start: int, stop: int, steps: range) -> None:
             f"The window of steps {start} .. {stop - 1} is not within the trajectory's, {steps.start} .."
             f" {steps.stop - 1}: expected {steps.start} <= start < stop <= {steps.stop}."
         )
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards each module in the mode that it had."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def device_of(network: nn.Module, other: torch.device) -> torch.device:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.samplers import Sampler
-from lightning_quant.accuquant.trajectories import Trajectories, device_of, evaluating
+from lightning_quant.accuquant.trajectories import Trajectories, device_of
 from lightning_quant.accuquant.windows import roll
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.quantizers.statistics import all_reduce_sum
 
 

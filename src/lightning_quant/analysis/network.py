@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_quant.analysis.recording import Call
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS
 from lightning_quant.metrics.bops import LayerShape, measure_shapes, model_bops
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.layers import QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
@@ -85,7 +85,8 @@ def analyze_network(
     def run() -> list[Tensor]:
         return [tensor for call in calls for tensor in tensors_of(network(*call.args, **call.kwargs))]
 
-    with _evaluating(network):
+    # Not inference mode: what a quantizer keeps of a weight would be unusable in a training after this.
+    with torch.no_grad(), evaluating(network):
         layers = measure_tensors(network, run)
         if not layers:
             raise QuantizationError(
@@ -139,19 +140,6 @@ def tensors_of(outputs: Any) -> list[Tensor]:
             return tensors_of(vars(outputs))
         case _:
             return []
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        # Not inference mode: what a quantizer keeps of a weight would be unusable in a training after this.
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:

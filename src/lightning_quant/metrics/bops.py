@@ -24,6 +24,7 @@ from lightning_quant.nn import (
     open_attention,
     opened_attentions,
 )
+from lightning_quant.nn.evaluation import evaluating
 
 # Bits of an operation in float.
 F = 32
@@ -190,7 +191,8 @@ def measure_shapes(network: nn.Module, *inputs: Any, run: Callable[..., object] 
     """
     calls: list[LayerShape] = []
     with ExitStack() as stack:
-        stack.enter_context(_evaluating(network))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(network))
         stack.enter_context(_opened(network))
         stack.enter_context(_watched(network, calls.append))
         (network if run is None else run)(*inputs)
@@ -218,19 +220,6 @@ def _layer_bops(shape: LayerShape, weight_bits: int, activation_bits: int, group
             return fully_connected_bops(
                 shape.tokens, shape.in_features, shape.out_features, weight_bits, activation_bits, groups
             )
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """No gradients, and every module in evaluation mode; each gets its own mode back."""
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -47,11 +47,13 @@ def analyze(
     Raises:
         QuantizationError: nothing that is quantized, or could be.
 
+    >>> from tempfile import TemporaryDirectory
     >>> from lightning_quant import DigitsDataModule, GradientQuantization, ImageClassifier
     >>> module = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
     >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     >>> trainer = pl.Trainer(callbacks=[GradientQuantization()], accelerator="cpu", limit_test_batches=1, **quiet)
-    >>> found = analyze(module, DigitsDataModule(), "report", sensitivity=False, trainer=trainer)
+    >>> with TemporaryDirectory() as folder:
+    ...     found = analyze(module, DigitsDataModule(), folder, sensitivity=False, trainer=trainer)
     >>> len(found.layers)
     18
     """
