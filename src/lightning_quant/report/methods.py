@@ -47,6 +47,11 @@ class Method:
         return "Products are simulated in floating point."
 
     @property
+    def names_are_of_the_denoiser(self) -> bool:
+        """Whether layers are named as the denoiser has them, and not as the module does."""
+        return False
+
+    @property
     def plan(self) -> str:
         """As text; empty where there is none beyond the layers."""
         return ""
@@ -159,6 +164,10 @@ class _Windows(Method):
     @property
     def name(self) -> str:
         return "AccuQuant"
+
+    @property
+    def names_are_of_the_denoiser(self) -> bool:
+        return True
 
     @property
     def plan(self) -> str:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from lightning_quant.nn.hashing import weights_hash
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.report.html import Figures, RunReport, write_report
 from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
-from lightning_quant.report.methods import method_of
+from lightning_quant.report.methods import Method, method_of
 from lightning_quant.tasks.calibration_progress import ProgressBar
 
 _LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "diffusers", "torchmetrics")
@@ -148,13 +149,16 @@ class QuantizationReport(pl.Callback):
             )
             return
         network = pl_module.get_submodule(self._root)
+        method = method_of(trainer, pl_module)
         try:
-            self.analysis = _analyzed(trainer, network, recorder, self.sensitivity)
+            analysis = _analyzed(trainer, network, recorder, self.sensitivity)
         except QuantizationError as error:
             rank_zero_warn(f"No report: {error}")
             return
+        # As ``exclude`` takes them.
+        self.analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
         with tempfile.TemporaryDirectory() as drawn:
-            self.report = self._report(trainer, pl_module, network, self.analysis, stage, seconds, Path(drawn))
+            self.report = self._report(trainer, pl_module, method, self.analysis, stage, seconds, Path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
         metrics = _logged(self.analysis)
@@ -165,13 +169,12 @@ class QuantizationReport(pl.Callback):
         self,
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
-        network: nn.Module,
+        method: Method,
         analysis: Analysis,
         stage: str,
         seconds: float,
         drawn: Path,
     ) -> RunReport:
-        method = method_of(trainer, pl_module)
         pictures: dict[str, Path] = {}
         if analysis.error is not None and any(layer.only_float is not None for layer in analysis.layers):
             pictures["What each layer costs"] = drawn / "sensitivity.png"
@@ -190,7 +193,7 @@ class QuantizationReport(pl.Callback):
             summary=self._summary(trainer, analysis, seconds),
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in pictures.items()},
-            environment=_environment(trainer, network),
+            environment=_environment(trainer, pl_module.get_submodule(self._root)),
             advice=[*method.advice(), *_advice(analysis)],
             plan=method.plan,
             config=_config(trainer, pl_module),
@@ -228,6 +231,18 @@ def _analyzed(trainer: pl.Trainer, network: nn.Module, recorder: Recorder, sensi
     owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
     with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
         return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name))
+
+
+def _below(root: str, analysis: Analysis) -> Analysis:
+    """With names as the whole module has them."""
+    if not root:
+        return analysis
+
+    def full(name: str) -> str:
+        return f"{root}.{name}" if name else root
+
+    layers = [replace(layer, name=full(layer.name)) for layer in analysis.layers]
+    return replace(analysis, layers=layers, left_out=[full(name) for name in analysis.left_out])
 
 
 def _logged(analysis: Analysis) -> dict[str, float]:
