@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
 from everyday_projects import PROJECTS
-from lightning_quant import GradientQuantization, QuantizationError, load_from_checkpoint
+from lightning_quant import GradientQuantization, QuantizationError, QuantizationReport, load_from_checkpoint
 from lightning_quant.nn.strip import quantized_layers
 from networks import QUIET, Images
 from processes import on_ranks
@@ -140,6 +140,30 @@ def test_a_sharded_network_is_saved_whole_and_loaded_by_one_process(tmp_path: Pa
     expected = on_ranks(2, job)[0]
     loaded = load_from_checkpoint(Blocks, tmp_path / "whole.ckpt", weights_only=True)
     assert state_of(loaded) == expected
+
+
+def test_a_report_does_not_wait_for_pieces_of_weights(tmp_path: Path) -> None:
+    def job(rank: int, ranks: int) -> bool:
+        report = QuantizationReport(str(tmp_path / "report"))
+        trainer = trainer_on("fsdp2", ranks, tmp_path)
+        trainer.callbacks.append(report)
+        trainer.fit(Blocks(shard=True), data())
+        return report.report is None
+
+    assert all(on_ranks(2, job))
+    assert not (tmp_path / "report").exists()
+
+
+def test_a_report_of_two_processes_is_written_once(tmp_path: Path) -> None:
+    def job(rank: int, ranks: int) -> bool:
+        report = QuantizationReport(str(tmp_path / "report"))
+        trainer = trainer_on("ddp", ranks, tmp_path)
+        trainer.callbacks.append(report)
+        trainer.fit(Blocks(), data())
+        return report.report is None
+
+    assert on_ranks(2, job) == [False, True]
+    assert (tmp_path / "report" / "quantization_report.html").is_file()
 
 
 def test_a_layer_that_is_sharded_by_itself_stays_in_float_with_the_reason(tmp_path: Path) -> None:

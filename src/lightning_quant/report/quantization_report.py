@@ -149,6 +149,13 @@ class QuantizationReport(pl.Callback):
             )
             return
         network = pl_module.get_submodule(self._root)
+        # Only a DTensor has this. One rank alone would wait for the pieces of the others.
+        if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+            rank_zero_warn(
+                "No report: the weights are divided among ranks. Save a whole checkpoint, and analyze it on one device,"
+                " lightning_quant.analyze(module, datamodule, ckpt_path=...)."
+            )
+            return
         method = method_of(trainer, pl_module)
         try:
             analysis = _analyzed(trainer, network, recorder, self.sensitivity)
