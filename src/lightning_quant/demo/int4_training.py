@@ -25,7 +25,14 @@ from lightning_quant.gradient import (
     MinimumErrorInterval,
     MinMaxInterval,
 )
-from lightning_quant.report import LayerMetrics, QuantizationReport, RunReport, draw_intervals, read_layer_metrics
+from lightning_quant.report import (
+    LayerMetrics,
+    QuantizationReport,
+    RunReport,
+    draw_intervals,
+    read_layer_metrics,
+    with_float,
+)
 from lightning_quant.tasks import ImageClassifier
 
 METHOD = "int4_training"
@@ -93,7 +100,8 @@ def run(console: Console, output: Path, seed: int) -> Outcome:
     _conclude(console, runs, output, time.perf_counter() - start)
     report = runs["large_gradient"][0].report
     assert report is not None
-    return Outcome({name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}, report)
+    means = {name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}
+    return Outcome(means, with_float(report, {"test/acc": runs["float"][0].accuracy}))
 
 
 def _train(strategy: str, output: Path, seed: int) -> Run:

@@ -47,6 +47,11 @@ class Method:
         return "Products are simulated in floating point."
 
     @property
+    def about_float(self) -> str:
+        """What the float network is that the quantized one is compared to; empty where that goes without saying."""
+        return ""
+
+    @property
     def names_are_of_the_denoiser(self) -> bool:
         """Whether layers are named as the denoiser has them, and not as the module does."""
         return False
@@ -91,6 +96,10 @@ class _Gradients(Method):
     @property
     def name(self) -> str:
         return "INT4 training"
+
+    @property
+    def about_float(self) -> str:
+        return "; float is these weights without the quantizers that they were trained with"
 
     @property
     def detail(self) -> str:

@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -192,12 +192,12 @@ class QuantizationReport(pl.Callback):
         bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
         lead = (
             f"{method.detail}{len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
-            f" {' and '.join(map(str, bits))} bits, after {stage}. {method.execution}"
+            f" {_listed(bits)} bits, after {stage}. {method.execution}"
         )
         return RunReport(
             title=f"{method.name}: {type(pl_module).__name__}",
             lead=lead,
-            summary=self._summary(trainer, analysis, seconds),
+            summary=self._summary(trainer, method, analysis, stage, seconds),
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in pictures.items()},
             environment=_environment(trainer, pl_module.get_submodule(self._root)),
@@ -207,13 +207,15 @@ class QuantizationReport(pl.Callback):
             figures=method.figures(),
         )
 
-    def _summary(self, trainer: pl.Trainer, analysis: Analysis, seconds: float) -> list[Figures]:
+    def _summary(
+        self, trainer: pl.Trainer, method: Method, analysis: Analysis, stage: str, seconds: float
+    ) -> list[Figures]:
         rows = []
         for name, value in sorted(trainer.callback_metrics.items()):
             known = self.float_metrics.get(name)
             rows.append(Figures(name, "" if known is None else f"{known:.4g}", f"{float(value):.4g}", "as logged"))
         if analysis.error is not None:
-            note = "norm of the difference over that of the float outputs, recorded calls"
+            note = f"norm of the difference over that of the float outputs, recorded calls{method.about_float}"
             rows.append(Figures("error of the outputs", "0", f"{analysis.error:.2%}", note))
         if analysis.agreement is not None:
             rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "of the recorded calls"))
@@ -228,7 +230,7 @@ class QuantizationReport(pl.Callback):
         note = f"of the recorded calls, {slower:.1f} times: simulated, which says nothing of low-bit units"
         took = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]
         rows.append(Figures("time here", took[0], took[1], note))
-        rows.append(Figures("the run", "", f"{seconds:.0f} s", f"{_bytes(_peak_memory())} of memory at most"))
+        rows.append(Figures(f"the {stage}", "", f"{seconds:.0f} s", f"{_bytes(_peak_memory())} of memory at most"))
         return rows
 
 
@@ -320,6 +322,16 @@ def _peak_memory() -> int:
     # Kilobytes, but on a Mac bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    """As a person says them.
+
+    >>> _listed([4]), _listed([2, 4, 8])
+    ('4', '2, 4 and 8')
+    """
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _bytes(count: float) -> str:
