@@ -223,6 +223,7 @@ CLEAN = TensorFigures(4, -1.0, 1.0, 20.0, 0.0, 1.0, 0.5, True, 2.0)
         ("input", {"negative": 0.0}, "codes for values below 0, of which there are none"),
         ("input", {"clipped": 0.1}, r"10\.0% of the values are clipped"),
         ("weight", {"codes_used": 0.25}, "75% of the codes are never used"),
+        ("input", {"sqnr": 0.4, "codes_used": 0.1}, r"hardly anything is left of it \(0 dB\)"),
         ("key", {"sqnr": 5.0}, "signal to noise of 5 dB, low for 4 bits"),
     ],
 )

@@ -10,6 +10,8 @@ from lightning_quant.metrics.tensor_error import TensorFigures
 # A rule speaks where its figure is past these.
 MUCH_CLIPPED = 0.02
 DEAD_CODES = 0.5
+# Of a signal that is as large as its noise.
+NOTHING_LEFT = 1.5
 WIDE_CHANNEL = 8.0
 LITTLE_NEGATIVE = 1e-3
 # Rounding of a uniform tensor that fills b bits loses about 6 dB a bit; this much more is worth a word.
@@ -44,6 +46,14 @@ def find_causes(layer: LayerAnalysis) -> list[Finding]:
 def _of(slot: str, figures: TensorFigures, layer: LayerAnalysis) -> list[Finding]:
     found = []
     activation = slot != WEIGHT
+    if figures.sqnr < NOTHING_LEFT:
+        return [
+            Finding(
+                f"hardly anything is left of it ({max(figures.sqnr, 0.0):.0f} dB): most values lie within half a step",
+                "its range is that of other data. Calibrate on images like these; after a short training running"
+                " statistics of batch norms may not have settled, and evaluation sees other values than the training.",
+            )
+        ]
     if slot == INPUT and figures.channel_ratio is not None and figures.channel_ratio > WIDE_CHANNEL:
         more = "more groups" if layer.groups else "one range for all its channels: IGQViT gives transformers groups"
         remedy = f"{more}; or exclude this layer, or give it 8 bits."
