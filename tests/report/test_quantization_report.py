@@ -182,6 +182,8 @@ def test_a_checkpoint_is_analyzed(name: str, tmp_path: Path) -> None:
     run = project.trainer(tmp_path, project.callback())
     found = analyze(again, data_of(name), str(tmp_path), str(path), sensitivity=False, trainer=run)
     assert torch.equal(project.outputs(again), project.outputs(module))
+    titles = {"int4_training": "INT4 training", "igq_vit": "IGQ-ViT", "accuquant": "AccuQuant"}
+    assert content(tmp_path)["title"] == f"{titles[name]}: {type(again).__name__}"
     assert 0 < (found.error or 0) < 1
 
 

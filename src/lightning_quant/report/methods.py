@@ -86,7 +86,30 @@ def method_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Method:
             return _Windows(found, cast(GenerationReport, getattr(pl_module, "generation_report", None) or {}))
         if isinstance(holder, GradientQuantization):
             return _Gradients(holder)
+    for holder in holders:
+        calibrating = type(holder).__name__ if getattr(holder, "calibrates", False) else ""
+        if kind := getattr(holder, "callback_name", calibrating):
+            return _Loaded(kind)
     return Method()
+
+
+@dataclass
+class _Loaded(Method):
+    """Of a checkpoint, whose calibration another run has seen."""
+
+    kind: str
+
+    @property
+    def name(self) -> str:
+        return {"IGQViT": "IGQ-ViT"}.get(self.kind, self.kind)
+
+    @property
+    def detail(self) -> str:
+        return "Calibrated in an earlier run. "
+
+    @property
+    def names_are_of_the_denoiser(self) -> bool:
+        return self.kind == "AccuQuant"
 
 
 @dataclass
