@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader
 
 from browser import needs_chromium, visit
 from everyday_projects import PROJECTS, Everyday
-from lightning_quant import QuantizationReport, analyze
+from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
 from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization, trainer
 from small_diffusion import batches
 from vits import VitData, VitModule, quiet
@@ -194,6 +195,23 @@ def test_metrics_of_the_float_network_are_measured_too(tmp_path: Path) -> None:
     analyze(module, VitData(), str(tmp_path), sensitivity=False, trainer=run)
     (row,) = [row for row in content(tmp_path)["summary"] if row["name"] == "test/loss"]
     assert row["float"] == f"{expected:.4g}" != row["quantized"]
+
+
+def test_a_module_whose_fit_calibrates_it_is_measured_in_float_too(tmp_path: Path) -> None:
+    sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 1, "embed_dim": 24, "num_heads": 2}
+    module = IGQViTModule(
+        "vit_tiny_patch16_224",
+        10,
+        model_kwargs=sizes,
+        quantization=IGQViT(groups=2, calibration_images=8, allocate=False),
+    )
+    run, data = quiet(tmp_path, limit_test_batches=1), DigitsDataModule(64, validation_fraction=0.0)
+    run.fit(module, data)
+    analyze(module, data, str(tmp_path), sensitivity=False, trainer=run)
+    (row,) = [row for row in content(tmp_path)["summary"] if row["name"] == "test/loss"]
+    assert row["float"]
+    assert is_calibrated(module)
+    run.test(module, data, verbose=False)  # and it checks that again
 
 
 def test_a_module_without_any_method_is_refused(tmp_path: Path) -> None:
