@@ -18,7 +18,7 @@ from lightning_quant.functional.grid import FLOAT_BITS
 from lightning_quant.metrics.bops import LayerShape, measure_shapes, model_bops
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.in_float import in_float
-from lightning_quant.nn.layers import QuantizedLayer
+from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.quantizers import Quantizer
 
@@ -169,7 +169,7 @@ def _packed_bytes(network: nn.Module) -> int:
 
 
 def _left_out(network: nn.Module) -> list[str]:
-    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    kinds = tuple(LAYERS)
     return [
         name
         for name, module in network.named_modules()

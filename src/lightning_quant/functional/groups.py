@@ -53,6 +53,38 @@ def assign(points: Tensor, centres: Tensor) -> Tensor:
     return distance.argmin(dim=-1)
 
 
+def channel_groups(x: Tensor, centres: Tensor) -> Tensor:
+    """Group of each channel of each image, whose (min, max) is nearest to its centre.
+
+    Args:
+        x: (images, tokens, channels).
+        centres: (groups, 2), lower and upper bound.
+
+    Returns:
+        int64 (images, 1, channels), which broadcasts to ``x``.
+
+    >>> channel_groups(torch.tensor([[[0.0, -10.0], [1.1, 20.0]]]), torch.tensor([[0.0, 3.0], [-10.0, 20.0]])).tolist()
+    [[[0, 1]]]
+    """
+    return assign(channel_ranges(x).to(centres.dtype), centres).unsqueeze(-2)
+
+
+def row_groups(attention: Tensor, centres: Tensor) -> Tensor:
+    """Group of each row of a softmax, whose maximum is nearest to its centre.
+
+    Args:
+        attention: (..., rows, keys).
+        centres: (groups,).
+
+    Returns:
+        int64 (..., rows, 1), which broadcasts to ``attention``.
+
+    >>> row_groups(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0.6, 0.9])).tolist()
+    [[1], [0]]
+    """
+    return assign(row_maxima(attention).to(centres.dtype), centres[:, None]).unsqueeze(-1)
+
+
 def affine_parameters(low: Tensor, high: Tensor, bits: int, clip_zero_point: bool = False) -> tuple[Tensor, Tensor]:
     """Step size and zero point of the codes 0 .. 2^b-1 on [low, high]: ``s = (u-l)/(2^b-1)``, ``z = round(-l/s)``.
 
@@ -100,8 +132,8 @@ def quantize_channels(x: Tensor, centres: Tensor, scale: Tensor, zero_point: Ten
     >>> quantize_channels(x, centres, scale, zero_point, 2).tolist()
     [[[0.0, -10.0], [1.0, 20.0]]]
     """
-    group = assign(channel_ranges(x).to(centres.dtype), centres)
-    return quantize_affine(x, scale[group].unsqueeze(-2), zero_point[group].unsqueeze(-2), bits)
+    group = channel_groups(x, centres)
+    return quantize_affine(x, scale[group], zero_point[group], bits)
 
 
 def quantize_rows(attention: Tensor, centres: Tensor, scale: Tensor, bits: int) -> Tensor:
@@ -118,5 +150,4 @@ def quantize_rows(attention: Tensor, centres: Tensor, scale: Tensor, bits: int) 
     tensor([[0.9000, 0.0000],
             [0.4000, 0.6000]])
     """
-    group = assign(row_maxima(attention).to(centres.dtype), centres[:, None])
-    return quantize_affine(attention, scale[group].unsqueeze(-1), None, bits)
+    return quantize_affine(attention, scale[row_groups(attention, centres)], None, bits)

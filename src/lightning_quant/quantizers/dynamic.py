@@ -70,13 +70,18 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
         """Values on the grids, in the shape and dtype of ``x``."""
         if x.numel() == 0:
             return x
-        return quantize_affine(x, *self.affine_of(x), self.bits)
+        tokens = self.per_image(x)
+        return quantize_affine(tokens, *self._of_tokens(tokens), self.bits).view(x.shape)
+
+    def _of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(images, 1, channels) each."""
+        low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
+        return affine_parameters(low, high, self.bits)
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of each channel of each image."""
         tokens = self.per_image(x)
-        low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
-        scale, zero_point = affine_parameters(low, high, self.bits)
+        scale, zero_point = self._of_tokens(tokens)
         return scale.expand_as(tokens).reshape(x.shape), zero_point.expand_as(tokens).reshape(x.shape)
 
 

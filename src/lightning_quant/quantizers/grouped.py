@@ -9,11 +9,10 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.grid import Grid, unsigned_grid
 from lightning_quant.functional.groups import (
     affine_parameters,
-    assign,
-    channel_ranges,
+    channel_groups,
     quantize_channels,
     quantize_rows,
-    row_maxima,
+    row_groups,
 )
 from lightning_quant.quantizers.base import Quantizer
 
@@ -99,7 +98,7 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Of the group that each channel of each image takes."""
         tokens = self.per_image(x)
-        group = assign(channel_ranges(tokens).to(self.centres.dtype), self.centres).unsqueeze(-2)
+        group = channel_groups(tokens, self.centres)
         scale, zero_point = (value[group].expand_as(tokens).reshape(x.shape) for value in (self.scale, self.zero_point))
         return scale, zero_point
 
@@ -156,7 +155,7 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, None]:
         """Of the group that each row takes."""
-        return self.scale[assign(row_maxima(x).to(self.centres.dtype), self.centres[:, None])].unsqueeze(-1), None
+        return self.scale[row_groups(x, self.centres)], None
 
     @classmethod
     def from_signature(cls, signature: list[int]) -> RowGroupQuantizer:

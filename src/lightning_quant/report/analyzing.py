@@ -75,7 +75,7 @@ def analyze(
         finally:
             others[:] = [each for each in others if not isinstance(each, _Start)]
             others.remove(report)
-    if report.report is None or report.analysis is None:
+    if report.report is None:
         raise QuantizationError(
             f"Nothing in {type(module).__name__} is quantized: add GradientQuantization, IGQViT or AccuQuant to the"
             " Trainer's callbacks, or give ckpt_path= of a quantized run."
@@ -83,8 +83,8 @@ def analyze(
     if not getattr(module, "own_batches", False):
         metrics = _float_metrics(run, module, datamodule)
         write_report(report.written[0].parent, with_float(report.report, metrics))
-    rank_zero_info(f"{_in_short(report.analysis)}\nReport: {report.written[0]}")
-    return report.analysis
+    rank_zero_info(f"{_in_short(report.report.analysis)}\nReport: {report.written[0]}")
+    return report.report.analysis
 
 
 class _Start(pl.Callback):

@@ -21,6 +21,7 @@ from torch import nn
 
 from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_network, quantized_root
 from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.nn.agreement import divided_parameter
 from lightning_quant.nn.hashing import weights_hash
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.report.html import Figures, RunReport, write_report
@@ -62,12 +63,16 @@ class QuantizationReport(pl.Callback):
             raise ConfigurationError(f"images={images}: expected at least one.")
         self.folder, self.sensitivity, self.images = folder, sensitivity, images
         self.float_metrics = dict(float_metrics or {})
-        self.analysis: Analysis | None = None
         self.report: RunReport | None = None
         self.written: list[Path] = []
         self._recorder: Recorder | None = None
         self._root = ""
         self._start = 0.0
+
+    @property
+    def analysis(self) -> Analysis | None:
+        """That of the last report."""
+        return None if self.report is None else self.report.analysis
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
@@ -79,8 +84,8 @@ class QuantizationReport(pl.Callback):
             if hasattr(other, "keeps_history"):
                 other.keeps_history = True
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
-        """Listen, once there is something quantized."""
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listen to a training of what is quantized; what is calibrated later trains in float."""
         if not getattr(pl_module, "fit_is_calibration", False):
             self._listen(pl_module)
 
@@ -149,8 +154,8 @@ class QuantizationReport(pl.Callback):
             )
             return
         network = pl_module.get_submodule(self._root)
-        # Only a DTensor has this. One rank alone would wait for the pieces of the others.
-        if any(hasattr(parameter, "full_tensor") for parameter in network.parameters()):
+        # One rank alone would wait for the pieces of the others.
+        if divided_parameter(network):
             rank_zero_warn(
                 "No report: the weights are divided among ranks. Save a whole checkpoint, and analyze it on one device,"
                 " lightning_quant.analyze(module, datamodule, ckpt_path=...)."
@@ -163,12 +168,12 @@ class QuantizationReport(pl.Callback):
             rank_zero_warn(f"No report: {error}")
             return
         # As ``exclude`` takes them.
-        self.analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
+        analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
         with tempfile.TemporaryDirectory() as drawn:
-            self.report = self._report(trainer, pl_module, method, self.analysis, stage, seconds, Path(drawn))
+            self.report = self._report(trainer, pl_module, method, analysis, stage, seconds, Path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
-        metrics = _logged(self.analysis)
+        metrics = _logged(analysis)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
