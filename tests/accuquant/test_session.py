@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lightning_quant.accuquant.preparation import image_numbers, sampler_for
 from lightning_quant.accuquant.ranges import prepare
-from lightning_quant.accuquant.session import Calibration, Source
+from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings
+from lightning_quant.accuquant.source import Source
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
 from processes import on_ranks
@@ -36,7 +37,9 @@ def assert_equal(one: Calibration, other: Calibration) -> None:
 def test_updates_bring_the_end_of_held_out_trajectories_nearer(tmp_path: Path) -> None:
     calibration = finished(started(tmp_path, updates=40, rounding_lr=2e-2, activation_lr=2e-3))
     assert calibration.errors["end"][-1] < 0.95 * calibration.errors["ranges"][-1]
-    assert float(calibration.held_out_errors()[-1]) == pytest.approx(float(calibration.errors["end"][-1]), rel=1e-4)
+    assert float(calibration.source.held_out_errors()[-1]) == pytest.approx(
+        float(calibration.errors["end"][-1]), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"reconstruction": 4, "activation_parameters": "per_group"}])
@@ -45,9 +48,9 @@ def test_before_any_update_it_is_bit_for_bit_what_it_was(tmp_path: Path, options
     calibration = started(tmp_path, weight_scales=True, **options)
     while len(calibration.blocks_done) < len(calibration.blocks) or not calibration.errors:
         calibration.step()
-    before = calibration.held_out_errors()
+    before = calibration.source.held_out_errors()
     calibration.learner.release()
-    assert torch.equal(calibration.held_out_errors(), before)
+    assert torch.equal(calibration.source.held_out_errors(), before)
     calibration.step()
     assert calibration.checks[0] == float(before[-1])
 
@@ -55,14 +58,14 @@ def test_before_any_update_it_is_bit_for_bit_what_it_was(tmp_path: Path, options
 @pytest.mark.parametrize("rate", [3e-3, 3.0])
 def test_it_never_ends_worse_than_it_began(tmp_path: Path, rate: float) -> None:
     calibration = finished(started(tmp_path, rounding_lr=rate, activation_lr=rate))
-    assert calibration.held_out_errors()[-1] <= calibration.errors["ranges"][-1] * (1 + 1e-5)
+    assert calibration.source.held_out_errors()[-1] <= calibration.errors["ranges"][-1] * (1 + 1e-5)
 
 
 def test_blocks_that_make_it_worse_are_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calibration = started(tmp_path, reconstruction=4, updates=0)
     calibration.step()
-    before, errors = quantizers(calibration), calibration.held_out_errors()
-    monkeypatch.setattr(calibration, "held_out_errors", lambda: errors + 1)
+    before, errors = quantizers(calibration), calibration.source.held_out_errors()
+    monkeypatch.setattr(Source, "held_out_errors", lambda self: errors + 1)
     finished(calibration)
     assert all(torch.equal(value, before[key]) for key, value in quantizers(calibration).items())
     save_file(calibration.state_dict(), tmp_path / "state.safetensors")

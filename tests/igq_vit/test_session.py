@@ -11,7 +11,8 @@ from torch import nn
 
 from lightning_quant import strip
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.igq_vit.session import INPUT, SOFTMAX, STEPS
+from lightning_quant.igq_vit.session import INPUT, SOFTMAX
+from lightning_quant.tasks.records import STEPS
 from vits import calibration, evaluate, finished, images, vit
 
 

@@ -19,8 +19,9 @@ from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn import strip, swap
 from lightning_quant.nn.structure import guard_loading
 from lightning_quant.quantizers import FixedQuantizer
-from lightning_quant.tasks.calibration import STEPS, CalibratingModule, is_calibrated
+from lightning_quant.tasks.calibration import CalibratingModule, is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.tasks.records import STEPS
 from networks import trainer as quiet
 
 TOTAL = 6
@@ -57,9 +58,12 @@ class Walk:
         self.worth_saving = self.taken % 2 == 0
         return f"step {self.taken}"
 
+    def record(self) -> dict[str, Tensor]:
+        return {STEPS: torch.tensor([self.done, self.total])}
+
     def state_dict(self) -> dict[str, Tensor]:
-        steps = torch.tensor([self.done, self.total])
-        return {self.kind: torch.tensor(True), STEPS: steps, "taken": torch.tensor(self.taken), "value": self.value}
+        taken = {"taken": torch.tensor(self.taken), "value": self.value}
+        return {self.kind: torch.tensor(True), **self.record(), **taken}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if self.kind not in state:

@@ -35,6 +35,9 @@ class Count:
         self.done += 1
         return "counted"
 
+    def record(self) -> dict[str, Tensor]:
+        return {}
+
     def state_dict(self) -> dict[str, Tensor]:
         return {"done": torch.tensor([[self.done, 0], [0, 1]]).T}
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
@@ -22,16 +20,13 @@ from lightning_quant.accuquant.settings import ActivationParameters, Learn, Sett
 from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.hashing import weights_hash
-from lightning_quant.nn.strip import strip
-from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.calibration_progress import ProgressBar
 
 
-class AccuQuant(pl.Callback):
+class AccuQuant(CalibratingCallback):
     """Evaluate a diffusion model with a quantized denoiser, calibrated on the error that piles up while it samples.
 
     Before the first ``validate``, ``test`` or ``predict`` it samples float trajectories from the model itself, and
@@ -81,7 +76,9 @@ class AccuQuant(pl.Callback):
     >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
-    calibrates = True
+    callback_name: ClassVar[str] = "AccuQuant"
+
+    calibration: Calibration | None
 
     def __init__(
         self,
@@ -114,6 +111,7 @@ class AccuQuant(pl.Callback):
         sample_shape: Sequence[int] | None = None,
         cache_dir: str | None = None,
     ) -> None:
+        super().__init__()
         self.settings = Settings(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
@@ -143,7 +141,6 @@ class AccuQuant(pl.Callback):
         self.denoiser, self.scheduler = denoiser, scheduler
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.cache_dir = cache_dir
-        self.calibration: Calibration | None = None
 
     # -- override points ----------------------------------------------------------------------------------------------
 
@@ -154,38 +151,6 @@ class AccuQuant(pl.Callback):
     def conditioning(self, pl_module: pl.LightningModule, ids: Sequence[int]) -> Conditioning:
         """What the denoiser is given for the images of some numbers, a row each."""
         return {}
-
-    # -- Lightning ----------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Find denoiser and scheduler before anything is loaded, and take the structure of a quantized checkpoint."""
-        if stage == "fit":
-            if is_quantized(pl_module):
-                rank_zero_info("AccuQuant: back to float for fit; the next evaluation calibrates anew.")
-                strip(pl_module)
-            return
-        self.parts(pl_module)
-        rebuild_when_loading(pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.validate``; validation within fit is of the float network."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._ensure(trainer, pl_module)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.test``."""
-        self._ensure(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.predict``."""
-        self._ensure(trainer, pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say in a quantized checkpoint what to do where it does not fit."""
-        if is_quantized(pl_module):
-            mark(checkpoint["state_dict"], "AccuQuant")
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
@@ -207,23 +172,12 @@ class AccuQuant(pl.Callback):
 
     # -- calibration --------------------------------------------------------------------------------------------------
 
-    def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if is_calibrated(pl_module):
-            rank_zero_info(
-                "AccuQuant: the denoiser is calibrated already; lightning_quant.strip(module) lets it begin anew."
-            )
-            return
-        # What is made in the Trainer's inference mode could be used nowhere else.
-        with torch.inference_mode(False), as_written():
-            try:
-                self._calibrate(trainer, pl_module)
-            except BaseException:
-                # Also Ctrl-C in a notebook: what is calibrated in part would be taken for calibrated.
-                self.calibration = None
-                strip(pl_module)
-                raise
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse denoisers and schedulers that are not found, or not known."""
+        self.parts(pl_module)
 
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make the float trajectories, learn from them, and say what came out."""
         begin = time.perf_counter()
         calibration = self.calibration = self.start(trainer, self.parts(pl_module))
         file = self.state_file(trainer, calibration)

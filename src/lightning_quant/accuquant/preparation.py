@@ -20,8 +20,9 @@ from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import prepare
 from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.samplers import Sampler, sampler_of
-from lightning_quant.accuquant.session import Calibration, Source
+from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
+from lightning_quant.accuquant.source import Source
 from lightning_quant.accuquant.trajectories import check_finite, device_of, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_files import describe

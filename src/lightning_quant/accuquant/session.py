@@ -6,82 +6,26 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.learning import Learner
-from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.ranges import activation_ranges, weight_ranges
 from lightning_quant.accuquant.reconstruction import Reconstruction
-from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
-from lightning_quant.accuquant.trajectories import Trajectories, device_of
-from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
-from lightning_quant.accuquant.trajectory_errors import accumulated_errors
-from lightning_quant.accuquant.windows import Window, network_calls, roll, window_loss
+from lightning_quant.accuquant.source import Source
+from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.tasks.records import begin_record, below
 
-# Of the float trajectories, how many images and network calls ranges and blocks see.
-RANGE_IMAGES, RANGE_CALLS = 16, 20
 # The share of the network calls that a sweep gives to each length.
 SWEEP_SHARE = 0.25
 SWEPT = (1, 2, 5, 10, 20, 50, 100)
-_START, _BLOCKS = "ranges", "blocks"
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a calibration works on.
-
-    Attributes:
-        denoiser: around the prepared network, quantizers in all slots.
-        sampler: its steps.
-        plan: what is quantized.
-        cache: of float trajectories, which holds all images below.
-        images: numbers of those to learn from.
-        held_out: numbers of those that decide when to stop.
-        rank: of this process, among ``ranks``.
-        ranks: how many share the images.
-    """
-
-    denoiser: Denoiser
-    sampler: Sampler
-    plan: DenoiserPlan
-    cache: TrajectoryCache
-    images: range
-    held_out: range
-    rank: int = 0
-    ranks: int = 1
-
-    @property
-    def network(self) -> nn.Module:
-        """The denoiser's."""
-        return self.denoiser.network
-
-    @property
-    def settings(self) -> Settings:
-        """The plan's."""
-        return self.plan.settings
-
-    @property
-    def steps(self) -> int:
-        """Network calls of a trajectory: of PLMS one more than its steps."""
-        return len(self.sampler.timesteps)
-
-    def share(self, ids: list[int]) -> list[int]:
-        """This rank's of some images."""
-        return ids[self.rank :: self.ranks]
-
-    def window(self, ids: list[int], steps: range) -> Trajectories:
-        """The float trajectories over some steps, on the network's device."""
-        return self.cache.window(ids, steps.start, steps.stop).to(device_of(self.network, torch.device("cpu")))
+_START, _BLOCKS, _END = "ranges", "blocks", "end"
 
 
 class Calibration:
@@ -92,11 +36,18 @@ class Calibration:
 
     Args:
         source: network, plan and trajectories.
+
+    Attributes:
+        errors: RMSE to the held-out float trajectories after each stage, (steps + 1,), as it piles up.
+        single_steps: the same of each step from the float state, (steps,), after ranges and at the end.
+        sweep: error at the end by the length of windows that was tried.
+        checks: error at the end by the number of updates.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.errors: dict[str, Tensor] = {}
+        self.single_steps: dict[str, Tensor] = {}
         self.sweep: dict[int, float] = {}
         self.checks: dict[int, float] = {}
         self.updates = 0
@@ -170,40 +121,27 @@ class Calibration:
             return self._update()
 
     def _find_ranges(self) -> str:
-        network = self.source.network
-        activation_ranges(network, self._calls(_steps_to_see(self.source)))
-        weight_ranges(network)
-        check_quantizers_agree(network)
-        self.errors[_START] = self.held_out_errors()
-        if not self.source.settings.updates and not self.blocks:
-            self._committed = True
+        source = self.source
+        activation_ranges(source.network, source.calls(source.steps_to_see))
+        weight_ranges(source.network)
+        check_quantizers_agree(source.network)
+        self.errors[_START] = source.held_out_errors()
+        self.single_steps[_START] = source.held_out_single_steps()
+        self._committed = not source.settings.updates and not self.blocks
         return "ranges"
-
-    def _calls(self, steps: list[int]) -> list[Callable[[], object]]:
-        """Calls of the network on float states, one for each of some steps."""
-        ids = self.source.share(list(self.source.images)[:RANGE_IMAGES])
-        return [partial(self._call, ids, k) for k in steps] if ids else []
-
-    def _call(self, ids: list[int], k: int) -> Tensor:
-        some = self.source.window(ids, range(k, k + 1))
-        return self.source.denoiser(some.states[0], self.source.sampler.timesteps[k], some.conditioning)
 
     def replay(self) -> None:
         """Call the network on float states, at steps that are evenly spread."""
-        for call in self._calls(_steps_to_see(self.source)):
+        for call in self.source.calls(self.source.steps_to_see):
             call()
 
     @property
     def _stage_a(self) -> Reconstruction:
         if self._reconstruction is None:
-            source, steps = self.source, _steps_to_see(self.source)
-            calls = [(call, source.sampler.timesteps[k]) for call, k in zip(self._calls(steps), steps, strict=False)]
-            self._reconstruction = Reconstruction(source.network, source.plan, source.settings, calls, self._branches)
+            source, steps = self.source, self.source.steps_to_see
+            calls = [(call, source.sampler.timesteps[k]) for call, k in zip(source.calls(steps), steps, strict=False)]
+            self._reconstruction = Reconstruction(source.network, source.plan, source.settings, calls, source.branches)
         return self._reconstruction
-
-    @property
-    def _branches(self) -> int:
-        return 1 if self.source.denoiser.guidance is None else 2
 
     def _reconstruct(self, block: str) -> str:
         if not self.blocks_done:
@@ -215,13 +153,14 @@ class Calibration:
         return block
 
     def _accept_blocks(self) -> None:
-        self.errors[_BLOCKS] = self.held_out_errors()
+        self.errors[_BLOCKS] = self.source.held_out_errors()
         if self.errors[_BLOCKS][-1] > self.errors[_START][-1]:
             self._load_quantizers(self._ranges)
             # A copy: files of safetensors hold no tensor under two names.
             self.errors[_BLOCKS] = self.errors[_START].clone()
         self._ranges = {}
-        self._committed = not self.source.settings.updates
+        if not self.source.settings.updates:
+            self._commit(_BLOCKS)
 
     def _try_length(self, length: int) -> str:
         """Learn for a while with windows of a length, and forget it."""
@@ -232,7 +171,7 @@ class Calibration:
         updates = max(1, round(calls / network_calls(settings.adjoint, length)))
         for update in range(updates):
             self._learn(learner, length, update, updates)
-        self.sweep[length] = float(self.held_out_errors()[-1])
+        self.sweep[length] = float(self.source.held_out_errors()[-1])
         learner.cancel()
         return f"windows of {length}"
 
@@ -247,12 +186,17 @@ class Calibration:
         last = self.updates == settings.updates
         self.worth_saving = last or self.updates % settings.check_every == 0
         if self.worth_saving:
-            self._look(learner, self.held_out_errors())
+            self._look(learner, self.source.held_out_errors())
             if last or self._stalled():
                 learner.commit()
-                check_quantizers_agree(self.source.network)
-                self._committed, self._learner = True, None
+                self._learner = None
+                self._commit(_END)
         return f"update {self.updates}"
+
+    def _commit(self, stage: str) -> None:
+        check_quantizers_agree(self.source.network)
+        self.single_steps[stage] = self.source.held_out_single_steps()
+        self._committed = True
 
     @property
     def learner(self) -> Learner:
@@ -265,7 +209,7 @@ class Calibration:
         if not self.checks or errors[-1] < min(self.checks.values()):
             learner.remember()
             # A state holds each tensor by itself.
-            self.errors["end"] = errors.clone()
+            self.errors[_END] = errors.clone()
         self.checks[self.updates] = float(errors[-1])
 
     def _stalled(self) -> bool:
@@ -280,7 +224,7 @@ class Calibration:
         source, settings = self.source, self.source.settings
         steps, ids = _draw(settings, windows_of(source.steps, length), source.images, update)
         own = source.share(ids)
-        share = self._window_loss(own, steps, total=len(ids)) if own else torch.zeros(())
+        share = source.window_loss(own, steps, total=len(ids)) if own else torch.zeros(())
         loss = learner.step(share, 1 - update / updates)
         if not math.isfinite(loss):
             raise QuantizationError(
@@ -288,30 +232,6 @@ class Calibration:
                 f" rounding_lr ({settings.rounding_lr}) or activation_lr ({settings.activation_lr})."
             )
         return loss
-
-    def _window_loss(self, ids: list[int], steps: range, total: int) -> Tensor:
-        source = self.source
-        some = source.window(ids, steps)
-        denoise = partial(_denoise, source.denoiser, some)
-        window = replace(some.to_window(), total=total)
-        if source.settings.start == "prefix" and steps.start:
-            window = self._after_prefix(window, ids)
-        return window_loss(denoise, source.sampler, window, source.settings.adjoint)
-
-    def _after_prefix(self, window: Window, ids: list[int]) -> Window:
-        """The window from the state that the quantized model itself reaches."""
-        source = self.source
-        before = source.window(ids, range(window.start))
-        rollout = roll(partial(_denoise, source.denoiser, before), source.sampler, before.to_window())
-        histories = (rollout.histories[-1], *window.histories[1:])
-        return replace(window, x=rollout.states[-1], histories=histories)
-
-    def held_out_errors(self) -> Tensor:
-        """RMSE to the held-out float trajectories after each step, (steps + 1,), over all ranks."""
-        source = self.source
-        ids = source.share(list(source.held_out))
-        trajectories = source.cache.trajectories(ids) if ids else None
-        return accumulated_errors(source.denoiser, source.sampler, trajectories)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -324,14 +244,21 @@ class Calibration:
             prefix = f"{name}/"
             quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
+    def record(self) -> dict[str, Tensor]:
+        """What a report shows: the plan, errors over the steps, what windows of each length and each check came to."""
+        source = self.source
+        found = begin_record(self.done, self.total, source.plan, source.settings.as_dict())
+        found["timesteps"], found["window"] = torch.tensor(source.sampler.timesteps), torch.tensor(self.window)
+        found.update({f"error/{stage}": value for stage, value in self.errors.items()})
+        found.update({f"single_step/{stage}": value for stage, value in self.single_steps.items()})
+        found.update({f"sweep/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.sweep.items()})
+        found.update({f"check/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.checks.items()})
+        return found
+
     def state_dict(self) -> dict[str, Tensor]:
         """All that was computed, as tensors by flat names."""
-        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True)}
-        state["steps"] = torch.tensor([self.done, self.total])
+        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True), **self.record()}
         state["progress"] = torch.tensor([len(self.blocks_done), self.updates, int(self._committed)])
-        state.update({f"error/{name}": value for name, value in self.errors.items()})
-        state.update({f"sweep/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.sweep.items()})
-        state.update({f"check/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.checks.items()})
         if self.errors:
             state.update({f"quantizer/{key}": value for key, value in self._quantizers().items()})
         state.update({f"ranges/{key}": value for key, value in self._ranges.items()})
@@ -352,13 +279,14 @@ class Calibration:
             )
         blocks, self.updates, committed = state["progress"].tolist()
         self.blocks_done, self._committed = self.blocks[:blocks], bool(committed)
-        self.errors = {name: value.cpu() for name, value in _below(state, "error/").items()}
-        self.sweep = {int(name): float(value) for name, value in _below(state, "sweep/").items()}
-        self.checks = {int(name): float(value) for name, value in _below(state, "check/").items()}
-        self._ranges = _below(state, "ranges/")
+        self.errors = {name: value.cpu() for name, value in below(state, "error/").items()}
+        self.single_steps = {name: value.cpu() for name, value in below(state, "single_step/").items()}
+        self.sweep = {int(name): float(value) for name, value in below(state, "sweep/").items()}
+        self.checks = {int(name): float(value) for name, value in below(state, "check/").items()}
+        self._ranges = below(state, "ranges/")
         if self.errors:
-            self._load_quantizers(_below(state, "quantizer/"))
-        learned = _below(state, "learner/")
+            self._load_quantizers(below(state, "quantizer/"))
+        learned = below(state, "learner/")
         if learned:
             with torch.inference_mode(False):
                 self.learner.load_state_dict(learned)
@@ -382,22 +310,6 @@ def _still(network: nn.Module) -> Iterator[None]:
     finally:
         for parameter in moving:
             parameter.requires_grad_(True)
-
-
-def _denoise(denoiser: Denoiser, some: Trajectories, x: Tensor, t: int) -> Tensor:
-    return denoiser(x, t, some.conditioning)
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-
-
-def _steps_to_see(source: Source) -> list[int]:
-    """Steps at which ranges are taken: evenly spread; all where each group of steps has its own."""
-    steps = len(source.sampler.timesteps)
-    if source.settings.activation_parameters == "per_group":
-        return list(range(steps))
-    return sorted({round(k) for k in torch.linspace(0, steps - 1, min(RANGE_CALLS, steps)).tolist()})
 
 
 def _draw(settings: Settings, windows: list[range], images: range, update: int) -> tuple[range, list[int]]:

@@ -83,7 +83,7 @@ def analyze_network(
         )
 
     def run() -> list[Tensor]:
-        return [tensor for call in calls for tensor in tensors_of(network(*call.args, **call.kwargs))]
+        return [tensor for call in calls for tensor in tensors_of(call.run(network))]
 
     # Not inference mode: what a quantizer keeps of a weight would be unusable in a training after this.
     with torch.no_grad(), evaluating(network):

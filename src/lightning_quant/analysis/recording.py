@@ -26,6 +26,10 @@ class Call:
         tensors = (each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor) and each.dim())
         return next((len(each) for each in tensors), 1)
 
+    def run(self, network: nn.Module) -> Any:
+        """Make it again."""
+        return network(*self.args, **self.kwargs)
+
 
 def quantized_root(module: nn.Module) -> str:
     """Name of the smallest submodule that holds all that is quantized; empty for the module itself.

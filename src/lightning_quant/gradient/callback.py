@@ -14,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.functional.grid import check_bits
+from lightning_quant.gradient.history import History
 from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
 from lightning_quant.gradient.logs import layer_metrics
 from lightning_quant.gradient.noise import NoiseSource
@@ -48,7 +49,8 @@ class GradientQuantization(pl.Callback):
             that fit: the same numbers, by integer units.
         signed: whether the inputs of layers have negative values, by fnmatch pattern of their names; for others the
             first batch decides.
-        log_every_n_steps: how often intervals and errors go to the logger; None is the Trainer's interval, 0 never.
+        log_every_n_steps: how often intervals and errors go to the logger and into checkpoints; None is the Trainer's
+            interval, 0 never.
 
     Raises:
         ConfigurationError: an argument out of its range; for patterns and layers when the Trainer starts.
@@ -93,8 +95,7 @@ class GradientQuantization(pl.Callback):
         self.log_every_n_steps = log_every_n_steps
         self.noise: NoiseSource | None = None
         self.batches = 0
-        self.keeps_history = False
-        self.history: list[tuple[int, dict[str, float]]] = []
+        self.history = History()
         self._layers: dict[str, QuantizedLayer] = {}
         self._optimizers: list[QuantizerOptimizer] = []
         self._handles: list[RemovableHandle] = []
@@ -156,7 +157,8 @@ class GradientQuantization(pl.Callback):
 
         Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
         """
-        self.history = []
+        if not self._restored:
+            self.history = History()
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self.batches = self._restored.get("batches", 0)
@@ -182,8 +184,7 @@ class GradientQuantization(pl.Callback):
         self.batches += 1
         every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        heard = bool(trainer.loggers) or self.keeps_history
-        observes = bool(every and heard and last and (trainer.global_step + 1) % every == 0)
+        observes = bool(every and last and (trainer.global_step + 1) % every == 0)
         for quantizer in self._gradient_quantizers().values():
             quantizer.observes = observes
 
@@ -196,8 +197,7 @@ class GradientQuantization(pl.Callback):
         metrics = layer_metrics(self._gradient_quantizers())
         if metrics:
             self._check_agreement()
-        if metrics and self.keeps_history:
-            self.history.append((trainer.global_step, metrics))
+            self.history.add(trainer.global_step, metrics)
         for logger in trainer.loggers if metrics else []:
             logger.log_metrics(metrics, step=trainer.global_step)
 
@@ -260,11 +260,13 @@ class GradientQuantization(pl.Callback):
         if self.noise is None:
             return {}
         optimizers = [ours.state_dict() for ours in self._optimizers]
-        return {"seed": self.noise.seed, "batches": self.batches, "optimizers": optimizers}
+        history = self.history.state_dict()
+        return {"seed": self.noise.seed, "batches": self.batches, "optimizers": optimizers, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state until optimizers exist."""
         self._restored = state_dict
+        self.history = History(state_dict.get("history"))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -21,12 +20,9 @@ from lightning_quant.igq_vit.progress import estimate, units
 from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import summarise
-from lightning_quant.nn import strip
 from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.attention_check import check_attentions
-from lightning_quant.nn.compiled import as_written
-from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.calibration_progress import ProgressBar
 
@@ -34,7 +30,7 @@ from lightning_quant.tasks.calibration_progress import ProgressBar
 TIMED_IMAGES = 8
 
 
-class IGQViT(pl.Callback):
+class IGQViT(CalibratingCallback):
     """Evaluate a vision transformer quantized, its activation channels regrouped for each image.
 
     Before the first ``validate``, ``test`` or ``predict`` it calibrates on unlabelled images of the user's own train
@@ -71,7 +67,9 @@ class IGQViT(pl.Callback):
     >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
-    calibrates = True
+    callback_name: ClassVar[str] = "IGQViT"
+
+    calibration: Calibration | None
 
     def __init__(
         self,
@@ -92,6 +90,7 @@ class IGQViT(pl.Callback):
         calibration_data: CalibrationData | None = None,
         cache_dir: str | None = None,
     ) -> None:
+        super().__init__()
         self.settings = Settings(
             weight_bits=weight_bits,
             activation_bits=activation_bits,
@@ -110,7 +109,6 @@ class IGQViT(pl.Callback):
         )
         self.calibration_data = calibration_data
         self.cache_dir = cache_dir
-        self.calibration: Calibration | None = None
 
     # -- override points ------------------------------------------------------------------------------------------
 
@@ -122,58 +120,19 @@ class IGQViT(pl.Callback):
         """Log-probabilities (items, classes) of what :meth:`run` returns; ``allocate`` needs them."""
         return log_posteriors(outputs)
 
-    # -- Lightning --------------------------------------------------------------------------------------------------
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check the network before anything is loaded, and let it take the structure of a quantized checkpoint."""
-        if stage == "fit":
-            if is_quantized(pl_module):
-                rank_zero_info("IGQViT: back to float for fit; the next evaluation calibrates anew.")
-                strip(pl_module)
-            return
-        check_attentions(pl_module, self.settings.exclude)
-        rebuild_when_loading(pl_module)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.validate``; validation within fit is of the float network."""
-        if trainer.state.fn == TrainerFn.VALIDATING:
-            self._ensure(trainer, pl_module)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.test``."""
-        self._ensure(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.predict``."""
-        self._ensure(trainer, pl_module)
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Say in a quantized checkpoint what to do where it does not fit."""
-        if is_quantized(pl_module):
-            mark(checkpoint["state_dict"], "IGQViT")
-
     # -- calibration ------------------------------------------------------------------------------------------------
 
-    def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if is_calibrated(pl_module):
-            check_agrees(pl_module, self.settings)
-            rank_zero_info(
-                "IGQViT: the network is calibrated already; lightning_quant.strip(module) lets it begin anew."
-            )
-            return
-        # Ranges made in the Trainer's inference mode could be used nowhere else.
-        with torch.inference_mode(False), torch.no_grad(), as_written():
-            try:
-                self._calibrate(trainer, pl_module)
-            except BaseException:
-                # Also Ctrl-C in a notebook: what is calibrated in part would be taken for calibrated.
-                self.calibration = None
-                strip(pl_module)
-                raise
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse attentions that are not known."""
+        check_attentions(pl_module, self.settings.exclude)
 
-    def _calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_calibrated(self, pl_module: pl.LightningModule) -> None:
+        """Refuse other settings than this callback's."""
+        check_agrees(pl_module, self.settings)
+
+    @torch.no_grad()
+    def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw the images, calibrate on them, and say what came out."""
         start = time.perf_counter()
         source = from_trainer(trainer, pl_module, self.calibration_data)
         count, seed = self.settings.calibration_images, self.settings.seed

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.igq_vit.allocation import allocate, budget_at, budget_curve
+from lightning_quant.igq_vit.allocation import allocate, budget_at
 from lightning_quant.igq_vit.calibration import Advance, Slot, calibrate, emptied, fill, filled_slots
 from lightning_quant.igq_vit.perturbation import Replay, perturbations
 from lightning_quant.igq_vit.plan import VitPlan, plan_vit
+from lightning_quant.igq_vit.records import COST, GROUPS, OMEGA, groups_of, table, tables_of
 from lightning_quant.igq_vit.schemes import Candidates
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.metrics.bops import measure_shapes
@@ -25,10 +26,9 @@ from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.structure import guard_loading, quantizers_of
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
+from lightning_quant.tasks.records import begin_record
 
 INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
-# In a state, how many steps are done, and of how many.
-STEPS = "steps"
 
 
 @dataclass(frozen=True)
@@ -188,29 +188,28 @@ class Calibration:
         plan = self.source.plan
         return slots, [{g: plan.layer_bops(name, g) for g in self.candidates[name, INPUT]} for name, _ in slots]
 
-    def curve(self, kind: str = INPUT) -> list[Any]:
-        """Points of the budget curve, see :func:`lightning_quant.igq_vit.allocation.budget_curve`."""
-        slots, costs = self.costs(kind)
-        return budget_curve([self.omega[slot] for slot in slots], costs)
-
     # -- state ----------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Tensor]:
+        """What a report shows: the plan, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
+        plan = self.source.plan
+        found = begin_record(self.done, self.total, plan, plan.settings.as_dict())
+        for (name, slot), values in self.omega.items():
+            found[f"{OMEGA}{name}.{slot}"] = table(values)
+        for slots, costs in map(self.costs, (INPUT, SOFTMAX) if self.omega else ()):
+            found.update({f"{COST}{name}.{slot}": table(each) for (name, slot), each in zip(slots, costs, strict=True)})
+        for (name, slot), groups in self.groups.items():
+            found[f"{GROUPS}{name}.{slot}"] = torch.tensor(groups)
+        return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """All that was computed, as tensors by flat names."""
-        state = {
-            f"fingerprint/{self.fingerprint()}": torch.tensor(True),
-            STEPS: torch.tensor([self.done, self.total]),
-        }
+        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True), **self.record()}
         for name, quantizer in quantizers_of(self.source.network):
             state.update(_write(f"filled/{name}", quantizer))
         for (name, slot), quantizers in self.candidates.items():
             for groups, quantizer in quantizers.items():
                 state.update(_write(f"candidate/{name}.{slot}/{groups}", quantizer))
-        for (name, slot), values in self.omega.items():
-            table = [list(map(float, values)), list(values.values())]
-            state[f"omega/{name}.{slot}"] = torch.tensor(table, dtype=torch.float64)
-        for (name, slot), groups in self.groups.items():
-            state[f"groups/{name}.{slot}"] = torch.tensor(groups)
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -225,25 +224,23 @@ class Calibration:
                 " calibrate anew, without ckpt_path or with another cache_dir."
             )
         for key, quantizer in _read(state, "filled/").items():
-            name, _, slot = key.rpartition(".")
-            fill(self.source.network, {(name, slot): quantizer})
+            fill(self.source.network, {_slot(key): quantizer})
         for key, quantizer in _read(state, "candidate/").items():
             path, _, groups = key.rpartition("/")
-            name, _, slot = path.rpartition(".")
-            self.candidates.setdefault((name, slot), {})[int(groups)] = quantizer
-        for key, value in state.items():
-            kind, _, path = key.partition("/")
-            name, _, slot = path.rpartition(".")
-            if kind == "omega":
-                self.omega[name, slot] = {int(g): float(o) for g, o in value.T.tolist()}
-            elif kind == "groups":
-                self.groups[name, slot] = int(value)
+            self.candidates.setdefault(_slot(path), {})[int(groups)] = quantizer
+        self.omega.update({_slot(path): values for path, values in tables_of(state, OMEGA).items()})
+        self.groups.update({_slot(path): groups for path, groups in groups_of(state).items()})
 
     def fingerprint(self) -> str:
         """Hash of the settings, of what is quantized, and of the images."""
         rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
         parts = (sorted(self.source.plan.settings.as_dict().items()), rows, self.source.images)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _slot(path: str) -> Slot:
+    name, _, slot = path.rpartition(".")
+    return name, slot
 
 
 def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.functional.groups import assign, channel_ranges
+from lightning_quant.functional.groups import channel_groups, channel_ranges
+from lightning_quant.igq_vit.records import curve_of
 from lightning_quant.igq_vit.session import INPUT, Calibration
 from lightning_quant.quantizers.grouped import GroupQuantizer
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
+from lightning_quant.tasks.records import Record, settings_of
 
 
 class CalibrationPictures(pl.Callback):
@@ -48,10 +51,20 @@ class CalibrationPictures(pl.Callback):
 
 
 def draw_calibration(calibration: Calibration, folder: Path, layer: str | None = None) -> list[Path]:
+    """:func:`draw_groups` of a calibration that is finished, and of its images."""
+    source = calibration.source
+    return draw_groups(calibration.record(), source.network, source.forward, folder, layer)
+
+
+def draw_groups(
+    record: Record, network: nn.Module, forward: Callable[[], Any], folder: Path, layer: str | None = None
+) -> list[Path]:
     """Draw the budget curve, where groups were allocated, and the ranges of one layer's channels in one image.
 
     Args:
-        calibration: finished.
+        record: of a calibration.
+        network: that was calibrated.
+        forward: calls it with images.
         folder: for ``budget.png`` and ``channel_ranges.png``.
         layer: name of a grouped layer; None takes the one whose groups differ most in width.
 
@@ -62,25 +75,24 @@ def draw_calibration(calibration: Calibration, folder: Path, layer: str | None =
         ConfigurationError: a layer that has no groups.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    settings, written = calibration.source.plan.settings, []
-    if calibration.groups:
+    settings, written = settings_of(record), []
+    if curve := curve_of(record, INPUT):
         written.append(folder / "budget.png")
-        chosen = settings.groups if settings.budget is None else None
-        draw_budget_curve(calibration.curve(), written[-1], "Groups of channels: perturbation and cost", chosen)
-    grouped = _grouped(calibration)
+        chosen = settings["groups"] if settings["budget"] is None else None
+        draw_budget_curve(curve, written[-1], "Groups of channels: perturbation and cost", chosen)
+    grouped = _grouped(network)
     if not grouped:
         return written
     if layer is not None and layer not in grouped:
         raise ConfigurationError(f"layer={layer!r} has no groups: expected one of {', '.join(grouped)}.")
     name = layer or max(grouped, key=lambda each: _spread(grouped[each]))
     written.append(folder / "channel_ranges.png")
-    _draw_layer(calibration, name, grouped[name], written[-1])
+    _draw_layer(network.get_submodule(name), name, grouped[name], forward, written[-1])
     return written
 
 
-def _grouped(calibration: Calibration) -> dict[str, GroupQuantizer]:
-    network = calibration.source.network
-    slots = {name: getattr(network.get_submodule(name), INPUT) for name in calibration.source.plan.names("grouped")}
+def _grouped(network: nn.Module) -> dict[str, GroupQuantizer]:
+    slots = {name: getattr(module, INPUT, None) for name, module in network.named_modules()}
     return {name: quantizer for name, quantizer in slots.items() if isinstance(quantizer, GroupQuantizer)}
 
 
@@ -89,23 +101,22 @@ def _spread(quantizer: GroupQuantizer) -> float:
     return float(width.max() / width.clamp_min(1e-8).min()) if len(width) > 1 else 1.0
 
 
-def _draw_layer(calibration: Calibration, name: str, quantizer: GroupQuantizer, path: Path) -> None:
+def _draw_layer(
+    module: nn.Module, name: str, quantizer: GroupQuantizer, forward: Callable[[], Any], path: Path
+) -> None:
     seen: list[Tensor] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(args[0].detach())
+        # Meanwhile windowed attention has said how many images there are.
+        seen.append(quantizer.per_image(args[0].detach())[:1].float())
 
-    handle = calibration.source.network.get_submodule(name).register_forward_pre_hook(look)
+    handle = module.register_forward_pre_hook(look)
     try:
         with torch.no_grad():
-            calibration.source.forward()
+            forward()
     finally:
         handle.remove()
-    shape = calibration.source.plan.shape(name)
-    # The tokens of one image stand together, windows or not.
-    image = seen[0].reshape(-1, shape.tokens, shape.in_features)[:1].float()
-    ranges = channel_ranges(image)[0]
-    group = assign(ranges, quantizer.centres)
+    ranges, group = channel_ranges(seen[0])[0], channel_groups(seen[0], quantizer.centres)[0, 0]
     low = -quantizer.zero_point * quantizer.scale
     bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
     title = f"Input of {name}, one image, {len(quantizer.centres)} groups"

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from torch import nn
 
-from lightning_quant.accuquant.session import Calibration as WindowCalibration
 from lightning_quant.analysis import Finding
 from lightning_quant.gradient import GradientQuantization
-from lightning_quant.igq_vit.session import Calibration as GroupCalibration
-from lightning_quant.report.calibration import draw_calibration
+from lightning_quant.igq_vit.records import OMEGA, groups_of, tables_of
+from lightning_quant.report.calibration import draw_groups
 from lightning_quant.report.intervals import LayerMetrics, draw_intervals, parse_layer_metrics
-from lightning_quant.report.trajectories import GenerationReport, draw_error_curves, draw_generation
+from lightning_quant.report.trajectories import GenerationReport, draw_generation
+from lightning_quant.tasks.records import Record, below, is_finished, plan_of, settings_of
 
 # An error that piles up to more than this many times that of single steps asks for longer windows.
 _PILES_UP = 3.0
@@ -61,8 +62,8 @@ class Method:
         """As text; empty where there is none beyond the layers."""
         return ""
 
-    def draw(self, folder: Path) -> dict[str, Path]:
-        """Pictures by their titles."""
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        """Pictures by their titles; ``forward`` calls the module ``network``, or a part of it, with images."""
         return {}
 
     def figures(self) -> Mapping[str, Any]:
@@ -77,39 +78,16 @@ class Method:
 def method_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Method:
     """The method of a run, from its callbacks and its module; a plain one where neither tells."""
     holders: list[Any] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+    generated: Any = next((found for each in holders if (found := getattr(each, "generation_report", None))), {})
     for holder in holders:
-        calibration = getattr(holder, "calibration", None)
-        if isinstance(calibration, GroupCalibration) and calibration.finished:
-            return _Groups(calibration)
-        if isinstance(calibration, WindowCalibration) or getattr(holder, "generation_report", None):
-            found = calibration if isinstance(calibration, WindowCalibration) else None
-            return _Windows(found, cast(GenerationReport, getattr(pl_module, "generation_report", None) or {}))
+        match getattr(holder, "callback_name", ""):
+            case "IGQViT":
+                return _Groups(holder.record)
+            case "AccuQuant":
+                return _Windows(holder.record, generated)
         if isinstance(holder, GradientQuantization):
             return _Gradients(holder)
-    for holder in holders:
-        calibrating = type(holder).__name__ if getattr(holder, "calibrates", False) else ""
-        if kind := getattr(holder, "callback_name", calibrating):
-            return _Loaded(kind)
-    return Method()
-
-
-@dataclass
-class _Loaded(Method):
-    """Of a checkpoint, whose calibration another run has seen."""
-
-    kind: str
-
-    @property
-    def name(self) -> str:
-        return {"IGQViT": "IGQ-ViT"}.get(self.kind, self.kind)
-
-    @property
-    def detail(self) -> str:
-        return "Calibrated in an earlier run. "
-
-    @property
-    def names_are_of_the_denoiser(self) -> bool:
-        return self.kind == "AccuQuant"
+    return _Windows({}, generated) if generated else Method()
 
 
 @dataclass
@@ -136,10 +114,11 @@ class _Gradients(Method):
 
     @property
     def _metrics(self) -> LayerMetrics | None:
-        rows = [{"step": str(step), **{k: str(v) for k, v in values.items()}} for step, values in self.callback.history]
-        return parse_layer_metrics(rows) if rows else None
+        rows = self.callback.history.rows
+        texts = [{"step": str(step), **{key: str(value) for key, value in values.items()}} for step, values in rows]
+        return parse_layer_metrics(texts) if texts else None
 
-    def draw(self, folder: Path) -> dict[str, Path]:
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
         metrics = self._metrics
         if metrics is None:
             return {}
@@ -164,7 +143,7 @@ class _Gradients(Method):
 
 @dataclass
 class _Groups(Method):
-    calibration: GroupCalibration
+    record: Record
 
     @property
     def name(self) -> str:
@@ -172,26 +151,24 @@ class _Groups(Method):
 
     @property
     def detail(self) -> str:
-        settings = self.calibration.source.plan.settings
-        return f"Scheme '{settings.scheme}'{', groups allocated' if self.calibration.groups else ''}. "
+        scheme = settings_of(self.record).get("scheme")
+        return f"Scheme '{scheme}'{', groups allocated' if groups_of(self.record) else ''}. " if scheme else ""
 
     @property
     def plan(self) -> str:
-        return str(self.calibration.source.plan)
+        return plan_of(self.record)
 
-    def draw(self, folder: Path) -> dict[str, Path]:
-        return _titled(draw_calibration(self.calibration, folder))
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        return _titled(draw_groups(self.record, network, forward, folder)) if is_finished(self.record) else {}
 
     def figures(self) -> Mapping[str, Any]:
-        groups = {f"{name}.{slot}": count for (name, slot), count in self.calibration.groups.items()}
-        perturbations = {f"{name}.{slot}": by for (name, slot), by in self.calibration.omega.items()}
-        return {"groups": groups, "perturbations": perturbations}
+        return {"groups": groups_of(self.record), "perturbations": tables_of(self.record, OMEGA)}
 
 
 @dataclass
 class _Windows(Method):
-    calibration: WindowCalibration | None
-    report: GenerationReport
+    record: Record
+    generated: GenerationReport
 
     @property
     def name(self) -> str:
@@ -203,30 +180,41 @@ class _Windows(Method):
 
     @property
     def plan(self) -> str:
-        return "" if self.calibration is None else str(self.calibration.source.plan)
+        return plan_of(self.record)
 
-    def draw(self, folder: Path) -> dict[str, Path]:
-        written = draw_generation(self.report, folder)
-        if self.calibration is not None and "accumulated" not in self.report:
-            written.append(folder / "error_curves.png")
-            draw_error_curves(self.calibration.errors, path=written[-1])
-        return _titled(written)
+    @property
+    def _report(self) -> GenerationReport:
+        """What a test has found, before what the calibration has."""
+        curves = {"accumulated": below(self.record, "error/"), "single_step": below(self.record, "single_step/")}
+        found: dict[str, Any] = {kind: each for kind, each in curves.items() if each}
+        if "timesteps" in self.record:
+            found["timesteps"] = self.record["timesteps"].tolist()
+        if sweep := below(self.record, "sweep/"):
+            found["sweep"] = {int(length): float(error) for length, error in sweep.items()}
+            found["chosen"] = int(self.record["window"])
+        return cast(GenerationReport, {**found, **self.generated})
+
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        return _titled(draw_generation(self._report, folder))
 
     def figures(self) -> Mapping[str, Any]:
-        curves = {key: self.report[key] for key in ("accumulated", "single_step") if key in self.report}  # type: ignore[literal-required]
+        report = self._report
         found: dict[str, Any] = {
-            key: {name: values.tolist() for name, values in each.items()} for key, each in curves.items()
+            kind: {name: values.tolist() for name, values in report[kind].items()}  # type: ignore[literal-required]
+            for kind in ("accumulated", "single_step")
+            if kind in report
         }
-        if self.calibration is not None:
-            found["held_out_errors"] = {name: values.tolist() for name, values in self.calibration.errors.items()}
-            found["window"] = self.calibration.window
+        if "window" in self.record:
+            found["window"] = int(self.record["window"])
+            found["held_out_errors"] = {k: values.tolist() for k, values in below(self.record, "error/").items()}
         return found
 
     def advice(self) -> Iterable[Finding]:
-        accumulated, single = self.report.get("accumulated"), self.report.get("single_step")
+        accumulated, single = self._report.get("accumulated"), self._report.get("single_step")
         if not accumulated or not single:
             return
-        end, step = float(next(iter(accumulated.values()))[-1]), float(next(iter(single.values())).mean())
+        # The last of both is of the network as it is now.
+        end, step = (float(list(accumulated.values())[-1][-1]), float(list(single.values())[-1].mean()))
         if step > 0 and end > _PILES_UP * step:
             yield Finding(
                 f"The error at the end is {end / step:.0f} times that of a single step: it piles up.",

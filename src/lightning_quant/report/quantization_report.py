@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_network, quantized_root
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.hashing import weights_hash
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.report.html import Figures, RunReport, write_report
@@ -80,9 +82,6 @@ class QuantizationReport(pl.Callback):
         """Begin to count the time."""
         self._forget()
         self._start = time.perf_counter()
-        for other in trainer.callbacks:  # type: ignore[attr-defined]  # Trainer makes it elsewhere
-            if hasattr(other, "keeps_history"):
-                other.keeps_history = True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Listen to a training of what is quantized; what is calibrated later trains in float."""
@@ -170,7 +169,7 @@ class QuantizationReport(pl.Callback):
         # As ``exclude`` takes them.
         analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
         with tempfile.TemporaryDirectory() as drawn:
-            self.report = self._report(trainer, pl_module, method, analysis, stage, seconds, Path(drawn))
+            self.report = self._report(trainer, pl_module, method, recorder, analysis, stage, seconds, Path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
         metrics = _logged(analysis)
@@ -182,6 +181,7 @@ class QuantizationReport(pl.Callback):
         trainer: pl.Trainer,
         pl_module: pl.LightningModule,
         method: Method,
+        recorder: Recorder,
         analysis: Analysis,
         stage: str,
         seconds: float,
@@ -193,7 +193,9 @@ class QuantizationReport(pl.Callback):
             draw_sensitivity(analysis.layers, analysis.error, drawn / "sensitivity.png")
         pictures["Signal to quantization noise of each tensor"] = drawn / "noise.png"
         draw_noise(analysis.layers, drawn / "noise.png")
-        pictures |= method.draw(drawn)
+        network = pl_module.get_submodule(self._root)
+        with torch.no_grad(), evaluating(network):
+            pictures |= method.draw(drawn, pl_module, partial(recorder.calls[0].run, network))
         bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
         lead = (
             f"{method.detail}{len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
@@ -205,7 +207,7 @@ class QuantizationReport(pl.Callback):
             summary=self._summary(trainer, method, analysis, stage, seconds),
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in pictures.items()},
-            environment=_environment(trainer, pl_module.get_submodule(self._root)),
+            environment=_environment(trainer, network),
             advice=[*method.advice(), *_advice(analysis)],
             plan=method.plan,
             config=_config(trainer, pl_module),

@@ -18,12 +18,10 @@ from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, mark, rebuild
 from lightning_quant.tasks.calibration_steps import Anchor, outside_of_a_step, step_loader
+from lightning_quant.tasks.records import STEPS, Record
 
 if TYPE_CHECKING:
     from lightning_quant.tasks.calibration_files import StateFile
-
-# In a state, how many steps are done, and of how many.
-STEPS = "steps"
 
 
 class StepwiseCalibration(Protocol):
@@ -47,8 +45,11 @@ class StepwiseCalibration(Protocol):
     def step(self, advance: Callable[[str], None] = ...) -> str:
         """Do the next step, and return what was done in a few words; ``advance`` is told of parts of a long one."""
 
+    def record(self) -> dict[str, Tensor]:
+        """What a report shows of it, see :mod:`lightning_quant.tasks.records`."""
+
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was computed, by flat names; ``STEPS`` holds steps done and their total."""
+        """All that was computed, by flat names, the record included."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a state; a CheckpointError where it is of something else."""
@@ -236,6 +237,11 @@ class CalibratingModule(pl.LightningModule):
         return done, total
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Record:
+        """What a report says of the calibration: of this run, or of the checkpoint's."""
+        return self._resumed if self.calibration is None else self.calibration.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Store the calibration so far."""

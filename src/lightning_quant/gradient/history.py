@@ -1,0 +1,59 @@
+"""What layers logged over a training, few enough to be in every checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+POINTS = 256
+
+
+class History:
+    """Measures by step. Where there are too many, every second one is dropped, and only every second one kept further.
+
+    Args:
+        state: of an earlier part of the training, which it goes on from; None begins.
+        points: how many are kept at most; at least half as many are, of a long training.
+
+    >>> history = History(points=4)
+    >>> for step in range(9):
+    ...     history.add(step, {"gamma": 1.0})
+    >>> [step for step, _ in history.rows]
+    [0, 4, 8]
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None, points: int = POINTS) -> None:
+        self.points = points
+        self.rows: list[tuple[int, dict[str, float]]] = []
+        self._seen, self._every = 0, 1
+        if state:
+            self._seen, self._every = state["seen"], state["every"]
+            table = zip(state["steps"], state["values"].tolist(), strict=True)
+            # NaN, which nothing else is equal to, where a layer was not measured.
+            self.rows = [
+                (step, {name: value for name, value in zip(state["names"], values, strict=True) if value == value})
+                for step, values in table
+            ]
+
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Take what was measured at a step."""
+        if self._seen % self._every == 0:
+            self.rows.append((step, dict(metrics)))
+        self._seen += 1
+        if len(self.rows) > self.points:
+            self.rows = self.rows[::2]
+            self._every *= 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, values as float32 (steps, names)."""
+        names = list(dict.fromkeys(name for _, metrics in self.rows for name in metrics))
+        table = [[metrics.get(name, float("nan")) for name in names] for _, metrics in self.rows]
+        return {
+            "seen": self._seen,
+            "every": self._every,
+            "steps": [step for step, _ in self.rows],
+            "names": names,
+            "values": torch.tensor(table, dtype=torch.float32).reshape(len(table), len(names)),
+        }

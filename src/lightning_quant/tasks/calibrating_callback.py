@@ -1,0 +1,128 @@
+"""A callback that calibrates what is about to be evaluated."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+
+from lightning_quant.nn.compiled import as_written
+from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
+from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.tasks.records import Record
+
+
+class _Recorded(Protocol):
+    def record(self) -> dict[str, Tensor]: ...
+
+
+class CalibratingCallback(pl.Callback):
+    """Calibrates what ``validate``, ``test`` and ``predict`` find in float; ``fit`` is in float.
+
+    A subclass says how, in :meth:`calibrate`. What is calibrated in part, for whatever reason, is put back to float.
+
+    Attributes:
+        callback_name: of the class, which a float module is told to use for a checkpoint.
+        calibration: the one that this callback made; None before, and where a checkpoint brought another.
+    """
+
+    calibrates: ClassVar[bool] = True
+    callback_name: ClassVar[str]
+
+    calibration: _Recorded | None
+
+    def __init__(self) -> None:
+        self.calibration = None
+        self._restored: Record = {}
+
+    # -- override points ----------------------------------------------------------------------------------------------
+
+    def check(self, pl_module: pl.LightningModule) -> None:
+        """Refuse, before anything is loaded, what cannot be calibrated."""
+
+    def check_calibrated(self, pl_module: pl.LightningModule) -> None:
+        """Refuse what is calibrated already, but not as this callback would."""
+
+    def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate, and set :attr:`calibration` as soon as there is one."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it calibrates.")
+
+    # -- Lightning ----------------------------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Record:
+        """What a report says of the calibration: of this run, or of the checkpoint's."""
+        return self._restored if self.calibration is None else self.calibration.record()
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check before anything is loaded, and let the module take the structure of a quantized checkpoint."""
+        if stage == "fit":
+            if is_quantized(pl_module):
+                rank_zero_info(f"{self.callback_name}: back to float for fit; the next evaluation calibrates anew.")
+                strip(pl_module)
+            self._forget()
+            return
+        self.check(pl_module)
+        rebuild_when_loading(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.validate``; validation within fit is of the float network."""
+        if trainer.state.fn == TrainerFn.VALIDATING:
+            self._ensure(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.test``."""
+        self._ensure(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calibrate before ``trainer.predict``."""
+        self._ensure(trainer, pl_module)
+
+    def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if is_calibrated(pl_module):
+            self.check_calibrated(pl_module)
+            rank_zero_info(
+                f"{self.callback_name}: calibrated already; lightning_quant.strip(module) lets it begin anew."
+            )
+            return
+        self._forget()
+        # What is made in the Trainer's inference mode could be used nowhere else.
+        with torch.inference_mode(False), as_written():
+            try:
+                self.calibrate(trainer, pl_module)
+            except BaseException:
+                # Also Ctrl-C in a notebook: what is calibrated in part would be taken for calibrated.
+                self._forget()
+                strip(pl_module)
+                raise
+
+    def _forget(self) -> None:
+        self.calibration, self._restored = None, {}
+
+    # -- checkpoints --------------------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Say in a quantized checkpoint what to do where it does not fit."""
+        if is_quantized(pl_module):
+            mark(checkpoint["state_dict"], self.callback_name)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Forget the calibration of another network."""
+        self._forget()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The record of the calibration."""
+        return dict(self.record)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the record of a calibration that another run has seen."""
+        self._restored = state_dict

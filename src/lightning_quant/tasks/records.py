@@ -1,0 +1,60 @@
+"""What a calibration leaves behind for a report: few and small tensors by flat names, which any checkpoint carries."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Record = Mapping[str, Tensor]
+"""Tensors by names ``kind/what``; ``steps`` holds steps done and their total."""
+
+# In a record, how many steps are done, and of how many; what was quantized, as text; with what, as JSON.
+STEPS, PLAN, SETTINGS = "steps", "plan", "settings"
+
+
+def begin_record(done: int, total: int, plan: object, settings: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What records of all methods hold.
+
+    >>> record = begin_record(3, 3, "a plan", {"groups": 8})
+    >>> plan_of(record), settings_of(record), is_finished(record)
+    ('a plan', {'groups': 8}, True)
+    """
+    texts = {PLAN: str(plan), SETTINGS: json.dumps(settings)}
+    packed = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
+    return {STEPS: torch.tensor([done, total]), **packed}
+
+
+def is_finished(record: Record) -> bool:
+    """Whether the calibration was, when the record was made; of nothing it was not."""
+    if STEPS not in record:
+        return False
+    done, total = record[STEPS].tolist()
+    return bool(done == total)
+
+
+def plan_of(record: Record) -> str:
+    """What was quantized; empty where the record does not say."""
+    return _text(record, PLAN)
+
+
+def settings_of(record: Record) -> dict[str, Any]:
+    """The arguments of the calibration; empty where the record does not say."""
+    found: dict[str, Any] = json.loads(_text(record, SETTINGS) or "{}")
+    return found
+
+
+def below(record: Record, prefix: str) -> dict[str, Tensor]:
+    """The entries of a kind, by what follows it.
+
+    >>> below({"error/end": torch.zeros(1), "sweep/4": torch.zeros(1)}, "error/")
+    {'end': tensor([0.])}
+    """
+    return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+
+
+def _text(record: Record, key: str) -> str:
+    return bytes(record[key].tolist()).decode() if key in record else ""
