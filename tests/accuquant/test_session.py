@@ -18,6 +18,7 @@ from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.source import Source
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.tasks.records import below, is_finished, plan_of, settings_of
 from processes import on_ranks
 from small_diffusion import SMALL, finished, parts, started
 
@@ -40,6 +41,24 @@ def test_updates_bring_the_end_of_held_out_trajectories_nearer(tmp_path: Path) -
     assert float(calibration.source.held_out_errors()[-1]) == pytest.approx(
         float(calibration.errors["end"][-1]), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"updates": 0, "reconstruction": 4}, {"updates": 0}])
+def test_its_record_has_both_errors_over_the_steps(tmp_path: Path, options: dict[str, Any]) -> None:
+    calibration = finished(started(tmp_path, **options))
+    record = calibration.record()
+    accumulated, single = below(record, "error/"), below(record, "single_step/")
+    assert list(single) == list(dict.fromkeys(["ranges", list(accumulated)[-1]]))
+    for stage, errors in single.items():
+        assert len(errors) == SMALL["steps"]
+        # From the noise both take the same step; later ones accumulate.
+        assert float(errors[0]) == pytest.approx(float(accumulated[stage][1]), rel=1e-5)
+        assert float(errors[-1]) < float(accumulated[stage][-1])
+    assert is_finished(record)
+    assert plan_of(record) == str(calibration.source.plan)
+    assert settings_of(record)["weight_bits"] == SMALL["weight_bits"]
+    # It is in every checkpoint: without quantizers.
+    assert sum(value.nbytes for value in record.values()) < 5000
 
 
 @pytest.mark.parametrize("options", [{}, {"reconstruction": 4, "activation_parameters": "per_group"}])

@@ -79,7 +79,7 @@ def test_a_failure_in_writing_leaves_the_old_folder_and_no_other(
     def full(*_: object) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("lightning_quant.export.folder._digest", full)
+    monkeypatch.setattr("lightning_quant.export.folder.file_hash", full)
     with pytest.raises(OSError, match="No space left"):
         save_quantized(quantized(mlp(), 8), folder)
     monkeypatch.undo()

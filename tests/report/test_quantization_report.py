@@ -18,6 +18,7 @@ from browser import needs_chromium, visit
 from everyday_projects import PROJECTS, Everyday
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
 from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.nn.hashing import file_hash
 from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization, trainer
 from small_diffusion import batches
@@ -188,6 +189,49 @@ def test_a_checkpoint_is_analyzed(name: str, tmp_path: Path) -> None:
     assert 0 < (found.error or 0) < 1
 
 
+def recorded(folder: Path) -> tuple[list[str], Any, str]:
+    """Titles of the pictures, figures and plan of a page."""
+    found = content(folder)
+    page = (folder / "quantization_report.html").read_text(encoding="utf-8")
+    return re.findall(r"<figcaption>(.*?)</figcaption>", page), found["figures"], found["plan"]
+
+
+@projects
+def test_a_checkpoint_remembers_what_the_run_has_seen(name: str, tmp_path: Path) -> None:
+    """Pictures, figures and plan of a page made from a checkpoint are those of the run's own page."""
+    project = PROJECTS[name]
+    # With groups allocated, which is to be drawn.
+    method = (lambda: IGQViT(groups=2, calibration_images=4)) if name == "igq_vit" else project.callback
+    torch.manual_seed(0)
+    module, report = project.module(), QuantizationReport(str(tmp_path / "report"), sensitivity=False)
+    run = project.trainer(tmp_path, method(), report, log_every_n_steps=2)
+    run.fit(module, *project.data())
+    if name != "int4_training":
+        run.test(module, *project.data(), verbose=False)
+    run.save_checkpoint(tmp_path / "kept.ckpt")
+    end = project.trainer(tmp_path, method())
+    path = str(tmp_path / "kept.ckpt")
+    analyze(project.module(), data_of(name), str(tmp_path / "again"), path, sensitivity=False, trainer=end)
+    (titles, figures, plan), found = recorded(tmp_path / "report"), recorded(tmp_path / "again")
+    drawn = {"int4_training": "Intervals", "igq_vit": "Perturbation", "accuquant": "Error over the denoising"}[name]
+    assert any(title.startswith(drawn) for title in titles)
+    assert found == (titles, figures, plan)
+    assert all(figures.values())
+    hashes = content(tmp_path / "again")["environment"]
+    assert hashes[f"SHA-256 of {tmp_path.name}/kept.ckpt"] == f"{file_hash(Path(path))}, read"
+
+
+def test_a_checkpoint_of_a_module_whose_fit_calibrates_it_remembers_too(tmp_path: Path) -> None:
+    module, data = calibrated_vit(tmp_path, allocate=True, groups=2)
+    module.trainer.save_checkpoint(tmp_path / "kept.ckpt")
+    again = small_vit(allocate=True, groups=2)
+    analyze(again, data, str(tmp_path), str(tmp_path / "kept.ckpt"), sensitivity=False, trainer=quiet(tmp_path))
+    titles, figures, plan = recorded(tmp_path)
+    assert any(title.startswith("Perturbation") for title in titles)
+    assert set(figures["groups"]) == set(figures["perturbations"])
+    assert plan == str(module.calibration.source.plan)
+
+
 def test_metrics_of_the_float_network_are_measured_too(tmp_path: Path) -> None:
     module = VitModule()
     expected = quiet(tmp_path).test(module, VitData(), verbose=False)[0]["test/loss"]
@@ -197,16 +241,21 @@ def test_metrics_of_the_float_network_are_measured_too(tmp_path: Path) -> None:
     assert row["float"] == f"{expected:.4g}" != row["quantized"]
 
 
-def test_a_module_whose_fit_calibrates_it_is_measured_in_float_too(tmp_path: Path) -> None:
+def small_vit(**settings: Any) -> IGQViTModule:
     sizes = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 1, "embed_dim": 24, "num_heads": 2}
-    module = IGQViTModule(
-        "vit_tiny_patch16_224",
-        10,
-        model_kwargs=sizes,
-        quantization=IGQViT(groups=2, calibration_images=8, allocate=False),
-    )
-    run, data = quiet(tmp_path, limit_test_batches=1), DigitsDataModule(64, validation_fraction=0.0)
-    run.fit(module, data)
+    quantization = IGQViT(calibration_images=8, **settings)
+    return IGQViTModule("vit_tiny_patch16_224", 10, model_kwargs=sizes, quantization=quantization)
+
+
+def calibrated_vit(folder: Path, **settings: Any) -> tuple[Any, DigitsDataModule]:
+    module, data = small_vit(**settings), DigitsDataModule(64, validation_fraction=0.0)
+    quiet(folder, limit_test_batches=1).fit(module, data)
+    return module, data
+
+
+def test_a_module_whose_fit_calibrates_it_is_measured_in_float_too(tmp_path: Path) -> None:
+    module, data = calibrated_vit(tmp_path, allocate=False, groups=2)
+    run = quiet(tmp_path, limit_test_batches=1)
     analyze(module, data, str(tmp_path), sensitivity=False, trainer=run)
     (row,) = [row for row in content(tmp_path)["summary"] if row["name"] == "test/loss"]
     assert row["float"]

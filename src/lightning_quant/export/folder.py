@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_quant.atomic import left_elsewhere, settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.nn.hashing import file_hash
 
 VERSION = 2
 # The first has no hash of the description.
@@ -65,7 +66,7 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Descr
             "format": "lightning_quant",
             "version": VERSION,
             "lightning_quant": import_module("lightning_quant").__version__,
-            "sha256": _digest(new / TENSORS),
+            "sha256": file_hash(new / TENSORS),
             "packed_bytes": (new / TENSORS).stat().st_size,
             **asdict(description),
         }
@@ -111,7 +112,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
         raise CheckpointError(f"{folder / DESCRIPTION} is changed (its own sha256 is not what it says): {again}")
     try:
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
-        if _digest(folder / TENSORS) != content["sha256"]:
+        if file_hash(folder / TENSORS) != content["sha256"]:
             raise ValueError("its sha256 is not the one that was written down")
         return load_file(folder / TENSORS), description
     except (ValueError, KeyError, SafetensorError) as error:
@@ -127,11 +128,3 @@ def description_digest(content: Mapping[str, Any]) -> str:
     # As it is read again: keys of JSON are texts.
     rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "description_sha256"}))
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(2**20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -47,7 +47,7 @@ class History:
             self._every *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, values as float32 (steps, names)."""
+        """All of it, values as float64 (steps, names)."""
         names = list(dict.fromkeys(name for _, metrics in self.rows for name in metrics))
         table = [[metrics.get(name, float("nan")) for name in names] for _, metrics in self.rows]
         return {
@@ -55,5 +55,5 @@ class History:
             "every": self._every,
             "steps": [step for step, _ in self.rows],
             "names": names,
-            "values": torch.tensor(table, dtype=torch.float32).reshape(len(table), len(names)),
+            "values": torch.tensor(table, dtype=torch.float64).reshape(len(table), len(names)),
         }

@@ -1,8 +1,9 @@
-"""What a network's float weights are, in one line: caches are known again by it."""
+"""What a file or a network's float weights are, in one line, by which they are known again."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,4 +28,13 @@ def weights_hash(network: nn.Module) -> str:
         if not name.startswith(quantizers):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of the bytes of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
     return digest.hexdigest()

@@ -24,7 +24,7 @@ from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_networ
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
 from lightning_quant.nn.evaluation import evaluating
-from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.nn.hashing import file_hash, weights_hash
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.report.html import Figures, RunReport, write_report
 from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
@@ -307,6 +307,21 @@ def _environment(trainer: pl.Trainer, network: nn.Module) -> dict[str, str]:
         "seed": os.environ.get("PL_GLOBAL_SEED", "none was set"),
         "versions": f"Python {platform.python_version()}, {', '.join(libraries)}",
         "SHA-256 of the float weights": weights_hash(network),
+        **_artefacts(trainer),
+    }
+
+
+def _artefacts(trainer: pl.Trainer) -> dict[str, str]:
+    """Hashes of the checkpoints that the run has read and written, where they are files here."""
+    found = {"read": [trainer.ckpt_path], "written": []}
+    for callback in trainer.checkpoint_callbacks:
+        for name in ("best_model_path", "last_model_path"):
+            found["written"].append(getattr(callback, name, None))
+        found["written"] += getattr(callback, "best_k_models", {})
+    files = {Path(path): what for what, paths in found.items() for path in paths if path and Path(path).is_file()}
+    return {
+        f"SHA-256 of {path.parent.name}/{path.name}": f"{file_hash(path)}, {what}"
+        for path, what in sorted(files.items(), key=lambda each: each[0].as_posix())
     }
 
 
