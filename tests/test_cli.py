@@ -16,7 +16,7 @@ from torch import nn
 from diffusion import tiny_pipeline_folder
 from lightning_quant import ImageClassifier
 from lightning_quant.cli import main
-from lightning_quant.cli.advice import VERBS
+from lightning_quant.cli.advice import EXAMPLES, VERBS
 from lightning_quant.cli.explain import explain
 from lightning_quant.cli.lightning_cli import build
 from lightning_quant.cli.packaged import FOLDER, find, names, resolve
@@ -229,6 +229,18 @@ def test_a_mistake_is_answered_with_what_to_write(
 )
 def test_of_the_classes_of_an_option_the_one_that_was_meant_is_explained(said: str, expected: str) -> None:
     assert explain(said) == expected
+
+
+@pytest.mark.parametrize("verb", ["fit", "test", "analyze"])
+def test_a_checkpoint_that_is_not_there_is_named_with_what_is(
+    verb: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "runs").mkdir()
+    (elsewhere / "runs" / "last.ckpt").touch()
+    said = mistake(capsys, verb, *QUICKSTART, "--ckpt_path", "runs/best.ckpt")
+    assert said.endswith("--ckpt_path runs/best.ckpt: there is no such file; the folder runs holds last.ckpt.")
+    said = mistake(capsys, verb, *QUICKSTART, "--ckpt_path", "other/best.ckpt")
+    assert said.endswith("other/best.ckpt: there is no such file; the folder . holds runs.")
 
 
 def test_an_unknown_key_of_a_file_is_named(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -511,6 +523,16 @@ def test_a_float_diffusion_model_is_evaluated_quantized_with_the_callback(
     assert "Calibrated in" in caplog.text
     assert "over windows of 2 of 4 steps" in caplog.text
     assert list((elsewhere / "accuquant" / "trajectories").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("verb", list(EXAMPLES))
+def test_help_of_a_verb_begins_with_an_example_and_what_it_does(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([verb, "--help"])
+    shown = capsys.readouterr().out
+    begin = f"usage: lightning-quant {verb} --config FILE [--OPTION VALUE ...] lightning-quant {verb} {EXAMPLES[verb]}"
+    assert " ".join(shown.split()).startswith(f"{begin} {VERBS[verb]}")
+    assert EXAMPLES[verb].split()[1] in names()
 
 
 def test_help_of_calibrate_names_its_options(capsys: pytest.CaptureFixture[str]) -> None:

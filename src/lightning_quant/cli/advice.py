@@ -15,6 +15,15 @@ VERBS = {
     "configs": "List the packaged configs, or print one.",
     "demo": "Train and calibrate small networks on the embedded digits, and show what each method does.",
 }
+# What a verb of the Trainer is called with.
+EXAMPLES = {
+    "fit": "--config quickstart.yaml --trainer.max_epochs 3",
+    "validate": "--config quickstart.yaml --ckpt_path last.ckpt",
+    "test": "--config quickstart.yaml --ckpt_path last.ckpt",
+    "predict": "--config accuquant/quickstart.yaml --ckpt_path digits_ddim_4bit/last.ckpt",
+    "calibrate": "--config igq_vit/quickstart.yaml",
+    "analyze": "--config igq_vit/quickstart.yaml --ckpt_path digits_vit_4bit/last.ckpt --folder report",
+}
 
 
 class UsageError(Exception):

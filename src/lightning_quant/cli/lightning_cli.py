@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_quant
-from lightning_quant.cli.advice import UsageError
+from lightning_quant.cli.advice import EXAMPLES, VERBS, UsageError
 from lightning_quant.cli.explain import explain
 from lightning_quant.cli.trainer import CalibratingTrainer
 from lightning_quant.errors import ConfigurationError, QuantizationError
@@ -72,6 +72,19 @@ class QuantizationCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Lightning's verbs and ours, each with the arguments that are not options."""
         return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}, "analyze": {"model", "datamodule"}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Let help begin with what the verb does, not with fifty lines that say how its options are written."""
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.usage = (
+            f"lightning-quant {subcommand} --config FILE [--OPTION VALUE ...]\n\n"
+            f"  lightning-quant {subcommand} {EXAMPLES[subcommand]}"
+        )
+        parser.description = (
+            f"{VERBS[subcommand]} Options of a class are listed by --model.help ImageClassifier, --data.help"
+            " DigitsDataModule, --quantization.help IGQViT."
+        )
+        return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add `--quantization`."""
@@ -225,6 +238,19 @@ def _check_values(config: Any) -> None:
         raise UsageError(f"--trainer: expected its options, as --trainer.max_epochs 1, found {trainer!r}.")
     if type(seed) is int and not 0 <= seed < 2**32:
         raise UsageError(f"--seed_everything: {seed} is not in 0 .. 4294967295.")
+    path = str(config.get("ckpt_path") or "best")
+    # Others than files on this disk, Lightning finds.
+    if path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
+        _check_exists(Path(path))
+
+
+def _check_exists(path: Path) -> None:
+    if path.exists():
+        return
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    held = sorted(each.name for each in folder.iterdir())
+    shown = ", ".join(held[:10]) + (", ..." if len(held) > 10 else "") if held else "nothing"
+    raise UsageError(f"--ckpt_path {path}: there is no such file; the folder {folder} holds {shown}.")
 
 
 def object_alone(typehint: Any) -> Any:

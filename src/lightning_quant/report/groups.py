@@ -106,7 +106,8 @@ def draw_channel_ranges(
 
     ranges = _group_ranges(lows, highs, groups, bounds)
     order = _order(groups, ranges, highs - lows)
-    after.set_title(f"{len(ranges)} groups, each with its own range", fontsize=10, loc="left", color="#555555")
+    used = f"{len(ranges)} of {len(bounds)}" if bounds and len(bounds) > len(ranges) else f"{len(ranges)}"
+    after.set_title(f"{used} groups, each with its own range", fontsize=10, loc="left", color="#555555")
     start = 0
     for index, (name, span) in enumerate(sorted(ranges.items(), key=_width)):
         end = start + int((groups == name).sum())

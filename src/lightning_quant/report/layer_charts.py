@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from lightning_quant.analysis.layers import LayerAnalysis
 from lightning_quant.errors import ConfigurationError
@@ -70,6 +71,7 @@ def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Fig
         places, values = zip(*points, strict=True)
         marker = "os^Dv<"[order % 6]
         axes.plot(places, values, marker, markersize=4, color=colour(order), label=wrapped(slot))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("quantized layers and attentions, in the order of the network")
     axes.set_ylabel("signal to noise, dB")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
