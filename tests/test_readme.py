@@ -1,5 +1,7 @@
-"""The README's two commands, and the script that runs the second."""
+"""The README's two commands, the script that runs the second, and what README and guides have of code."""
 
+import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from networks import SmallNet, quantization, trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def fenced_blocks() -> list[str]:
@@ -25,7 +28,7 @@ def fenced_blocks() -> list[str]:
 
 
 def test_the_readme_opens_with_title_sentence_and_the_two_commands() -> None:
-    assert re.match(r"# .+\n\n[^\n]+\.\n\n```", README)
+    assert re.match(r"# .+\n\n[^\n]+\.\n\n!\[[^\n]+\n\n```", README)
     assert fenced_blocks()[:2] == ["pip install . && lightning-quant demo", 'pip install ".[test]" && pytest']
 
 
@@ -48,10 +51,20 @@ def test_ci_runs_the_tools(tool: str) -> None:
     assert tool in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
-def test_the_configs_that_the_readme_names_exist() -> None:
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_a_page_names_exists(page: Path) -> None:
+    """Configs, files that it links to, and what its code imports."""
     from lightning_quant.cli.packaged import names
 
-    assert set(re.findall(r"--config (\S+\.yaml)", README)) <= set(names())
+    text = page.read_text(encoding="utf-8")
+    assert set(re.findall(r"--config (\S+\.yaml)", text)) <= set(names())
+    for link in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (page.parent / link).exists(), link
+    for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(str(node.module))
+                assert all(hasattr(module, each.name) for each in node.names), ast.unparse(node)
 
 
 def test_what_extends_the_package_runs_as_the_readme_has_it(tmp_path: Path) -> None:

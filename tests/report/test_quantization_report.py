@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader
 
 from browser import needs_chromium, visit
 from everyday_projects import PROJECTS, Everyday
-from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
+from lightning_quant import AccuQuant, DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.hashing import file_hash
 from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization, trainer
-from small_diffusion import batches
+from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
 from vits import VitData, VitModule, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -90,6 +90,7 @@ def test_figures_of_each_method_are_there(run: tuple[str, Path, Any]) -> None:
         case "accuquant":
             assert len(found["held_out_errors"]["ranges"]) == 7
             assert found["window"] == 2
+            assert set(found["accumulated"]) == {"after ranges", "after windows"} == set(found["single_step"])
 
 
 def test_a_training_reports_its_intervals(tmp_path: Path) -> None:
@@ -187,6 +188,29 @@ def test_a_checkpoint_is_analyzed(name: str, tmp_path: Path) -> None:
     titles = {"int4_training": "INT4 training", "igq_vit": "IGQ-ViT", "accuquant": "AccuQuant"}
     assert content(tmp_path)["title"] == f"{titles[name]}: {type(again).__name__}"
     assert 0 < (found.error or 0) < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({}, "Try a longer window (window='sweep' finds one), or reconstruction=100 before the windows, or more"),
+        ({"window": "sweep"}, "Try reconstruction=100 before the windows, or more updates."),
+        ({"window": "sweep", "reconstruction": 2}, "Try more updates."),
+    ],
+)
+def test_an_error_that_piles_up_has_a_remedy_that_was_not_tried(
+    options: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    callback = AccuQuant(**{**SMALL, "steps": 20, "updates": 1, **options}, denoiser="unet", sample_shape=SHAPE)
+    report = QuantizationReport(str(tmp_path), sensitivity=False)
+    quiet_trainer(tmp_path, callbacks=[callback, report]).test(Project(), batches(), verbose=False)
+    figures, (advice, *_) = content(tmp_path)["figures"], content(tmp_path)["advice"]
+    stage = list(figures["single_step"])[-1]
+    single = figures["single_step"][stage]
+    times = figures["accumulated"][stage][-1] / (sum(single) / len(single))
+    assert advice["cause"] == f"The error at the end is {times:.0f} times that of a single step: it piles up."
+    assert times > 3
+    assert advice["remedy"].startswith(said)
 
 
 def recorded(folder: Path) -> tuple[list[str], Any, str]:

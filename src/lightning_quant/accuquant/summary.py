@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from lightning_quant.accuquant.session import Calibration
 
+# What a calibration's stages are called.
+STAGES = {"ranges": "after ranges", "blocks": "after blocks", "end": "after windows"}
+
 
 def summarise(calibration: Calibration, seconds: float | None = None) -> str:
     """Errors before and after, the window and the time.
@@ -17,7 +20,7 @@ def summarise(calibration: Calibration, seconds: float | None = None) -> str:
     lines = [
         f"Calibrated{took} over windows of {calibration.window} of {source.steps} steps. {source.plan.summary()}",
         "Error at the end of held-out trajectories (RMSE to the float model): "
-        + ", ".join(f"{name} {float(errors[key][-1]):.4f}" for key, name in _NAMES.items() if key in errors)
+        + ", ".join(f"{name} {float(errors[key][-1]):.4f}" for key, name in STAGES.items() if key in errors)
         + ".",
     ]
     if calibration.sweep:
@@ -26,6 +29,3 @@ def summarise(calibration: Calibration, seconds: float | None = None) -> str:
     if calibration.updates < source.settings.updates:
         lines.append(f"Stopped after {calibration.updates} of {source.settings.updates} updates: no gain any more.")
     return "\n".join(lines)
-
-
-_NAMES = {"ranges": "after ranges", "blocks": "after blocks", "end": "after windows"}

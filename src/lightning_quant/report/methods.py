@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_quant.accuquant.summary import STAGES
 from lightning_quant.analysis import Finding
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.igq_vit.records import OMEGA, groups_of, tables_of
@@ -186,7 +187,11 @@ class _Windows(Method):
     def _report(self) -> GenerationReport:
         """What a test has found, before what the calibration has."""
         curves = {"accumulated": below(self.record, "error/"), "single_step": below(self.record, "single_step/")}
-        found: dict[str, Any] = {kind: each for kind, each in curves.items() if each}
+        found: dict[str, Any] = {
+            kind: {name: each[stage] for stage, name in STAGES.items() if stage in each}
+            for kind, each in curves.items()
+            if each
+        }
         if "timesteps" in self.record:
             found["timesteps"] = self.record["timesteps"].tolist()
         if sweep := below(self.record, "sweep/"):
@@ -216,9 +221,14 @@ class _Windows(Method):
         # The last of both is of the network as it is now.
         end, step = (float(list(accumulated.values())[-1][-1]), float(list(single.values())[-1].mean()))
         if step > 0 and end > _PILES_UP * step:
+            settings, tries = settings_of(self.record), ["more updates"]
+            if not settings.get("reconstruction"):
+                tries.insert(0, "reconstruction=100 before the windows")
+            if settings.get("window") != "sweep":
+                tries.insert(0, "a longer window (window='sweep' finds one)")
             yield Finding(
                 f"The error at the end is {end / step:.0f} times that of a single step: it piles up.",
-                "Try a longer window (window='sweep' finds one), reconstruction=100 before it, or more updates.",
+                f"Try {', or '.join(tries)}.",
             )
 
 

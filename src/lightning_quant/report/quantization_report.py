@@ -320,7 +320,7 @@ def _artefacts(trainer: pl.Trainer) -> dict[str, str]:
         found["written"] += getattr(callback, "best_k_models", {})
     files = {Path(path): what for what, paths in found.items() for path in paths if path and Path(path).is_file()}
     return {
-        f"SHA-256 of {path.parent.name}/{path.name}": f"{file_hash(path)}, {what}"
+        f"SHA-256 of {'/'.join(path.parts[-2:])}": f"{file_hash(path)}, {what}"
         for path, what in sorted(files.items(), key=lambda each: each[0].as_posix())
     }
 
