@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import attention_form
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns, matches
+from lightning_quant.nn.tabled import Tabled
 
 FIRST_AND_LAST = "first or last"
 
@@ -44,8 +44,10 @@ class PlannedModule:
 
 
 @dataclass(frozen=True)
-class DenoiserPlan:
+class DenoiserPlan(Tabled):
     """What is quantized of a denoiser, in the order of its calls."""
+
+    heads: ClassVar[tuple[str, ...]] = ("module", "weight", "activation", "note")
 
     rows: tuple[PlannedModule, ...]
     settings: Settings
@@ -70,18 +72,12 @@ class DenoiserPlan:
         ]
         return "; ".join(filter(None, parts)) + "."
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("module", "weight", "activation", "note", box=None)
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """A row for each layer and attention."""
         for row in self.rows:
             bits = ("float", "float") if row.left_out else (str(row.weight_bits or ""), str(row.activation_bits))
             halves = f"halves of {' + '.join(map(str, row.parts))} channels" if row.parts else ""
-            table.add_row(row.name, *bits, ", ".join(filter(None, (row.note, halves))))
-        text = io.StringIO()
-        Console(file=text, force_jupyter=False, color_system=None, width=110).print(table)
-        return text.getvalue() + self.summary()
+            yield row.name, *bits, ", ".join(filter(None, (row.note, halves)))
 
 
 def plan_denoiser(network: nn.Module, settings: Settings, run: Callable[[], object]) -> DenoiserPlan:

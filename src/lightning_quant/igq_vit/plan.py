@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import nn
 
@@ -18,6 +17,7 @@ from lightning_quant.nn import Bits, plan_layers
 from lightning_quant.nn.attention import opened_attentions
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns
+from lightning_quant.nn.tabled import Tabled
 
 Role = Literal["grouped", "one token", "patch", "attention", "float"]
 _INPUTS = {
@@ -48,8 +48,10 @@ class PlannedModule:
 
 
 @dataclass(frozen=True)
-class VitPlan:
+class VitPlan(Tabled):
     """All layers and attentions of a network. Prints as a table."""
+
+    heads: ClassVar[tuple[str, ...]] = ("module", "kind", "weight", "input or operands", "note")
 
     rows: tuple[PlannedModule, ...]
     settings: Settings
@@ -103,18 +105,11 @@ class VitPlan:
             " residuals, biases and position embeddings stay in float."
         )
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("module", "kind", "weight", "input or operands", "note", box=None)
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """A row for each layer and attention."""
         for row in self.rows:
             weight = "" if row.role in ("attention", "float") else f"{self.settings.weight_bits} bit"
-            table.add_row(row.name, row.kind, weight, self._input(row), row.note)
-        console = Console(file=io.StringIO(), force_jupyter=False, width=180, color_system=None)
-        console.print(table)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()
+            yield row.name, row.kind, weight, self._input(row), row.note
 
     def _input(self, row: PlannedModule) -> str:
         s = self.settings

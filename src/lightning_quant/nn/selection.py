@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import difflib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -16,6 +15,7 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS, check_bits
 from lightning_quant.nn.attention import QuantizedAttention
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
+from lightning_quant.nn.tabled import Tabled
 
 FirstAndLast = Literal["float", "8bit", "same"]
 Patterns = str | Sequence[str] | None
@@ -48,13 +48,15 @@ class PlannedLayer:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Tabled):
     """What will be quantized. Prints as a table.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
     >>> print(plan_layers(network, Bits(4, 4, 4)).summary())
     1 of 3 layers quantized to 4/4/4 bits (weight/activation/gradient), 2 left in float.
     """
+
+    heads: ClassVar[tuple[str, ...]] = ("layer", "kind", "weight shape", "bits w/a/g", "note")
 
     layers: tuple[PlannedLayer, ...]
 
@@ -71,18 +73,11 @@ class Plan:
             f" (weight/activation/gradient), {len(self.layers) - len(self.chosen)} left in float."
         )
 
-    def __str__(self) -> str:
-        from rich.console import Console
-        from rich.table import Table
-
-        table = Table("layer", "kind", "weight shape", "bits w/a/g", "note", box=None)
+    def cells(self) -> Iterator[tuple[str, ...]]:
+        """A row for each layer."""
         for layer in self.layers:
             bits = "float" if layer.bits is None else str(layer.bits)
-            table.add_row(layer.name, layer.kind, "x".join(map(str, layer.shape)), bits, layer.note)
-        console = Console(file=io.StringIO(), force_jupyter=False, width=140, color_system=None)
-        console.print(table)
-        text: str = console.file.getvalue()  # type: ignore[attr-defined]
-        return "\n".join(line.rstrip() for line in text.splitlines()) + "\n" + self.summary()
+            yield layer.name, layer.kind, "x".join(map(str, layer.shape)), bits, layer.note
 
 
 def plan_layers(
