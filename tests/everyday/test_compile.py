@@ -9,7 +9,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_quant import AccuQuant, IGQViT
+from everyday_projects import PROJECTS
+from lightning_quant import AccuQuant, IGQViT, QuantizationReport
 from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization
 from networks import trainer as training
@@ -57,6 +58,25 @@ def test_what_was_compiled_in_float_is_quantized_all_the_same(tmp_path: Path) ->
     with torch.inference_mode():
         assert not torch.allclose(module(images), in_float, atol=1e-3)
         torch.testing.assert_close(module(images), module.seen[0])
+
+
+@pytest.mark.parametrize("part", [False, True])
+@pytest.mark.parametrize("name", list(PROJECTS))
+def test_a_report_has_the_same_figures(name: str, part: bool, tmp_path: Path) -> None:
+    found = []
+    for which in ("plain", "compiled"):
+        torch.manual_seed(0)
+        project, report = PROJECTS[name], QuantizationReport(str(tmp_path / which))
+        module = project.module()
+        attribute = {"int4_training": "net", "igq_vit": "backbone", "accuquant": "unet"}[name] if part else None
+        given = module if which == "plain" else compiled(module, attribute)
+        run = project.trainer(tmp_path / which, project.callback(), report)
+        run.fit(given, *project.data())
+        run.test(given, *project.data(), verbose=False)
+        assert report.analysis is not None
+        layers = {layer.name.replace("_orig_mod.", ""): layer for layer in report.analysis.layers}
+        found.append({layer: (each.only_quantized, each.only_float) for layer, each in layers.items()})
+    assert found[0] == {name: pytest.approx(values, rel=1e-3, abs=1e-5) for name, values in found[1].items()}
 
 
 @pytest.mark.parametrize("part", [None, "net"])

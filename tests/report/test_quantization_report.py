@@ -148,6 +148,14 @@ def test_a_float_module_gets_none_and_is_told_why(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*.html"))
 
 
+def test_a_fit_before_a_calibration_has_no_report_and_no_warning(tmp_path: Path, recwarn: Any) -> None:
+    report = QuantizationReport(str(tmp_path))
+    run = quiet(tmp_path, PROJECTS["igq_vit"].callback(), report)
+    run.fit(VitModule(), VitData())
+    assert report.report is None
+    assert not [str(each.message) for each in recwarn if "No report" in str(each.message)]
+
+
 def test_no_images_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="images=0: expected at least one"):
         QuantizationReport(images=0)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -18,8 +19,7 @@ def as_written() -> Iterator[None]:
     >>> with as_written():
     ...     y = torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
     """
-    # Nothing was compiled where the compiler was never imported, which takes seconds.
-    if "torch._dynamo" not in sys.modules:
+    if not _imported():
         yield
         return
     try:
@@ -27,3 +27,17 @@ def as_written() -> Iterator[None]:
             yield
     finally:
         torch.compiler.reset()
+
+
+def left_as_written(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook for a network that may be compiled, which runs as it is written in any case.
+
+    >>> left_as_written(len)([1, 2])
+    2
+    """
+    return torch.compiler.disable(hook) if _imported() else hook
+
+
+def _imported() -> bool:
+    """Nothing was compiled where the compiler was never imported, which takes seconds."""
+    return "torch._dynamo" in sys.modules

@@ -23,6 +23,7 @@ from torch import nn
 from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_network, quantized_root
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
+from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.hashing import file_hash, weights_hash
 from lightning_quant.nn.structure import quantizers_of
@@ -146,6 +147,10 @@ class QuantizationReport(pl.Callback):
         self._forget()
         if not trainer.is_global_zero:
             return
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+        if recorder is None and stage == "fit" and any(getattr(each, "calibrates", False) for each in callbacks):
+            # Its network is in float until it is evaluated.
+            return
         if recorder is None:
             rank_zero_warn(
                 f"No report: nothing in {type(pl_module).__name__} is quantized and has a range. Add"
@@ -161,14 +166,15 @@ class QuantizationReport(pl.Callback):
             )
             return
         method = method_of(trainer, pl_module)
-        try:
-            analysis = _analyzed(trainer, network, recorder, self.sensitivity)
-        except QuantizationError as error:
-            rank_zero_warn(f"No report: {error}")
-            return
-        # As ``exclude`` takes them.
-        analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
-        with tempfile.TemporaryDirectory() as drawn:
+        # With one layer or another in float a compiled network would be compiled anew each time.
+        with as_written(), tempfile.TemporaryDirectory() as drawn:
+            try:
+                analysis = _analyzed(trainer, network, recorder, self.sensitivity)
+            except QuantizationError as error:
+                rank_zero_warn(f"No report: {error}")
+                return
+            # As ``exclude`` takes them.
+            analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
             self.report = self._report(trainer, pl_module, method, recorder, analysis, stage, seconds, Path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
