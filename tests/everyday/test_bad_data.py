@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -20,6 +22,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.structure import is_quantized, quantizers_of
 from lightning_quant.tasks.calibration import is_calibrated
 from networks import Images, SmallNet, quantization, trainer
+from processes import on_ranks
 from small_diffusion import SHAPE
 from vits import Dicts, VitData, VitModule, images, quiet
 
@@ -211,6 +214,52 @@ def test_an_empty_batch_among_calibration_images_changes_nothing(tmp_path: Path)
         quiet(tmp_path / str(len(batches)), ours).test(module, VitData(), verbose=False)
         found.append(state_of(module))
     assert same(*found)
+
+
+# -- one of several ranks ----------------------------------------------------------------------------------------------
+
+
+def on_two(folder: Path, *callbacks: pl.Callback, **options: Any) -> Any:
+    strategy = DDPStrategy(process_group_backend="gloo")
+    common = {"devices": 2, "strategy": strategy, "use_distributed_sampler": False, "default_root_dir": folder}
+    return trainer(*callbacks, limit_val_batches=0, **common, **options)
+
+
+@pytest.mark.parametrize("kind", ["nan", "empty"])
+def test_a_bad_batch_on_one_rank_spoils_no_range_on_any(kind: str, tmp_path: Path) -> None:
+    def job(rank: int, ranks: int) -> tuple[set[str], list[float]]:
+        torch.manual_seed(0)
+        module, watch = Careful(), Watch()
+        kinds = ["good", "good", kind if rank else "good", "good"]
+        on_two(tmp_path, quantization(quantizer_lr=1e-2), watch).fit(module, DataLoader(Given(kinds), batch_size=None))
+        before, after, *_, end = watch.states[1:]
+        moved = {key.rpartition(".")[2] for key, value in after.items() if not torch.equal(value, before[key])}
+        return moved, [float(value.double().sum()) for value in end.values()]
+
+    one, other = on_ranks(2, job)
+    assert one == other
+    # The good gradients of the other rank move intervals all the same; what is empty moves nothing by itself.
+    assert one[0] == ({"gamma"} if kind == "nan" else {"gamma", "range"})
+    assert all(map(math.isfinite, one[1]))
+
+
+def test_bad_calibration_images_of_one_rank_are_refused_on_all(tmp_path: Path) -> None:
+    def job(rank: int, ranks: int) -> tuple[str, bool]:
+        module = VitModule()
+        ours = IGQViT(groups=4, calibration_images=8, allocate=False, calibration_data=data_with("nan"))
+        message = ""
+        try:
+            on_two(tmp_path, ours).test(module, VitData(), verbose=False)
+        except QuantizationError as error:
+            message = str(error)
+        return message, is_quantized(module)
+
+    one, other = on_ranks(2, job)
+    broken, waiting = sorted([one[0], other[0]])
+    assert "pixels of a calibration batch are NaN or infinite" in broken
+    assert waiting == "1 other ranks could not draw their calibration images: see their errors."
+    assert not one[1]
+    assert not other[1]
 
 
 # -- workers -----------------------------------------------------------------------------------------------------------

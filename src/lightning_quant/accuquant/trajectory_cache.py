@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -35,14 +35,13 @@ from lightning_quant.accuquant.trajectory_files import (
 )
 from lightning_quant.data.calibration import fingerprint
 from lightning_quant.data.noise import initial_noise, numbers
-from lightning_quant.errors import ConfigurationError, QuantizationError
-from lightning_quant.quantizers.statistics import all_reduce_sum, several_ranks
+from lightning_quant.errors import ConfigurationError
+from lightning_quant.nn.agreement import on_all_ranks
+from lightning_quant.quantizers.statistics import several_ranks
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
     from lightning_quant.accuquant.samplers import Sampler
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,8 @@ class TrajectoryCache:
             generated = self._generate(recipe, chunks[rank::ranks], progress, batch, check=True)
             return chunks
 
-        chunks = _on_all_ranks(share, device_of(denoiser.network, torch.device("cpu")))
+        device = device_of(denoiser.network, torch.device("cpu"))
+        chunks = on_all_ranks(share, device, "generate their trajectories")
         # Nothing, where the file system is shared.
         generated += self._generate(recipe, chunks, None, batch, check=False)
         self._recipe = recipe
@@ -272,18 +272,3 @@ def _check_rows(conditioning: Conditioning, images: int) -> None:
     for name, values in conditioning.items():
         if len(values) != images:
             raise ConfigurationError(f"{name} has {len(values)} rows for {images} images: give it one row for each.")
-
-
-def _on_all_ranks(job: Callable[[], T], device: torch.device) -> T:
-    """What a job returns, when it is done on all ranks: a rank that fails does not leave the others waiting."""
-    failure: Exception | None = None
-    try:
-        result = job()
-    except Exception as error:
-        failure = error
-    failed = int(all_reduce_sum(torch.tensor([int(failure is not None)], device=device)))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise QuantizationError(f"{failed} other ranks could not generate their trajectories: see their errors.")
-    return result

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_quant.data.calibration import calibration_images
-from lightning_quant.data.calibration_source import CalibrationData, from_trainer
+from lightning_quant.data.calibration_source import CalibrationData, CalibrationSource, from_trainer
 from lightning_quant.igq_vit.agreement import check_agrees
 from lightning_quant.igq_vit.cache import images_hash, state_file
 from lightning_quant.igq_vit.perturbation import log_posteriors
@@ -20,7 +21,7 @@ from lightning_quant.igq_vit.progress import estimate, units
 from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import summarise
-from lightning_quant.nn.agreement import check_weights_agree
+from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
@@ -134,9 +135,7 @@ class IGQViT(CalibratingCallback):
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw the images, calibrate on them, and say what came out."""
         start = time.perf_counter()
-        source = from_trainer(trainer, pl_module, self.calibration_data)
-        count, seed = self.settings.calibration_images, self.settings.seed
-        images = calibration_images(source, count, seed, trainer.global_rank, trainer.world_size)
+        images = self.draw(trainer, from_trainer(trainer, pl_module, self.calibration_data))
         calibration = self.start(trainer, pl_module, images)
         file = self.state_file(trainer, calibration)
         file.load(calibration)
@@ -148,6 +147,12 @@ class IGQViT(CalibratingCallback):
                     bar.update(what=what)
                 file.save(calibration)
         rank_zero_info(summarise(calibration, time.perf_counter() - start))
+
+    def draw(self, trainer: pl.Trainer, source: CalibrationSource) -> Tensor:
+        """This rank's calibration images, as soon as all ranks have theirs."""
+        draw = partial(calibration_images, source, self.settings.calibration_images, self.settings.seed)
+        own = partial(draw, trainer.global_rank, trainer.world_size)
+        return on_all_ranks(own, trainer.strategy.root_device, "draw their calibration images")
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
         """Prepare the module and print plan and estimate; ``images`` are this rank's."""

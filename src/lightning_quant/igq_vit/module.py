@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_quant.data.calibration import calibration_images
 from lightning_quant.data.calibration_source import calibration_source
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.callback import IGQViT
@@ -78,14 +77,7 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
                 "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or give"
                 " IGQViT(calibration_data=...)."
             )
-        settings = self.quantization.settings
-        images = calibration_images(
-            calibration_source(data, datamodule),
-            settings.calibration_images,
-            settings.seed,
-            self.trainer.global_rank,
-            self.trainer.world_size,
-        )
+        images = self.quantization.draw(self.trainer, calibration_source(data, datamodule))
         return self.quantization.start(self.trainer, self, images)
 
     def state_file(self, calibration: Calibration) -> StateFile:
