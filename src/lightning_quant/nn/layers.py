@@ -89,9 +89,9 @@ class QuantizedLayer(nn.Module):
             first, second = cast("list[LearnedQuantizer | None]", active)
             gradient = cast("GradientQuantizerLike | None", self.gradient_quantizer)
             return quantized_product(x, self.weight, self.bias, Recipe(product, first, second, gradient))
-        inputs, weight = (
-            tensor if q is None else q(tensor) for q, tensor in zip(active, (x, self.weight), strict=True)
-        )
+        of_input, of_weight = active
+        inputs = x if of_input is None else of_input(x)
+        weight = self.weight if of_weight is None else of_weight(self.weight)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         output = product(inputs.to(dtype), weight.to(dtype))

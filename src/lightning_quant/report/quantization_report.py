@@ -238,7 +238,8 @@ class QuantizationReport(pl.Callback):
         if analysis.float_bops and analysis.quantized_bops:
             share = analysis.quantized_bops / analysis.float_bops
             bops = f"{_large(analysis.quantized_bops)} ({share:.2%})"
-            rows.append(Figures("bit operations an image", _large(analysis.float_bops), bops, "groups included"))
+            note = "groups included" if any(layer.groups for layer in analysis.layers) else ""
+            rows.append(Figures("bit operations an image", _large(analysis.float_bops), bops, note))
         slower = analysis.quantized_seconds / analysis.float_seconds if analysis.float_seconds else 0.0
         note = f"of the recorded calls, {slower:.1f} times: simulated, which says nothing of low-bit units"
         took = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]

@@ -71,7 +71,7 @@ class _RichBar:
         else:
             # Not removed: Lightning finds its own by their places.
             self._progress.update(self._task, visible=False)
-            self._theirs.refresh(hard=True)
+            self._progress.refresh()
 
 
 def duration(seconds: float) -> str:
