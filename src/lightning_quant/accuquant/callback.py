@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
@@ -23,7 +21,6 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.hashing import weights_hash
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
-from lightning_quant.tasks.calibration_progress import ProgressBar
 
 
 class AccuQuant(CalibratingCallback):
@@ -176,17 +173,13 @@ class AccuQuant(CalibratingCallback):
         """Refuse denoisers and schedulers that are not found, or not known."""
         self.parts(pl_module)
 
-    def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Make the float trajectories, learn from them, and say what came out."""
-        begin = time.perf_counter()
-        calibration = self.calibration = self.start(trainer, self.parts(pl_module))
-        file = self.state_file(trainer, calibration)
-        file.load(calibration)
-        with ProgressBar(trainer, calibration.total - calibration.done, "Calibrating") as bar:
-            while not calibration.finished:
-                bar.update(1, calibration.step())
-                file.save(calibration)
-        rank_zero_info(summarise(calibration, time.perf_counter() - begin))
+    def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
+        """Make the float trajectories, and prepare the denoiser."""
+        return self.start(trainer, self.parts(pl_module))
+
+    def summarise(self, calibration: Calibration, seconds: float | None = None) -> str:
+        """Errors before and after, and the window."""
+        return summarise(calibration, seconds)
 
     def start(self, trainer: pl.Trainer, parts: Parts) -> Calibration:
         """Print plan and estimate, make float trajectories, and prepare the denoiser."""

@@ -15,7 +15,6 @@ from lightning_quant.accuquant.generation import Conditions, GeneratedImages, ge
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
 from lightning_quant.accuquant.preparation import Parts, image_numbers, sampler_for, trajectories
 from lightning_quant.accuquant.session import Calibration
-from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors, single_step_errors
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics import GenerationMetrics
@@ -147,7 +146,7 @@ class AccuQuantModule(CalibratingModule):
 
     def summarise(self, calibration: Calibration) -> str:
         """What came out."""
-        return summarise(calibration)
+        return self.quantization.summarise(calibration)
 
     # -- validate -----------------------------------------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Se
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
 from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
-from lightning_quant.tasks.calibration_progress import ProgressBar
 
 # One image alone takes longer than its share of a batch.
 TIMED_IMAGES = 8
@@ -133,20 +133,22 @@ class IGQViT(CalibratingCallback):
 
     @torch.no_grad()
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw the images, calibrate on them, and say what came out."""
-        start = time.perf_counter()
-        images = self.draw(trainer, from_trainer(trainer, pl_module, self.calibration_data))
-        calibration = self.start(trainer, pl_module, images)
-        file = self.state_file(trainer, calibration)
-        file.load(calibration)
-        with ProgressBar(trainer, units(calibration), "Calibrating") as bar:
-            while not calibration.finished:
-                what = calibration.step(lambda name: bar.update(what=name))
-                # Of the first step its modules were counted.
-                if calibration.done > 1:
-                    bar.update(what=what)
-                file.save(calibration)
-        rank_zero_info(summarise(calibration, time.perf_counter() - start))
+        """All steps that are left."""
+        super().calibrate(trainer, pl_module)
+
+    def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
+        """Draw the images and prepare the module."""
+        return self.start(
+            trainer, pl_module, self.draw(trainer, from_trainer(trainer, pl_module, self.calibration_data))
+        )
+
+    def units(self, calibration: Calibration) -> int:
+        """The modules of the first step, and the steps after it."""
+        return units(calibration)
+
+    def summarise(self, calibration: Calibration, seconds: float | None = None) -> str:
+        """Groups and bit operations."""
+        return summarise(calibration, seconds)
 
     def draw(self, trainer: pl.Trainer, source: CalibrationSource) -> Tensor:
         """This rank's calibration images, as soon as all ranks have theirs."""
@@ -165,17 +167,14 @@ class IGQViT(CalibratingCallback):
             with torch.no_grad(), context():
                 return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
 
-        training = pl_module.training
-        pl_module.eval()
-        plan = prepare(pl_module, self.settings, images[:1], forward)
         few = images[:TIMED_IMAGES]
-        begin = time.perf_counter()
-        forward(few)
-        seconds = (time.perf_counter() - begin) / len(few)
-        pl_module.train(training)
+        with evaluating(pl_module):
+            plan = prepare(pl_module, self.settings, images[:1], forward)
+            begin = time.perf_counter()
+            forward(few)
+            seconds = (time.perf_counter() - begin) / len(few)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
-        self.calibration = Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
-        return self.calibration
+        return Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
         """Where the calibration is written to, and taken from."""

@@ -11,7 +11,6 @@ from lightning_quant.data.calibration_source import calibration_source
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.callback import IGQViT
 from lightning_quant.igq_vit.session import Calibration
-from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.tasks import ImageClassifier
 from lightning_quant.tasks.calibration import CalibratingModule
@@ -92,4 +91,4 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
 
     def summarise(self, calibration: Calibration) -> str:
         """Groups and bit operations."""
-        return summarise(calibration)
+        return self.quantization.summarise(calibration)

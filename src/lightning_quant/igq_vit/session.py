@@ -23,6 +23,7 @@ from lightning_quant.nn import strip, swap
 from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
 from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.structure import guard_loading, quantizers_of
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
@@ -139,9 +140,7 @@ class Calibration:
         Returns:
             what was done, in a few words.
         """
-        training = self.source.network.training
-        self.source.network.eval()
-        try:
+        with evaluating(self.source.network):
             if not self.candidates:
                 self.candidates = calibrate(self.source.network, self.source.plan, self.source.forward, advance)
                 check_quantizers_agree(self.source.network)
@@ -152,8 +151,6 @@ class Calibration:
                 return f"perturbation of {missing[0][0]}"
             self._allocate()
             return "allocation"
-        finally:
-            self.source.network.train(training)
 
     def replay(self) -> None:
         """Call the network on the images that it was calibrated on."""

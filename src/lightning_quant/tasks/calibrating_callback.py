@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Protocol
+import time
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import strip
 from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.tasks.calibration import StepwiseCalibration, is_calibrated
+from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.tasks.calibration_progress import ProgressBar
 from lightning_quant.tasks.records import Record
-
-
-class _Recorded(Protocol):
-    def record(self) -> dict[str, Tensor]: ...
 
 
 class CalibratingCallback(pl.Callback):
     """Calibrates what ``validate``, ``test`` and ``predict`` find in float; ``fit`` is in float.
 
-    A subclass says how, in :meth:`calibrate`. What is calibrated in part, for whatever reason, is put back to float.
+    A subclass says how, in :meth:`start_calibration`. What is calibrated in part only, for whatever reason, is put back
+    to float.
 
     Attributes:
         callback_name: of the class, which a float module is told to use for a checkpoint.
@@ -34,7 +33,7 @@ class CalibratingCallback(pl.Callback):
     calibrates: ClassVar[bool] = True
     callback_name: ClassVar[str]
 
-    calibration: _Recorded | None
+    calibration: StepwiseCalibration | None
 
     def __init__(self) -> None:
         self.calibration = None
@@ -48,9 +47,41 @@ class CalibratingCallback(pl.Callback):
     def check_calibrated(self, pl_module: pl.LightningModule) -> None:
         """Refuse what is calibrated already, but not as this callback would."""
 
+    def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Prepare the network, and return its :class:`~lightning_quant.tasks.calibration.StepwiseCalibration`."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its calibration is.")
+
+    def state_file(self, trainer: pl.Trainer, calibration: Any) -> StateFile:
+        """Where the calibration is written to, and taken from."""
+        raise NotImplementedError(f"{type(self).__name__} does not say where its calibration is kept.")
+
+    def units(self, calibration: Any) -> int:
+        """What a progress bar counts: steps, and in place of a long one the parts that it tells of."""
+        return int(calibration.total - calibration.done)
+
+    def summarise(self, calibration: Any, seconds: float) -> str:
+        """What a finished calibration came to, in a few lines."""
+        return f"Calibrated in {seconds:.0f} s."
+
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate, and set :attr:`calibration` as soon as there is one."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it calibrates.")
+        """All steps that are left, each of which is in the file when it is done."""
+        begin = time.perf_counter()
+        calibration = self.calibration = self.start_calibration(trainer, pl_module)
+        file = self.state_file(trainer, calibration)
+        file.load(calibration)
+        with ProgressBar(trainer, self.units(calibration), "Calibrating") as bar:
+            while not calibration.finished:
+                parts: list[str] = []
+
+                def advance(name: str, parts: list[str] = parts) -> None:
+                    parts.append(name)
+                    bar.update(what=name)
+
+                what = calibration.step(advance)
+                if not parts:
+                    bar.update(what=what)
+                file.save(calibration)
+        rank_zero_info(self.summarise(calibration, time.perf_counter() - begin))
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
