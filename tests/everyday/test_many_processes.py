@@ -27,6 +27,9 @@ from small_diffusion import Project, batches
 from vits import VitData, VitModule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+sharded = pytest.mark.skipif(
+    not hasattr(torch.cpu.Stream, "record_event"), reason="fully_shard of this torch needs a GPU"
+)
 
 
 class Blocks(pl.LightningModule):
@@ -98,6 +101,7 @@ def fitted(strategy: str, folder: Path) -> Any:
     return job
 
 
+@sharded
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_sharded_training_is_that_of_whole_copies(ranks: int, tmp_path: Path) -> None:
     copies = on_ranks(ranks, fitted("ddp", tmp_path))
@@ -122,6 +126,7 @@ def stopped_and_resumed(folder: Path) -> Any:
     return job
 
 
+@sharded
 def test_sharded_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     straight = on_ranks(2, fitted("fsdp2", tmp_path))[0]
     resumed = on_ranks(2, stopped_and_resumed(tmp_path))[0]
@@ -129,6 +134,7 @@ def test_sharded_training_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     assert resumed == straight
 
 
+@sharded
 def test_a_sharded_network_is_saved_whole_and_loaded_by_one_process(tmp_path: Path) -> None:
     def job(rank: int, ranks: int) -> dict[str, list[float]]:
         module = Blocks(shard=True)
@@ -142,6 +148,7 @@ def test_a_sharded_network_is_saved_whole_and_loaded_by_one_process(tmp_path: Pa
     assert state_of(loaded) == expected
 
 
+@sharded
 def test_a_report_does_not_wait_for_pieces_of_weights(tmp_path: Path) -> None:
     def job(rank: int, ranks: int) -> bool:
         report = QuantizationReport(str(tmp_path / "report"))
