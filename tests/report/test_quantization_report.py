@@ -11,6 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -100,6 +101,22 @@ def test_a_training_reports_its_intervals(tmp_path: Path) -> None:
     assert set(gradients) == {"net.0", "net.3", "net.8", "net.10"}
     assert all(0 < layer["gamma"] <= 1 for layer in gradients.values())
     assert "Intervals of the gradients" in (tmp_path / "quantization_report.html").read_text(encoding="utf-8")
+
+
+def test_checkpoints_are_hashed_as_written_by_a_fit_and_as_read_by_a_test(tmp_path: Path) -> None:
+    kept = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=1, save_top_k=1)
+    options: Any = {"default_root_dir": tmp_path, "enable_checkpointing": True}
+    trainer(quantization(), QuantizationReport(str(tmp_path / "fit")), kept, **options).fit(SmallNet())
+    path = str(tmp_path / "kept" / "last.ckpt")
+    found = content(tmp_path / "fit")["environment"]
+    files = {key: value for key, value in found.items() if "ckpt" in key}
+    assert set(files) == {f"SHA-256 of {each}" for each in (path, kept.best_model_path)}
+    assert all(value.endswith(", written") for value in files.values())
+    again = ModelCheckpoint(tmp_path / "kept", save_last=True, every_n_train_steps=1, save_top_k=1)
+    run = trainer(quantization(), QuantizationReport(str(tmp_path / "test")), again, **options)
+    run.test(SmallNet(), ckpt_path=path, verbose=False)
+    files = {key: value for key, value in content(tmp_path / "test")["environment"].items() if "ckpt" in key}
+    assert files == {f"SHA-256 of {path}": f"{file_hash(Path(path))}, read"}
 
 
 def test_the_same_figures_go_to_loggers(tmp_path: Path) -> None:
@@ -250,7 +267,33 @@ def test_a_checkpoint_remembers_what_the_run_has_seen(name: str, tmp_path: Path)
     assert found == (titles, figures, plan)
     assert all(figures.values())
     hashes = content(tmp_path / "again")["environment"]
-    assert hashes[f"SHA-256 of {tmp_path.name}/kept.ckpt"] == f"{file_hash(Path(path))}, read"
+    assert hashes[f"SHA-256 of {path}"] == f"{file_hash(Path(path))}, read"
+
+
+@pytest.mark.parametrize("name", ["igq_vit", "accuquant"])
+def test_a_checkpoint_of_an_older_version_is_analyzed(name: str, tmp_path: Path) -> None:
+    """Its calibration's state has neither plan, settings and costs, nor errors of single steps."""
+    project = PROJECTS[name]
+    options: dict[str, Any] = {**SMALL, "window": "sweep", "denoiser": "unet", "sample_shape": SHAPE}
+
+    def method() -> pl.Callback:
+        return IGQViT(groups=2, calibration_images=4) if name == "igq_vit" else AccuQuant(**options)
+
+    callback = method()
+    run = project.trainer(tmp_path, callback)
+    run.test(project.module(), *project.data(), verbose=False)
+    run.save_checkpoint(tmp_path / "kept.ckpt")
+    checkpoint = torch.load(tmp_path / "kept.ckpt", weights_only=True)
+    record = checkpoint["callbacks"][callback.state_key]
+    new = ("plan", "settings", "cost/", "single_step/", "window", "timesteps")
+    checkpoint["callbacks"][callback.state_key] = {k: v for k, v in record.items() if not k.startswith(new)}
+    torch.save(checkpoint, tmp_path / "old.ckpt")
+    end, path = project.trainer(tmp_path, method()), str(tmp_path / "old.ckpt")
+    analyze(project.module(), data_of(name), str(tmp_path), path, sensitivity=False, trainer=end)
+    titles, _, plan = recorded(tmp_path)
+    drawn = {"igq_vit": "Channel ranges", "accuquant": "End error over the length"}[name]
+    assert any(title.startswith(drawn) for title in titles)
+    assert plan == ""
 
 
 def test_a_checkpoint_of_a_module_whose_fit_calibrates_it_remembers_too(tmp_path: Path) -> None:

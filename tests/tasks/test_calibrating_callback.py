@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lightning_quant.errors import QuantizationError
-from lightning_quant.nn import swap
+from lightning_quant.nn import strip, swap
 from lightning_quant.nn.structure import is_quantized
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
@@ -105,6 +105,43 @@ def test_a_checkpoint_brings_the_record_of_its_own_run(tmp_path: Path) -> None:
     bare.save_checkpoint(tmp_path / "bare.ckpt")
     end.test(SmallNet(), ckpt_path=tmp_path / "bare.ckpt")
     assert other.record == {}
+
+
+def test_a_record_is_of_the_network_that_was_calibrated(tmp_path: Path) -> None:
+    ours, other = Walker(), Walker()
+    module = SmallNet()
+    run = quiet(ours, default_root_dir=tmp_path / "one")
+    run.test(module)
+    # Another network, calibrated by somebody else to other ranges.
+    second = SmallNet()
+    quiet(other, default_root_dir=tmp_path / "two").test(second)
+    second.net[-1].weight_quantizer.initialise(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
+    run.test(second)
+    assert ours.calibration is None
+    assert ours.record == {}
+
+
+def test_a_checkpoint_without_callbacks_takes_the_record_away(tmp_path: Path) -> None:
+    ours = Walker()
+    run = quiet(ours, default_root_dir=tmp_path)
+    module = SmallNet()
+    run.test(module)
+    module.net[-1].weight_quantizer.initialise(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
+    run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    again = quiet(ours, default_root_dir=tmp_path)
+    again.test(SmallNet(), ckpt_path=tmp_path / "weights.ckpt")
+    assert ours.record == {}
+
+
+def test_a_network_in_float_again_is_saved_without_a_record(tmp_path: Path) -> None:
+    ours, module = Walker(), SmallNet()
+    run = quiet(ours, default_root_dir=tmp_path)
+    run.test(module)
+    run.save_checkpoint(tmp_path / "quantized.ckpt")
+    strip(module)
+    run.save_checkpoint(tmp_path / "float.ckpt")
+    held = [torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["callbacks"] for name in ("quantized", "float")]
+    assert [ours.state_key in each for each in held] == [True, False]
 
 
 def test_one_that_does_not_say_what_it_does_is_told(tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], secon
     float_calls = images / settings.batch_size * steps
     walked = network_calls(settings.adjoint, length) - length
     update = walked * FORWARD + length * BACKWARD
-    checks = (settings.updates / settings.check_every + 1) * settings.held_out / settings.batch_size * steps * FORWARD
+    # Two more of single steps.
+    checks = (settings.updates / settings.check_every + 3) * settings.held_out / settings.batch_size * steps * FORWARD
     learning = settings.updates * update * (1.25 if settings.window == "sweep" else 1) + checks
     # All blocks together are about the network.
     blocks = settings.reconstruction * BLOCK_BATCH / settings.batch_size * BACKWARD

@@ -111,6 +111,8 @@ class GradientQuantization(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Exchange the layers, before anything is wrapped and before optimizers exist."""
         self._restored = {}
+        if stage == "fit":
+            self.history = History()
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
         _check_order(trainer, self)
@@ -157,8 +159,6 @@ class GradientQuantization(pl.Callback):
 
         Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
         """
-        if not self._restored:
-            self.history = History()
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self.batches = self._restored.get("batches", 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,7 +23,6 @@ from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Se
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
 from lightning_quant.nn.attention_check import check_attentions
-from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
 
@@ -127,7 +126,7 @@ class IGQViT(CalibratingCallback):
         """Refuse attentions that are not known."""
         check_attentions(pl_module, self.settings.exclude)
 
-    def check_calibrated(self, pl_module: pl.LightningModule) -> None:
+    def check_agrees(self, pl_module: pl.LightningModule) -> None:
         """Refuse other settings than this callback's."""
         check_agrees(pl_module, self.settings)
 
@@ -138,9 +137,8 @@ class IGQViT(CalibratingCallback):
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
         """Draw the images and prepare the module."""
-        return self.start(
-            trainer, pl_module, self.draw(trainer, from_trainer(trainer, pl_module, self.calibration_data))
-        )
+        source = partial(from_trainer, trainer, pl_module, self.calibration_data)
+        return self.start(trainer, pl_module, self.draw(trainer, source))
 
     def units(self, calibration: Calibration) -> int:
         """The modules of the first step, and the steps after it."""
@@ -150,10 +148,13 @@ class IGQViT(CalibratingCallback):
         """Groups and bit operations."""
         return summarise(calibration, seconds)
 
-    def draw(self, trainer: pl.Trainer, source: CalibrationSource) -> Tensor:
+    def draw(self, trainer: pl.Trainer, source: Callable[[], CalibrationSource]) -> Tensor:
         """This rank's calibration images, as soon as all ranks have theirs."""
-        draw = partial(calibration_images, source, self.settings.calibration_images, self.settings.seed)
-        own = partial(draw, trainer.global_rank, trainer.world_size)
+        count, seed = self.settings.calibration_images, self.settings.seed
+
+        def own() -> Tensor:
+            return calibration_images(source(), count, seed, trainer.global_rank, trainer.world_size)
+
         return on_all_ranks(own, trainer.strategy.root_device, "draw their calibration images")
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
@@ -168,11 +169,14 @@ class IGQViT(CalibratingCallback):
                 return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
 
         few = images[:TIMED_IMAGES]
-        with evaluating(pl_module):
-            plan = prepare(pl_module, self.settings, images[:1], forward)
-            begin = time.perf_counter()
-            forward(few)
-            seconds = (time.perf_counter() - begin) / len(few)
+        training = pl_module.training
+        pl_module.eval()
+        plan = prepare(pl_module, self.settings, images[:1], forward)
+        begin = time.perf_counter()
+        forward(few)
+        seconds = (time.perf_counter() - begin) / len(few)
+        # With the layers that are new.
+        pl_module.train(training)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
         return Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
@@ -76,7 +77,7 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
                 "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or give"
                 " IGQViT(calibration_data=...)."
             )
-        images = self.quantization.draw(self.trainer, calibration_source(data, datamodule))
+        images = self.quantization.draw(self.trainer, partial(calibration_source, data, datamodule))
         return self.quantization.start(self.trainer, self, images)
 
     def state_file(self, calibration: Calibration) -> StateFile:

@@ -54,8 +54,9 @@ class Tabled:
     def __rich__(self) -> Group:
         from rich.box import SIMPLE_HEAD
         from rich.console import Group
+        from rich.text import Text
 
-        return Group(self._table(SIMPLE_HEAD), self.summary())
+        return Group(self._table(SIMPLE_HEAD), Text(self.summary()))
 
     def __str__(self) -> str:
         from rich.console import Console

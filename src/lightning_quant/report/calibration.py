@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError
@@ -17,6 +17,7 @@ from lightning_quant.igq_vit.records import curve_of
 from lightning_quant.igq_vit.session import INPUT, Calibration
 from lightning_quant.quantizers.grouped import GroupQuantizer
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
+from lightning_quant.tasks.calibration import is_calibrated
 from lightning_quant.tasks.records import Record, settings_of
 
 
@@ -48,6 +49,11 @@ class CalibrationPictures(pl.Callback):
         if found and found[0].finished and trainer.is_global_zero:
             written = draw_calibration(found[0], self.folder, self.layer)
             rank_zero_info(f"Pictures of the calibration: {', '.join(map(str, written))}")
+        elif not found and is_calibrated(pl_module):
+            rank_zero_warn(
+                "CalibrationPictures drew nothing: the network was calibrated in an earlier run. QuantizationReport"
+                " draws it from a checkpoint too."
+            )
 
 
 def draw_calibration(calibration: Calibration, folder: Path, layer: str | None = None) -> list[Path]:
@@ -86,8 +92,8 @@ def draw_groups(
     if layer is not None and layer not in grouped:
         raise ConfigurationError(f"layer={layer!r} has no groups: expected one of {', '.join(grouped)}.")
     name = layer or max(grouped, key=lambda each: _spread(grouped[each]))
-    written.append(folder / "channel_ranges.png")
-    _draw_layer(network.get_submodule(name), name, grouped[name], forward, written[-1])
+    if _draw_layer(network.get_submodule(name), name, grouped[name], forward, folder / "channel_ranges.png"):
+        written.append(folder / "channel_ranges.png")
     return written
 
 
@@ -103,11 +109,12 @@ def _spread(quantizer: GroupQuantizer) -> float:
 
 def _draw_layer(
     module: nn.Module, name: str, quantizer: GroupQuantizer, forward: Callable[[], Any], path: Path
-) -> None:
+) -> bool:
+    """Whether the forward came to the layer."""
     seen: list[Tensor] = []
 
     def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        # Meanwhile windowed attention has said how many images there are.
+        # Here and not later: windowed attention has told the quantizer how many images this call has.
         seen.append(quantizer.per_image(args[0].detach())[:1].float())
 
     handle = module.register_forward_pre_hook(look)
@@ -116,9 +123,12 @@ def _draw_layer(
             forward()
     finally:
         handle.remove()
+    if not seen:
+        return False
     ranges, group = channel_ranges(seen[0])[0], channel_groups(seen[0], quantizer.centres)[0, 0]
     low = -quantizer.zero_point * quantizer.scale
     bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
     title = f"Input of {name}, one image, {len(quantizer.centres)} groups"
     least, most = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
     draw_channel_ranges(least, most, group.cpu().numpy(), path, title, bounds.tolist())
+    return True

@@ -64,7 +64,7 @@ class Method:
         return ""
 
     def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
-        """Pictures by their titles; ``forward`` calls the module ``network``, or a part of it, with images."""
+        """Pictures by their titles; ``forward`` calls what is quantized of the module ``network`` with images."""
         return {}
 
     def figures(self) -> Mapping[str, Any]:
@@ -192,11 +192,12 @@ class _Windows(Method):
             for kind, each in curves.items()
             if each
         }
-        if "timesteps" in self.record:
+        # Those of another run's curves could be others.
+        if "timesteps" in self.record and "accumulated" not in self.generated:
             found["timesteps"] = self.record["timesteps"].tolist()
         if sweep := below(self.record, "sweep/"):
             found["sweep"] = {int(length): float(error) for length, error in sweep.items()}
-            found["chosen"] = int(self.record["window"])
+            found["chosen"] = min(found["sweep"], key=found["sweep"].__getitem__)
         return cast(GenerationReport, {**found, **self.generated})
 
     def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
@@ -218,13 +219,17 @@ class _Windows(Method):
         accumulated, single = self._report.get("accumulated"), self._report.get("single_step")
         if not accumulated or not single:
             return
-        # The last of both is of the network as it is now.
-        end, step = (float(list(accumulated.values())[-1][-1]), float(list(single.values())[-1].mean()))
+        # The last stage of which both are known: of a calibration that is not finished, the ranges.
+        stage = [name for name in accumulated if name in single][-1:]
+        if not stage:
+            return
+        end, step = float(accumulated[stage[0]][-1]), float(single[stage[0]].mean())
         if step > 0 and end > _PILES_UP * step:
             settings, tries = settings_of(self.record), ["more updates"]
             if not settings.get("reconstruction"):
                 tries.insert(0, "reconstruction=100 before the windows")
-            if settings.get("window") != "sweep":
+            longest = "window" in self.record and int(self.record["window"]) >= len(self.record["timesteps"])
+            if settings.get("window") != "sweep" and not longest:
                 tries.insert(0, "a longer window (window='sweep' finds one)")
             yield Finding(
                 f"The error at the end is {end / step:.0f} times that of a single step: it piles up.",

@@ -213,7 +213,7 @@ class QuantizationReport(pl.Callback):
             summary=self._summary(trainer, method, analysis, stage, seconds),
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in pictures.items()},
-            environment=_environment(trainer, network),
+            environment=_environment(trainer, network, stage),
             advice=[*method.advice(), *_advice(analysis)],
             plan=method.plan,
             config=_config(trainer, pl_module),
@@ -297,7 +297,7 @@ def _advice(analysis: Analysis) -> Iterator[Finding]:
         )
 
 
-def _environment(trainer: pl.Trainer, network: nn.Module) -> dict[str, str]:
+def _environment(trainer: pl.Trainer, network: nn.Module, stage: str) -> dict[str, str]:
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -314,22 +314,19 @@ def _environment(trainer: pl.Trainer, network: nn.Module) -> dict[str, str]:
         "seed": os.environ.get("PL_GLOBAL_SEED", "none was set"),
         "versions": f"Python {platform.python_version()}, {', '.join(libraries)}",
         "SHA-256 of the float weights": weights_hash(network),
-        **_artefacts(trainer),
+        **_artefacts(trainer, written=stage == "fit"),
     }
 
 
-def _artefacts(trainer: pl.Trainer) -> dict[str, str]:
-    """Hashes of the checkpoints that the run has read and written, where they are files here."""
-    found = {"read": [trainer.ckpt_path], "written": []}
-    for callback in trainer.checkpoint_callbacks:
+def _artefacts(trainer: pl.Trainer, written: bool) -> dict[str, str]:
+    """Hashes of the checkpoint that the run has read, and of the best and the last that a fit has written."""
+    found = {trainer.ckpt_path: "read"}
+    for callback in trainer.checkpoint_callbacks if written else []:
         for name in ("best_model_path", "last_model_path"):
-            found["written"].append(getattr(callback, name, None))
-        found["written"] += getattr(callback, "best_k_models", {})
-    files = {Path(path): what for what, paths in found.items() for path in paths if path and Path(path).is_file()}
-    return {
-        f"SHA-256 of {'/'.join(path.parts[-2:])}": f"{file_hash(path)}, {what}"
-        for path, what in sorted(files.items(), key=lambda each: each[0].as_posix())
-    }
+            found.setdefault(getattr(callback, name, None), "written")
+    # Others are on another machine's disk, or somewhere in a cloud.
+    files = {Path(path): what for path, what in found.items() if path and Path(path).is_file()}
+    return {f"SHA-256 of {path}": f"{file_hash(path)}, {what}" for path, what in files.items()}
 
 
 def _config(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:

@@ -12,11 +12,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import strip
-from lightning_quant.nn.structure import is_quantized, mark, rebuild_when_loading
+from lightning_quant.nn.structure import is_quantized, mark, quantizers_of, rebuild_when_loading
 from lightning_quant.tasks.calibration import StepwiseCalibration, is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.calibration_progress import ProgressBar
 from lightning_quant.tasks.records import Record
+
+_LOADED = "loaded"
 
 
 class CalibratingCallback(pl.Callback):
@@ -37,6 +39,8 @@ class CalibratingCallback(pl.Callback):
 
     def __init__(self) -> None:
         self.calibration = None
+        # What the record is of.
+        self._of: object = None
         self._restored: Record = {}
 
     # -- override points ----------------------------------------------------------------------------------------------
@@ -44,19 +48,19 @@ class CalibratingCallback(pl.Callback):
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything is loaded, what cannot be calibrated."""
 
-    def check_calibrated(self, pl_module: pl.LightningModule) -> None:
+    def check_agrees(self, pl_module: pl.LightningModule) -> None:
         """Refuse what is calibrated already, but not as this callback would."""
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Prepare the network, and return its :class:`~lightning_quant.tasks.calibration.StepwiseCalibration`."""
         raise NotImplementedError(f"{type(self).__name__} does not say what its calibration is.")
 
-    def state_file(self, trainer: pl.Trainer, calibration: Any) -> StateFile:
-        """Where the calibration is written to, and taken from."""
-        raise NotImplementedError(f"{type(self).__name__} does not say where its calibration is kept.")
+    def state_file(self, trainer: pl.Trainer, calibration: Any) -> StateFile | None:
+        """Where the calibration is written to, and taken from; None writes it nowhere."""
+        return None
 
     def units(self, calibration: Any) -> int:
-        """What a progress bar counts: steps, and in place of a long one the parts that it tells of."""
+        """What a progress bar counts: steps; where one tells ``advance`` of its parts, these in its place."""
         return int(calibration.total - calibration.done)
 
     def summarise(self, calibration: Any, seconds: float) -> str:
@@ -68,7 +72,8 @@ class CalibratingCallback(pl.Callback):
         begin = time.perf_counter()
         calibration = self.calibration = self.start_calibration(trainer, pl_module)
         file = self.state_file(trainer, calibration)
-        file.load(calibration)
+        if file is not None:
+            file.load(calibration)
         with ProgressBar(trainer, self.units(calibration), "Calibrating") as bar:
             while not calibration.finished:
                 parts: list[str] = []
@@ -80,7 +85,9 @@ class CalibratingCallback(pl.Callback):
                 what = calibration.step(advance)
                 if not parts:
                     bar.update(what=what)
-                file.save(calibration)
+                if file is not None:
+                    file.save(calibration)
+        self._of = _ranges_of(pl_module)
         rank_zero_info(self.summarise(calibration, time.perf_counter() - begin))
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
@@ -116,7 +123,11 @@ class CalibratingCallback(pl.Callback):
 
     def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_calibrated(pl_module):
-            self.check_calibrated(pl_module)
+            if self._of not in (_LOADED, found := _ranges_of(pl_module)):
+                # Of another network, or before a checkpoint that was saved without callbacks.
+                self._forget()
+            self._of = found
+            self.check_agrees(pl_module)
             rank_zero_info(
                 f"{self.callback_name}: calibrated already; lightning_quant.strip(module) lets it begin anew."
             )
@@ -133,7 +144,7 @@ class CalibratingCallback(pl.Callback):
                 raise
 
     def _forget(self) -> None:
-        self.calibration, self._restored = None, {}
+        self.calibration, self._of, self._restored = None, None, {}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -143,6 +154,9 @@ class CalibratingCallback(pl.Callback):
         """Say in a quantized checkpoint what to do where it does not fit."""
         if is_quantized(pl_module):
             mark(checkpoint["state_dict"], self.callback_name)
+        else:
+            # A network in float again has no calibration.
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -156,4 +170,13 @@ class CalibratingCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the record of a calibration that another run has seen."""
-        self._restored = state_dict
+        self._restored, self._of = state_dict, _LOADED
+
+
+def _ranges_of(pl_module: pl.LightningModule) -> object:
+    """What tells calibrated networks apart: a sum of each tensor of their quantizers."""
+    return [
+        (name, float(value.detach().double().nan_to_num(0.0).sum()))
+        for name, quantizer in quantizers_of(pl_module)
+        for value in quantizer.buffers()
+    ]

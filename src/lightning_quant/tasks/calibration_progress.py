@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from rich.markup import escape
 from rich.progress import Progress
 
 
@@ -58,7 +59,7 @@ class _RichBar:
         self._task = self._progress.add_task(description, total=total)
 
     def set_postfix_str(self, s: str, refresh: bool) -> None:
-        self._progress.update(self._task, description=f"{self._description} {s}")
+        self._progress.update(self._task, description=f"{self._description} {escape(s)}")
 
     def update(self, n: int) -> None:
         self._progress.update(self._task, advance=n)
