@@ -25,8 +25,8 @@ def said(seconds: float = SECONDS, ranks: int = 1, **settings: Any) -> str:
     ("adjoint", "calls"), [("identity", FORWARD + 2 * BACKWARD), ("bptt", 2 * BACKWARD), ("per_step", 2 * BACKWARD)]
 )
 def test_updates_take_their_forwards_and_backwards(adjoint: str, calls: float) -> None:
-    # Beside the updates two checks, each of 6 steps of a quarter of a batch.
-    hours = (600 * calls + 2 * 6 / 4 * FORWARD) * SECONDS / 3600
+    # Beside the updates two checks, and single steps twice, each of 6 steps of a quarter of a batch.
+    hours = (600 * calls + 4 * 6 / 4 * FORWARD) * SECONDS / 3600
     assert f"600 updates of 4 images, {hours:.1f} h" in said(adjoint=adjoint, **FEW_CHECKS)
 
 
