@@ -140,9 +140,8 @@ def test_patterns_leave_layers_and_attentions_out() -> None:
     left = names(plan, left_out=True)
     assert left == names(plan, note="excluded")
     attentions = {name for name, _ in network.named_modules() if name.endswith(".attn2")}
-    assert left == {"time_embedding.linear_1", "time_embedding.linear_2", *attentions}
-    # A pattern for an attention says nothing of the layers in it.
-    assert {f"{name}.to_q" for name in attentions} <= {row.name for row in plan.chosen("layer")}
+    projections = {f"{name}.{layer}" for name in attentions for layer in ("to_q", "to_k", "to_v", "to_out.0")}
+    assert left == {"time_embedding.linear_1", "time_embedding.linear_2", *attentions, *projections}
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_names_near_it() -> None:

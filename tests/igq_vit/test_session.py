@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -135,6 +136,18 @@ def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: st
 def test_a_network_without_attention_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="has no attention"):
         calibration(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), images(2))
+
+
+@pytest.mark.parametrize("exclude", ["*.attn", "blocks.0"])
+def test_a_calibration_without_all_or_some_attentions_has_the_float_network_there(exclude: str) -> None:
+    network, x = vit(), images(4)
+    finished(calibration(network, x, exclude=(exclude,)))
+    left = [name for name, _ in network.named_modules() if fnmatchcase(name, exclude)]
+    for name in left:
+        mine, plain = network.get_submodule(name), vit().get_submodule(name)
+        y = torch.randn(2, 17, 32)
+        assert torch.equal(evaluate(mine, y), evaluate(plain, y))
+    assert not torch.equal(evaluate(network, x), evaluate(vit(), x))
 
 
 def test_excluded_modules_stay_in_float() -> None:

@@ -56,6 +56,7 @@ def test_an_unknown_class_is_refused_with_the_line_to_write_and_that_line_suffic
     with pytest.raises(UnsupportedModelError, match=r"register_attention\(MyAttention\)"):
         open_attention(module.get_submodule("1.attention"))
     assert check_attentions(module, exclude=["1.attention", "0.in_proj"]) == ["0"]
+    assert check_attentions(module, exclude=["1"]) == ["0"]
     assert check_attentions(module, exclude=["*"]) == []
     register_attention(MyAttention)
     assert check_attentions(module) == ["0", "1.attention"]

@@ -1,3 +1,5 @@
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -5,8 +7,12 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
+from lightning_quant.accuquant.plan import plan_denoiser
+from lightning_quant.accuquant.settings import Settings as AccuQuantSettings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.gradient import GradientQuantization
 from lightning_quant.nn import Bits, Plan, plan_layers
+from vits import calibration, images, vit
 
 FOUR = Bits(4, 4, 4)
 
@@ -78,7 +84,55 @@ def test_a_pattern_that_matches_nothing_names_near_ones(argument: str) -> None:
     ):
         plan_layers(Net(), FOUR, **arguments)
     with pytest.raises(ConfigurationError, match=f'{argument}="\\*'):
-        plan_layers(Net(), FOUR, **{argument: "body"})  # type: ignore[arg-type]
+        plan_layers(Net(), FOUR, **{argument: "heat"})  # type: ignore[arg-type]
+
+
+def _trained(network: nn.Module, exclude: Sequence[str]) -> set[str]:
+    return set(GradientQuantization(first_and_last="same", exclude=exclude or None).plan(network).chosen)
+
+
+def _grouped(network: nn.Module, exclude: Sequence[str]) -> set[str]:
+    plan = calibration(network, images(2), exclude=tuple(exclude)).source.plan
+    return set(plan.names("grouped", "one token", "patch", "attention"))
+
+
+def _denoising(network: nn.Module, exclude: Sequence[str]) -> set[str]:
+    plan = plan_denoiser(network, AccuQuantSettings(exclude=tuple(exclude)), lambda: network(images(1)))
+    return {row.name for row in plan.rows if not row.left_out}
+
+
+METHODS = {"int4_training": _trained, "igq_vit": _grouped, "accuquant": _denoising}
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+@pytest.mark.parametrize(
+    "pattern", ["blocks.0", "blocks.?", "blocks.0.attn", "*.attn", "blocks.0.attn.qkv", "*.mlp", "*.fc2", "patch*"]
+)
+def test_exclude_leaves_a_module_and_all_below_it_in_float_in_every_method(
+    method: Callable[[nn.Module, Sequence[str]], set[str]], pattern: str
+) -> None:
+    everything = method(vit(), ())
+    matched = [name for name, _ in vit().named_modules() if fnmatchcase(name, pattern)]
+    below = {name for name in everything for outer in matched if f"{name}.".startswith(f"{outer}.")}
+    assert below
+    assert method(vit(), [pattern]) == everything - below
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=list(METHODS))
+@pytest.mark.parametrize("pattern", ["attn", "block.0", "blocks.0.norm1"])
+def test_a_pattern_below_which_nothing_is_quantized_is_refused_in_every_method(
+    method: Callable[[nn.Module, Sequence[str]], set[str]], pattern: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=rf"exclude='{pattern}' matches none of the \d+ layers"):
+        method(vit(), [pattern])
+
+
+def test_include_takes_a_module_and_all_below_it() -> None:
+    assert list(plan_layers(Net(), FOUR, "same", include="body").chosen) == ["body.0", "body.2"]
+    assert list(plan_layers(Net(), FOUR, "same", include=["body", "head"], exclude="body.2").chosen) == [
+        "body.0",
+        "head",
+    ]
 
 
 def test_a_pattern_on_a_network_without_layers_says_so() -> None:

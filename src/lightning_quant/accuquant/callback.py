@@ -57,7 +57,7 @@ class AccuQuant(CalibratingCallback):
         softmax_bits: of the attention's softmax.
         eta: of DDIM.
         guidance: scale of classifier-free guidance, both branches in one batch; None for none.
-        exclude: fnmatch patterns of modules to leave in float.
+        exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
         seed: of noise and draws.
         denoiser: path of the denoiser's attribute, as "model.unet"; None finds it.
         scheduler: path of the scheduler's attribute; None finds it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from fnmatch import fnmatchcase
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,7 +22,7 @@ from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.structure import layer_bits, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.layers import Execution, QuantizedLayer
-from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns
+from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns, matches
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import mark
 
@@ -42,8 +41,8 @@ class GradientQuantization(pl.Callback):
         interval: strategy of the gradient quantizer, by default ``LargeGradientInterval()``.
         first_and_last: "float" leaves the first and the last layer in float, "8bit" gives them 8 bits, "same"
             treats them as the others.
-        include: fnmatch patterns of the names of layers to quantize; None takes all.
-        exclude: fnmatch patterns of the names of layers to leave in float.
+        include: Fnmatch patterns of the names of modules to quantize, with all below them; None takes all that trains.
+        exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
         quantizer_lr: learning rate of the ranges of weights and activations, scaled by the user's schedule.
         execution: "integer" multiplies int8 codes with int32 accumulation where all three tensors have codes
             that fit: the same numbers, by integer units.
@@ -141,7 +140,7 @@ class GradientQuantization(pl.Callback):
         """The sign of the inputs of the layers that ``signed`` names."""
         names = list(plan.chosen)
         check_patterns(list(self.signed), "signed", names)
-        return {name: sign for name in names for pattern, sign in self.signed.items() if fnmatchcase(name, pattern)}
+        return {name: sign for name in names for pattern, sign in self.signed.items() if matches(name, [pattern])}
 
     def _execution_note(self) -> str:
         if self.execution == "simulated":

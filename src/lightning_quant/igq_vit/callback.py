@@ -53,7 +53,7 @@ class IGQViT(CalibratingCallback):
             both for the least error.
         layer_range: where one range serves a whole tensor: "percentile", by least error, or "min_max".
         sequential: calibrate each layer on inputs that are already quantized upstream; False on float inputs.
-        exclude: fnmatch patterns of modules to leave in float.
+        exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
         seed: of the draw of calibration images.
         calibration_data: Dataset, DataLoader or images (N, C, H, W), in place of the Trainer's train split.
         cache_dir: folder of the state of calibrations, by which a stopped one goes on and a finished one is not

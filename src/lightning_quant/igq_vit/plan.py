@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 from torch import nn
@@ -15,8 +14,9 @@ from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.metrics.bops import LayerShape, ModelBops, fully_connected_bops, model_bops
 from lightning_quant.nn import Bits, plan_layers
 from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention_check import find_attentions
 from lightning_quant.nn.layers import LAYERS
-from lightning_quant.nn.selection import check_patterns
+from lightning_quant.nn.selection import check_patterns, matches
 from lightning_quant.nn.tabled import Tabled
 
 Role = Literal["grouped", "one token", "patch", "attention", "float"]
@@ -147,7 +147,8 @@ def plan_vit(
     bits = Bits(settings.weight_bits, settings.activation_bits)
     opened = dict(opened_attentions(network))
     order = [name for name, _ in network.named_modules()]
-    first_attention = min(map(order.index, opened))
+    # Also of those that are left in float.
+    first_attention = min((order.index(name) for name, _ in find_attentions(network)), default=len(order))
     rows = []
     for layer in plan_layers(network, bits, "same", exclude=_left_out(network, settings.exclude)).layers:
         shape, note = known.get(layer.name), layer.note
@@ -180,12 +181,10 @@ def plan_vit(
 
 
 def _left_out(network: nn.Module, exclude: Sequence[str]) -> list[str] | None:
-    """Names of the layers that the patterns match, or that lie within a module that they match."""
-    names = [name for name, _ in network.named_modules() if name]
-    check_patterns(list(exclude), "exclude", names)
-    patterns = [each for pattern in exclude for each in (pattern, f"{pattern}.*")]
+    """Names of the layers that the patterns leave in float; a pattern may match attentions alone."""
     layers = [name for name, module in network.named_modules() if isinstance(module, tuple(LAYERS))]
-    return [name for name in layers if any(fnmatchcase(name, pattern) for pattern in patterns)] or None
+    check_patterns(list(exclude), "exclude", [*layers, *(name for name, _ in find_attentions(network))])
+    return [name for name in layers if matches(name, exclude)] or None
 
 
 def _role(shape: LayerShape | None, note: str) -> Role:

@@ -169,6 +169,8 @@ class Calibration:
         settings = self.source.plan.settings
         for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
             slots, costs = self.costs(kind)
+            if not slots:
+                continue
             budget = budget_at(costs, target)
             if kind == INPUT and settings.budget is not None:
                 budget = self.source.plan.input_budget()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.nn.attention import attention_form, unknown_class
 from lightning_quant.nn.attention_mixin import QuantizedAttention
+from lightning_quant.nn.selection import matches
 
 
 def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
@@ -18,7 +18,8 @@ def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str
 
     Args:
         module: the network.
-        exclude: names or ``fnmatch`` patterns of attentions that stay in float; those of other modules do no harm.
+        exclude: Patterns of the names of modules that stay in float with all below them, see
+            :func:`~lightning_quant.nn.selection.matches`.
 
     Raises:
         UnsupportedModelError: no attention at all; one whose class is not known, or that cannot be opened.
@@ -26,14 +27,14 @@ def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str
     >>> check_attentions(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)))
     ['1']
     """
-    found = list(_attentions(module))
+    found = list(find_attentions(module))
     if not found:
         raise UnsupportedModelError(
             f"{type(module).__name__} has no attention: give a network with attention, such as a vision transformer of"
             " timm or torchvision. An attention class of your own that calls F.scaled_dot_product_attention is made"
             " known by lightning_quant.nn.register_attention(ItsClass)."
         )
-    taken = [(name, child) for name, child in found if not any(fnmatchcase(name, pattern) for pattern in exclude)]
+    taken = [(name, child) for name, child in found if not matches(name, exclude)]
     for name, child in taken:
         form = attention_form(type(child))
         if isinstance(child, QuantizedAttention):
@@ -48,8 +49,8 @@ def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str
     return [name for name, _ in taken]
 
 
-def _attentions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Known attentions, and the innermost modules that look like one."""
+def find_attentions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of the attentions that are known, and of the innermost modules that look like one."""
     modules = list(_outside_metrics(module))
     known = {name for name, child in modules if _is_known(child)}
     likely = {name for name, child in modules if name in known or _looks_like(child)}

@@ -94,8 +94,9 @@ def plan_layers(
         bits: for all layers but the first and the last.
         first_and_last: "float" leaves the first and the last chosen layer (in the order of registration) in float,
             "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them as the others.
-        include: name patterns as in ``fnmatch``, for example ``"network.layer*"``; None takes all.
-        exclude: name patterns of layers to leave in float.
+        include: Patterns as in ``fnmatch`` of the names of modules, for example ``"network.layer*"``: the module and
+            all below it. None takes all.
+        exclude: Patterns of the names of modules to leave in float, with all below them.
 
     Raises:
         ConfigurationError: a bit-width out of range, a pattern that matches no layer.
@@ -166,8 +167,19 @@ def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a name matches one of the patterns."""
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+    """Whether a pattern matches the name of a module, or of one that holds it: the meaning of every ``exclude``.
+
+    >>> matches("blocks.0.attn.qkv", ["blocks.0"]), matches("blocks.0.attn.qkv", ["attn"])
+    (True, False)
+    """
+    return any(fnmatchcase(outer, pattern) for outer in _outwards(name) for pattern in patterns)
+
+
+def _outwards(name: str) -> Iterator[str]:
+    """The name, and those of all modules that hold it."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
 
 
 def check_first_and_last(first_and_last: str) -> None:
@@ -179,15 +191,21 @@ def check_first_and_last(first_and_last: str) -> None:
 def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:
     """The patterns as a list.
 
+    Args:
+        patterns: of an argument of the user's.
+        argument: Name of that argument.
+        names: Names of the layers and attentions that there are.
+
     Raises:
-        ConfigurationError: a pattern that matches none of the names.
+        ConfigurationError: a pattern that matches none of the names, see :func:`matches`.
     """
     if patterns is None:
         return None
     found = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in found:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern.replace("*", ""), names, n=4, cutoff=0.3) or names[:4]
+        if not any(matches(name, [pattern]) for name in names):
+            modules = list(dict.fromkeys(outer for name in names for outer in _outwards(name)))
+            near = difflib.get_close_matches(pattern.replace("*", ""), modules, n=4, cutoff=0.3) or names[:4]
             raise ConfigurationError(
                 f"{argument}={pattern!r} matches none of the {len(names)} layers. Near it: {', '.join(near)}."
                 f' Patterns are those of fnmatch on the whole name, for example {argument}="*{near[0].split(".")[-1]}".'
