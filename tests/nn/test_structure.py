@@ -12,7 +12,7 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.nn import open_attention, opened_attentions, strip, swap
 from lightning_quant.nn.layers import QUANTIZERS
 from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import guard_loading, is_quantized, mark, quantizers_of, rebuild
+from lightning_quant.nn.structure import is_quantized, mark, quantizers_of, rebuild
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
 from lightning_quant.quantizers.dynamic import TokenQuantizer
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
@@ -55,7 +55,6 @@ def quantize(model: nn.Module, parents: Parents) -> nn.Module:
     linears = [module for module in model.modules() if type(module).__name__.endswith("Linear")]
     for i, layer in enumerate(linears):
         swap(layer, inputs[i % 3](), weight_quantizer(layer))
-    guard_loading(model)
     return model.eval()
 
 

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn import strip, swap
-from lightning_quant.nn.structure import guard_loading
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.tasks.calibration import CalibratingModule, is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
@@ -44,7 +43,6 @@ class Walking(CalibratingModule):
     def start_calibration(self) -> Walk:
         strip(self)
         swap(self.layer, weight_quantizer=FixedQuantizer(4, axis=0))
-        guard_loading(self)
         return Walk(self.layer, self.end, self.kind)
 
     def state_file(self, calibration: Walk) -> StateFile | None:

@@ -16,7 +16,6 @@ from lightning_quant.functional.ranges import mse_search, scale_and_zero_point
 from lightning_quant.nn.attention import SLOTS, open_attention, opened_attentions
 from lightning_quant.nn.layers import swap
 from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import guard_loading
 from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers.rounded import RoundedQuantizer
 from lightning_quant.quantizers.statistics import all_reduce_max, all_reduce_sum
@@ -47,7 +46,6 @@ def prepare(network: nn.Module, plan: DenoiserPlan, starts: Sequence[int] = ()) 
         attention = network.get_submodule(row.name)
         open_attention(attention, **operands, softmax_quantizer=TimestepQuantizer(softmax, starts), parent=parent)
     watch_timesteps(network)
-    guard_loading(network)
 
 
 def weight_ranges(network: nn.Module) -> None:

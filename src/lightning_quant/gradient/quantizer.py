@@ -117,7 +117,7 @@ class GradientQuantizer(Quantizer, kind=3):
         largest = float(x.max())
         if 0 < largest < float("inf"):
             self.gamma.copy_(self.interval.start(x, self.bits))
-            self.ready = True
+            self.ready, self.agreed = True, False
 
     def _restart(self, magnitude: Tensor) -> None:
         """Start gamma anew without asking the host whether the gradient is any good."""

@@ -11,7 +11,6 @@ from lightning_quant.gradient.interval import IntervalStrategy
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.nn import Bits, swap
 from lightning_quant.nn.layers import QUANTIZERS, Execution, QuantizedLayer
-from lightning_quant.nn.structure import guard_loading
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 
 
@@ -43,7 +42,6 @@ def quantize_layers(
             None if bits.gradient == FLOAT_BITS else GradientQuantizer(bits.gradient, interval),
             execution,
         )
-    guard_loading(module)
     return layers
 
 

@@ -24,7 +24,7 @@ from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.evaluation import evaluating
-from lightning_quant.nn.structure import guard_loading, quantizers_of
+from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 from lightning_quant.tasks.records import begin_record
@@ -78,7 +78,6 @@ def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable
     for name, _ in list(opened_attentions(network)):
         if name not in plan.names("attention"):
             close_attention(network.get_submodule(name))
-    guard_loading(network)
     return plan
 
 

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.errors import UnsupportedModelError
+from lightning_quant.nn.quantized_module import QuantizedModule
 
 SLOTS = ("query_quantizer", "key_quantizer", "value_quantizer", "softmax_quantizer")
 
 
-class QuantizedAttention(nn.Module):
+class QuantizedAttention(QuantizedModule):
     """Mixin of an attention class: quantizes query, key, value and softmax.
 
     Made by :func:`open_attention`, never called. Each of the four quantizers may be None, which leaves its tensor in
@@ -24,7 +25,7 @@ class QuantizedAttention(nn.Module):
     outside calibration.
     """
 
-    float_class: ClassVar[type[nn.Module]]
+    quantizer_slots = SLOTS
     # Of timm: the way through F.scaled_dot_product_attention, and through the layer qkv and not its bare weight.
     switches_when_open: ClassVar[dict[str, bool]] = {"fused_attn": True, "qkv_bias_separate": True}
     query_quantizer: nn.Module | None

@@ -7,7 +7,7 @@ exchanged for one that quantizes, and exchanged back by :func:`restore`. Nothing
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
 from lightning_quant.nn.product import GradientQuantizerLike, Recipe, quantized_product
+from lightning_quant.nn.quantized_module import QuantizedModule
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 
 Execution = Literal["simulated", "integer"]
@@ -36,14 +37,14 @@ def register(layer: type[nn.Module]) -> Callable[[type[QuantizedLayer]], type[Qu
     return add
 
 
-class QuantizedLayer(nn.Module):
+class QuantizedLayer(QuantizedModule):
     """Mixin of a layer class: quantizes its input, its weight, and the gradient of its output.
 
     Made by :func:`swap`, never called. Each of the three quantizers may be None, which leaves that tensor in float.
     A quantizer that is not ready initialises itself from the first tensor in training, and is the identity before.
     """
 
-    float_class: ClassVar[type[nn.Module]]
+    quantizer_slots = QUANTIZERS
     input_quantizer: Quantizer | None
     weight_quantizer: Quantizer | None
     gradient_quantizer: nn.Module | None

@@ -11,8 +11,6 @@ from lightning_quant.nn.attention import close_attention, opened_attentions
 from lightning_quant.nn.layers import QuantizedLayer, restore
 from lightning_quant.nn.timesteps import unwatch_timesteps
 
-# Where a module keeps the handle of the hook that prepares state dicts for its quantizers.
-LOADING_HOOK = "_quantized_loading"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -40,7 +38,4 @@ def strip(module: Module) -> Module:
         restore(layer)
     for _, attention in list(opened_attentions(module)):
         close_attention(attention)
-    handle = vars(module).pop(LOADING_HOOK, None)
-    if handle is not None:
-        handle.remove()
     return module

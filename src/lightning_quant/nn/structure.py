@@ -6,20 +6,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
 from lightning_quant.nn.attention import attention_form, open_attention, opened_attentions
 from lightning_quant.nn.attention_mixin import SLOTS
 from lightning_quant.nn.layers import LAYERS, QUANTIZERS, swap
-from lightning_quant.nn.strip import LOADING_HOOK, quantized_layers
+from lightning_quant.nn.quantized_module import HINT
+from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
-# Strict loading into a float module names the keys that it did not expect: this one says what to do.
-HINT = "lightning_quant: this checkpoint is quantized; "
 _STATE = "._extra_state"
 REBUILDING_HOOK = "_rebuilds_when_loading"
 # The layer that an opened nn.MultiheadAttention has and a closed one has not.
@@ -94,7 +92,6 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
     for name, slots in _once(module, layers, LAYERS.get):
         swap(module.get_submodule(name), **_quantizers(slots))
     watch_timesteps(module)
-    guard_loading(module)
 
 
 def _quantizers(slots: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -115,27 +112,6 @@ def _once(
     return list({id(known[name]): (name, slots) for name, slots in reversed(found.items())}.values())
 
 
-def guard_loading(module: nn.Module) -> None:
-    """Let a quantized module load quantized and float state dicts, each strictly."""
-    if LOADING_HOOK not in vars(module):
-        handle = module.register_load_state_dict_pre_hook(_prepare_state)  # type: ignore[no-untyped-call]
-        setattr(module, LOADING_HOOK, handle)
-
-
-def _prepare_state(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(prefix + HINT)]:
-        del state_dict[key]
-    own = {f"{prefix}{name}.": quantizer for name, quantizer in quantizers_of(module)}
-    if not own or any(f".{slot}." in key for key in state_dict for slot in (*QUANTIZERS, *SLOTS)):
-        return
-    rank_zero_info(
-        "A float checkpoint is loaded into a quantized module: its ranges start from the first batch of training, or"
-        " are to be calibrated."
-    )
-    for name, quantizer in own.items():
-        state_dict.update({name + key: value for key, value in quantizer.unstarted_state().items()})
-
-
 def rebuild_when_loading(module: nn.Module) -> None:
     """Let a float module take the structure of a quantized state dict when it is loaded."""
     if REBUILDING_HOOK not in vars(module):
@@ -144,8 +120,5 @@ def rebuild_when_loading(module: nn.Module) -> None:
 
 
 def _rebuild_first(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    if prefix or is_quantized(module):
-        return
-    rebuild(module, state_dict)
-    # The guard that this registered comes too late for the loading that is going on.
-    _prepare_state(module, state_dict, prefix)
+    if not prefix:
+        rebuild(module, state_dict)

@@ -75,6 +75,9 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
             scale, zero_point = self.affine(x.dim())
             self._keep(encode(x.detach(), scale, self.grid, zero_point))
 
+    def unstarted_state(self) -> dict[str, Tensor]:
+        return {**super().unstarted_state(), "codes": self.codes.new_empty(0)}
+
     def _keep(self, codes: Tensor) -> None:
         # Symmetric codes begin below 0.
         self.codes = (codes - self.grid.low).to(self.codes.dtype)
