@@ -405,6 +405,85 @@ def test_fit_saves_a_config_and_a_checkpoint_that_test_takes(elsewhere: Path) ->
     )
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of a network that was trained quantized."""
+    folder = tmp_path_factory.mktemp("trained")
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1"]
+    main(["fit", *QUICKSTART, *QUIET, *short, f"--trainer.default_root_dir={folder}"])
+    return next(folder.rglob("last.ckpt"))
+
+
+ONE_BATCH = ["--trainer.limit_test_batches=1", "--trainer.limit_val_batches=1", "--trainer.limit_predict_batches=1"]
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+def test_an_evaluation_ends_with_what_ran_and_null_is_float(
+    verb: str, trained: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = {}
+    plain = ["--model=ImageClassifier", "--model.model_kwargs={in_chans: 1}", "--data=DigitsDataModule"]
+    for way, options in (
+        ("as trained", QUICKSTART),
+        ("by the checkpoint alone", plain),
+        ("null", [*QUICKSTART, "--quantization=null"]),
+        ("null in two words", [*QUICKSTART, "--quantization", "null"]),
+    ):
+        caplog.clear()
+        main([verb, *options, *QUIET, *ONE_BATCH, f"--ckpt_path={trained}"])
+        said[way] = caplog.messages[-1]
+    done = {"validate": "Validated", "test": "Tested", "predict": "Predicted"}[verb]
+    assert said["as trained"] == said["by the checkpoint alone"] == f"{done} quantized, W4A4, 18 of 20 layers."
+    assert said["null"] == said["null in two words"] == f"{done} in float."
+
+
+def test_a_module_that_is_evaluated_quantized_refuses_null(capsys: pytest.CaptureFixture[str]) -> None:
+    said = mistake(
+        capsys, "test", "--config", "igq_vit/quickstart.yaml", "--model.checkpoint_path=null", "--quantization=null"
+    )
+    assert said.endswith("write --compare_float for both, or --model of the float network.")
+
+
+def test_float_and_quantized_are_printed_side_by_side(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
+    small = {"depth": 1, "img_size": 8, "patch_size": 4, "in_chans": 1, "embed_dim": 16, "num_heads": 2}
+    config = ["--config", "igq_vit/digits_float.yaml", *QUIET, *ONE_BATCH, f"--model.model_kwargs={small}"]
+    options = ["--quantization=IGQViT", "--quantization.groups=2", "--quantization.allocate=false"]
+    main(["fit", *config, "--trainer.max_epochs=1", "--trainer.limit_train_batches=4"])
+    checkpoint = f"--ckpt_path={next(elsewhere.rglob('last.ckpt'))}"
+    capsys.readouterr()
+    main(["test", *config, checkpoint])
+    plain = re.search(r"test/loss\D+([\d.]+)", capsys.readouterr().out)
+    main(["test", *config, *options, "--compare_float", checkpoint])
+    *_, head, first, second, third, summary = capsys.readouterr().out.splitlines()
+    assert head.split() == ["metric", "float", "quantized", "difference"]
+    assert plain is not None
+    rows = {row.split()[0]: row.split()[1:] for row in (first, second, third)}
+    assert rows.keys() == {"test/loss", "test/acc", "test/acc5"}
+    in_float, quantized, difference = rows["test/loss"]
+    assert float(in_float) == pytest.approx(float(plain[1]), rel=1e-3)
+    assert float(difference) == pytest.approx(float(quantized) - float(in_float), abs=2e-3)
+    assert float(difference) != 0
+    assert summary == "3 metrics, in float and quantized."
+
+
+def test_what_was_trained_quantized_is_compared_with_the_float_checkpoint_that_is_named(
+    capsys: pytest.CaptureFixture[str], trained: Path, elsewhere: Path
+) -> None:
+    command = ["test", *QUICKSTART, *QUIET, *ONE_BATCH, f"--ckpt_path={trained}"]
+    said = mistake(capsys, *command, "--compare_float", code=1)
+    assert said.endswith("name the checkpoint of a float training, --float_ckpt_path FLOAT.ckpt.")
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--quantization=null"]
+    main(["fit", *QUICKSTART, *QUIET, *ONE_BATCH, *short])
+    capsys.readouterr()
+    main([*command, f"--float_ckpt_path={next(elsewhere.rglob('last.ckpt'))}"])
+    assert "3 metrics, in float and quantized." in capsys.readouterr().out
+
+
+def test_in_float_there_is_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
+    said = mistake(capsys, "test", *QUICKSTART, *QUIET, "--quantization=null", "--compare_float", code=1)
+    assert "is in float, and there is nothing to compare" in said
+
+
 def test_quantization_may_be_of_evaluation() -> None:
     model = ["--model=ImageClassifier", "--data=DigitsDataModule", "--trainer.accelerator=cpu"]
     given = [f"--quantization={IGQ_VIT}", "--quantization.groups=3"]

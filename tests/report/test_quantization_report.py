@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from browser import needs_chromium, visit
 from everyday_projects import PROJECTS, Everyday
 from lightning_quant import AccuQuant, DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
-from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.nn.hashing import file_hash
 from lightning_quant.tasks.calibration import is_calibrated
 from networks import SmallNet, quantization, trainer
@@ -57,11 +57,17 @@ def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 def test_page_and_json_say_what_was_quantized(run: tuple[str, Path, Any]) -> None:
     name, folder, module = run
     found = content(folder)
-    assert {row["name"] for row in found["summary"]} >= {"error of the outputs", "size of the parameters", "time here"}
-    analysis = found["analysis"]
-    assert 0 < analysis["error"] < 1
+    shown, analysis = {row["name"] for row in found["summary"]}, found["analysis"]
+    assert shown >= {"size of the parameters", "time here"}
     assert len(analysis["layers"]) >= 4
-    assert all(layer["only_quantized"] >= 0 for layer in analysis["layers"])
+    if name == "int4_training":
+        # Its weights without the quantizers that they were trained with are no float network.
+        assert not shown & {"error of the outputs", "same class as float"}
+        assert all(layer["moves"] >= 0 and layer["only_quantized"] is None for layer in analysis["layers"])
+    else:
+        assert "error of the outputs" in shown
+        assert 0 < analysis["error"] < 1
+        assert all(layer["only_quantized"] >= 0 and layer["moves"] is None for layer in analysis["layers"])
     # Each name can be excluded as it stands there.
     first = {"int4_training": "net.0", "igq_vit": "backbone.patch_embed.proj", "accuquant": "first"}[name]
     assert analysis["layers"][0]["name"] == first
@@ -124,11 +130,11 @@ def test_the_same_figures_go_to_loggers(tmp_path: Path) -> None:
     run = trainer(quantization(), report, default_root_dir=tmp_path, logger=logger)
     run.fit(SmallNet())
     with (tmp_path / "metrics.csv").open(newline="", encoding="utf-8") as file:
-        (row,) = [row for row in csv.DictReader(file) if row["quantization/error"]]
+        (row,) = [row for row in csv.DictReader(file) if row["quantization/bytes"]]
     layers = content(tmp_path)["analysis"]["layers"]
     for layer in layers:
         name = f"quantization/{layer['name']}"
-        assert float(row[f"{name}/only_quantized"]) == pytest.approx(layer["only_quantized"])
+        assert float(row[f"{name}/moves"]) == pytest.approx(layer["moves"])
         assert float(row[f"{name}/weight_sqnr"]) == pytest.approx(layer["tensors"]["weight"]["sqnr"])
 
 
@@ -212,7 +218,39 @@ def test_a_checkpoint_is_analyzed(name: str, tmp_path: Path) -> None:
     assert torch.equal(project.outputs(again), project.outputs(module))
     titles = {"int4_training": "INT4 training", "igq_vit": "IGQ-ViT", "accuquant": "AccuQuant"}
     assert content(tmp_path)["title"] == f"{titles[name]}: {type(again).__name__}"
-    assert 0 < (found.error or 0) < 1
+    assert (found.error is None) if name == "int4_training" else (0 < (found.error or 0) < 1)
+
+
+def test_a_trained_network_is_compared_with_the_float_one_that_is_named(tmp_path: Path) -> None:
+    project = PROJECTS["int4_training"]
+    module, plain = project.fitted_and_tested(tmp_path), SmallNet()
+    torch.save({"state_dict": plain.state_dict()}, tmp_path / "float.ckpt")
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    run = project.trainer(tmp_path, project.callback())
+    path = str(tmp_path / "float.ckpt")
+    found = analyze(module, data_of("int4_training"), str(tmp_path), trainer=run, float_ckpt_path=path)
+    assert all(torch.equal(value, before[key]) for key, value in module.state_dict().items())
+    assert (found.error or 0) > 0.1
+    rows = {row["name"]: row for row in content(tmp_path)["summary"]}
+    assert rows["error of the outputs"]["note"].endswith(f"float is {path}")
+    (expected,) = trainer(default_root_dir=tmp_path).test(plain, verbose=False)
+    logged = next(iter(expected))
+    assert float(rows[logged]["float"]) == pytest.approx(expected[logged], rel=1e-3)
+
+
+@pytest.mark.parametrize("content_of", ["nothing", "text", "a quantized network"])
+def test_a_float_checkpoint_that_is_none_is_refused_before_anything_runs(content_of: str, tmp_path: Path) -> None:
+    path = tmp_path / "float.ckpt"
+    match content_of:
+        case "text":
+            path.write_text("no weights", encoding="utf-8")
+        case "a quantized network":
+            torch.save({"state_dict": PROJECTS["int4_training"].fitted_and_tested(tmp_path).state_dict()}, path)
+    module = SmallNet()
+    report = QuantizationReport(str(tmp_path), float_ckpt_path=str(path))
+    with pytest.raises(CheckpointError, match="float_ckpt_path"):
+        trainer(quantization(), report, default_root_dir=tmp_path).fit(module)
+    assert module.trainer.global_step == 0
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
-"""What a layer's figures say about why it loses, and what to try: rules, each with what it saw."""
+"""Rules that tell from a layer's figures why it loses, each with what it saw."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from lightning_quant.analysis.layers import INPUT, WEIGHT, LayerAnalysis
 from lightning_quant.metrics.tensor_error import TensorFigures
@@ -18,77 +20,61 @@ LITTLE_NEGATIVE = 1e-3
 BELOW_UNIFORM = 9.0
 
 
+Kind = Literal["noise only", "outlier channels", "codes below 0", "clipped", "unused codes", "noisy"]
+
+
 @dataclass(frozen=True)
-class Finding:
-    """A cause with the figure that shows it, and what to write."""
+class Cause:
+    """Reason why a tensor loses much.
 
-    cause: str
-    remedy: str
+    Attributes:
+        kind: Rule that spoke.
+        slot: Tensor, "input" or "weight" for example.
+        text: Figure that shows it, in words.
+    """
+
+    kind: Kind
+    slot: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.slot}: {self.text}"
 
 
-def find_causes(layer: LayerAnalysis) -> list[Finding]:
+def find_causes(layer: LayerAnalysis) -> list[Cause]:
     """What stands out in a layer's figures; empty where nothing does.
 
     >>> figures = TensorFigures(4, 0.0, 90.0, 8.0, 0.0, 0.3, 0.0, True, 40.0)
-    >>> for finding in find_causes(LayerAnalysis("fc", "Linear", (8, 8), 0, {"input": figures})):
-    ...     print(finding.cause)
+    >>> for cause in find_causes(LayerAnalysis("fc", "Linear", (8, 8), 0, {"input": figures})):
+    ...     print(cause)
     input: outlier channels, the widest is 40 times the median one
     input: codes for values below 0, of which there are none
     input: 70% of the codes are never used
     """
-    found = []
-    for slot, figures in layer.tensors.items():
-        own = _of(slot, figures, layer)
-        found += [Finding(f"{slot}: {finding.cause}", finding.remedy) for finding in own]
-    return found
+    return [Cause(kind, slot, text) for slot, figures in layer.tensors.items() for kind, text in _of(slot, figures)]
 
 
-def _of(slot: str, figures: TensorFigures, layer: LayerAnalysis) -> list[Finding]:
-    found = []
-    activation = slot != WEIGHT
+def _of(slot: str, figures: TensorFigures) -> Iterator[tuple[Kind, str]]:
+    activation, said = slot != WEIGHT, False
     if figures.sqnr < NOTHING_LEFT:
-        return [
-            Finding(
-                f"hardly anything is left of it ({max(figures.sqnr, 0.0):.0f} dB): most values lie within half a step",
-                "its range is that of other data. Calibrate on images like these; after a short training running"
-                " statistics of batch norms may not have settled, and evaluation sees other values than the training.",
-            )
-        ]
+        left = max(figures.sqnr, 0.0)
+        yield "noise only", f"hardly anything is left of it ({left:.0f} dB): most values lie within half a step"
+        return
     if slot == INPUT and figures.channel_ratio is not None and figures.channel_ratio > WIDE_CHANNEL:
-        more = "more groups" if layer.groups else "one range for all its channels: IGQViT gives transformers groups"
-        remedy = f"{more}; or exclude this layer, or give it 8 bits."
-        found.append(
-            Finding(f"outlier channels, the widest is {figures.channel_ratio:.0f} times the median one", remedy)
-        )
+        said = True
+        yield "outlier channels", f"outlier channels, the widest is {figures.channel_ratio:.0f} times the median one"
     if activation and figures.signed and figures.negative < LITTLE_NEGATIVE and figures.codes_used is not None:
-        found.append(
-            Finding(
-                f"codes for values below 0, of which there are {'none' if not figures.negative else 'hardly any'}",
-                "half of a symmetric grid is lost: signed={'LAYER': False} in GradientQuantization; a calibrated range"
-                " follows its images, so calibrate on images like those of the test.",
-            )
+        said = True
+        yield (
+            "codes below 0",
+            f"codes for values below 0, of which there are {'none' if not figures.negative else 'hardly any'}",
         )
     # The range of a weight is narrower than it where that makes the error smaller.
     if activation and figures.clipped is not None and figures.clipped > MUCH_CLIPPED:
-        found.append(
-            Finding(
-                f"{figures.clipped:.1%} of the values are clipped",
-                "the range is too narrow for these images: calibrate on more or on others; for group_ranges='mean' take"
-                " 'searched' or 'envelope'; in training a higher quantizer_lr lets the range grow.",
-            )
-        )
+        said = True
+        yield "clipped", f"{figures.clipped:.1%} of the values are clipped"
     if figures.codes_used is not None and figures.codes_used < DEAD_CODES:
-        found.append(
-            Finding(
-                f"{1 - figures.codes_used:.0%} of the codes are never used",
-                "the range is wider than the values, or fewer bits are enough here.",
-            )
-        )
-    if figures.sqnr < 6.02 * figures.bits - BELOW_UNIFORM - 6 and not found:
-        found.append(
-            Finding(
-                f"signal to noise of {figures.sqnr:.0f} dB, low for {figures.bits} bits",
-                "values have long tails: more bits for this layer, or exclude it.",
-            )
-        )
-    return found
+        said = True
+        yield "unused codes", f"{1 - figures.codes_used:.0%} of the codes are never used"
+    if figures.sqnr < 6.02 * figures.bits - BELOW_UNIFORM - 6 and not said:
+        yield "noisy", f"signal to noise of {figures.sqnr:.0f} dB, low for {figures.bits} bits"

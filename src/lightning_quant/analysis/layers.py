@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -36,6 +36,8 @@ class LayerAnalysis:
         tensors: figures of "weight", "input", "query", "key", "value" and "softmax", as far as they are quantized.
         only_quantized: error of the network's outputs where only this one is quantized; None where not measured.
         only_float: the same where all but this one are.
+        moves: how far the outputs of a network that was trained quantized move, of their norm, when only this one's
+            quantizers are off; None for others, and where not measured.
     """
 
     name: str
@@ -45,6 +47,12 @@ class LayerAnalysis:
     tensors: Mapping[str, TensorFigures]
     only_quantized: float | None = None
     only_float: float | None = None
+    moves: float | None = None
+
+    @property
+    def cost(self) -> float | None:
+        """Figure that layers are ranked by; None where it was not measured."""
+        return self.moves if self.only_quantized is None else self.only_quantized
 
 
 def owners_of(network: nn.Module) -> dict[str, dict[str, Quantizer]]:
@@ -97,18 +105,35 @@ def measure_tensors(network: nn.Module, run: Run) -> list[LayerAnalysis]:
     return [_described(network, owner, slots, errors) for owner, slots in owners.items()]
 
 
-def sensitivities(
-    network: nn.Module, run: Run, names: Sequence[str], expected: Sequence[Tensor], advance: Callable[[str], object]
-) -> dict[str, tuple[float, float]]:
-    """Errors of the outputs with only one of the layers quantized, and with only it in float, by its name."""
-    found = {}
-    for name in names:
-        with in_float(network, {other for other in names if other != name}):
-            only_quantized = relative_error(run(), expected)
-        with in_float(network, {name}):
-            only_float = relative_error(run(), expected)
-        found[name] = (only_quantized, only_float)
-        advance(name)
+def measure_layers(
+    network: nn.Module,
+    run: Run,
+    layers: Sequence[LayerAnalysis],
+    expected: Sequence[Tensor],
+    trained: bool,
+    advance: Callable[[str], object],
+) -> list[LayerAnalysis]:
+    """Add to each layer what it does to the outputs.
+
+    Args:
+        network: Quantized network, in evaluation.
+        run: Calls of the network.
+        layers: Layers of the network, without these figures.
+        expected: Outputs in float, or of the quantized network if it was trained so.
+        trained: Whether the weights were trained with the quantizers.
+        advance: Function that is told the name of each layer when it is measured.
+    """
+    names = {layer.name for layer in layers}
+    found = []
+    for layer in layers:
+        with in_float(network, {layer.name}):
+            without = relative_error(run(), expected)
+        if trained:
+            found.append(replace(layer, moves=without))
+        else:
+            with in_float(network, names - {layer.name}):
+                found.append(replace(layer, only_quantized=relative_error(run(), expected), only_float=without))
+        advance(layer.name)
     return found
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.analysis.layers import INPUT, LayerAnalysis, measure_tensors, relative_error, sensitivities
+from lightning_quant.analysis.layers import INPUT, LayerAnalysis, measure_layers, measure_tensors, relative_error
 from lightning_quant.analysis.recording import Call
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS
@@ -20,7 +21,8 @@ from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.quantizers import Quantizer
+from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 
 _TIMED = 3
 
@@ -32,7 +34,8 @@ class Analysis:
     Attributes:
         layers: quantized layers and opened attentions, in the order of the network.
         left_out: names of its Linear and Conv layers that are in float.
-        error: ``norm(quantized - float) / norm(float)`` of the outputs; None where it was not measured.
+        error: ``norm(quantized - float) / norm(float)`` of the outputs; None where it was not measured, and where a
+            network was trained quantized and its float one is not named.
         agreement: share of equal largest classes, where the outputs are logits (n, classes).
         images: rows of the recorded calls.
         float_seconds: median time of the recorded calls in float.
@@ -61,8 +64,13 @@ def analyze_network(
     calls: Sequence[Call],
     sensitivity: bool = True,
     advance: Callable[[str], object] = lambda name: None,
+    trained: bool = False,
+    float_network: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Analysis:
     """Make recorded calls again: quantized, in float, and with each layer alone.
+
+    The weights of a network that was trained quantized are no float network without their quantizers: it is compared
+    with the one that is given, or with none, and a layer by how far the outputs move when its quantizers are off.
 
     Takes two runs of all calls for each layer with ``sensitivity``, and about ten without. The network is in
     evaluation meanwhile, and is left as it was.
@@ -72,6 +80,9 @@ def analyze_network(
         calls: of its forward, as a :class:`~lightning_quant.analysis.Recorder` keeps them.
         sensitivity: whether the layers are measured one by one.
         advance: told the name of each layer that was measured one by one.
+        trained: Whether the weights were trained with the quantizers.
+        float_network: Makes a context in which the network is the float one to compare with; None takes its quantizers
+            off, where it was not trained with them.
 
     Raises:
         QuantizationError: nothing that is quantized and started, no call, or outputs without a tensor.
@@ -95,24 +106,24 @@ def analyze_network(
             )
         found, quantized_seconds = _timed(run)
         with in_float(network):
-            expected, float_seconds = _timed(run)
-        if not expected:
+            plain, float_seconds = _timed(run)
+        if not plain:
             raise QuantizationError(
                 f"{type(network).__name__} gives no tensor of floating point, so that nothing can be compared."
             )
-        comparable = [each.shape for each in found] == [each.shape for each in expected]
-        error = relative_error(found, expected) if comparable else None
-        if sensitivity and comparable:
-            apart = sensitivities(network, run, [layer.name for layer in layers], expected, advance)
-            layers = [
-                replace(layer, only_quantized=apart[layer.name][0], only_float=apart[layer.name][1]) for layer in layers
-            ]
+        expected = None if trained else plain
+        if float_network is not None:
+            with float_network():
+                expected = run()
+        comparable = expected is not None and _shapes(found) == _shapes(expected)
+        if sensitivity and _shapes(found) == _shapes(plain):
+            layers = measure_layers(network, run, layers, found if trained else plain, trained, advance)
         bops = _bops(network, calls[0], layers)
     return Analysis(
         layers=layers,
         left_out=_left_out(network),
-        error=error,
-        agreement=_agreement(found, expected) if comparable else None,
+        error=relative_error(found, expected) if expected is not None and comparable else None,
+        agreement=_agreement(found, expected) if expected is not None and comparable else None,
         images=sum(call.images for call in calls),
         float_seconds=float_seconds,
         quantized_seconds=quantized_seconds,
@@ -140,6 +151,19 @@ def tensors_of(outputs: Any) -> list[Tensor]:
             return tensors_of(vars(outputs))
         case _:
             return []
+
+
+def trained_quantized(module: nn.Module) -> bool:
+    """Whether the weights of a module were trained with its quantizers, whose ranges are learned then.
+
+    >>> trained_quantized(nn.Linear(2, 2))
+    False
+    """
+    return any(isinstance(quantizer, LearnedQuantizer) and quantizer.ready for _, quantizer in quantizers_of(module))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [each.shape for each in tensors]
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:

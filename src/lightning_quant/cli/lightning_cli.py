@@ -10,11 +10,12 @@ from contextlib import contextmanager, nullcontext
 from functools import reduce
 from importlib import import_module
 from inspect import isclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import SUPPRESS, Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from torch.optim import Optimizer
@@ -23,10 +24,14 @@ from torch.optim.lr_scheduler import LRScheduler
 import lightning_quant
 from lightning_quant.cli.advice import EXAMPLES, VERBS, UsageError
 from lightning_quant.cli.explain import explain
+from lightning_quant.cli.in_float import InFloat
 from lightning_quant.cli.trainer import CalibratingTrainer
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization, IntervalStrategy
+from lightning_quant.nn.what_ran import WhatRan
 
+# Options that say something without a value too.
+_SWITCHES, _BOOLEANS = ("--compare_float",), ("true", "false")
 # The class that jsonargparse failed to make, innermost first.
 _WRAPPED = re.compile(r"Given value: Namespace\(class_path='([\w.]+)'")
 
@@ -50,6 +55,8 @@ class Parser(LightningArgumentParser):
         """Parse; `null` for an option of an option of a class arrives here as the text of what it became, None."""
         if args is not None:
             args = [f"{arg[:-4]}null" if arg.endswith("=None") else arg for arg in args]
+            following = pairwise([*args, ""])
+            args = [f"{arg}=true" if arg in _SWITCHES and then not in _BOOLEANS else arg for arg, then in following]
         return super().parse_args(args, *more, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -91,7 +98,8 @@ class QuantizationCLI(LightningCLI):
         parser.add_argument(
             "--quantization",
             type=self.quantizations(),
-            default=None,
+            # Absent is not null, which also takes the quantizers of a checkpoint off.
+            default=SUPPRESS,
             help="GradientQuantization, IGQViT or AccuQuant, e.g. `--quantization.weight_bits 6`; null for float.",
         )
 
@@ -154,17 +162,27 @@ class QuantizationCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the quantization ahead of all other callbacks."""
-        chosen = self._get(self.config_init, "quantization")
+        chosen, model = self._get(self.config_init, "quantization"), self._get(self.config_init, "model")
+        calibrates = getattr(model, "fit_is_calibration", False)
+        others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
+        others = list(others) if isinstance(others, list) else [others]
+        own = model.configure_callbacks()
+        if not any(isinstance(each, WhatRan) for each in (own if isinstance(own, Sequence) else [own])):
+            others.append(WhatRan())
         if chosen is None:
-            return self._trainer(**kwargs)
-        model = self._get(self.config_init, "model")
-        if getattr(model, "fit_is_calibration", False):
+            evaluates = self.subcommand in ("validate", "test", "predict")
+            asked = evaluates and self._get(self.config_init, "quantization", default="") is None
+            if asked and calibrates:
+                raise UsageError(
+                    f"{type(model).__name__} is evaluated quantized, found --quantization null: write --compare_float"
+                    f" for both, or --model of the float network."
+                )
+            return self._trainer(**{**kwargs, "callbacks": [InFloat(), *others] if asked else others})
+        if calibrates:
             raise UsageError(
                 f"{type(model).__name__} is quantized as --model.quantization says; write --model.quantization.OPTION"
                 f" in the place of --quantization.OPTION, found {type(chosen).__name__} there."
             )
-        others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
-        others = others if isinstance(others, list) else [others]
         if any(isinstance(callback, type(chosen)) for callback in others):
             name = type(chosen).__name__
             raise UsageError(f"{name} is given twice, as `quantization` and in `trainer.callbacks`; keep one of them.")

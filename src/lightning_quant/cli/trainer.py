@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
@@ -13,7 +16,44 @@ _UNTRUE = ("Found .* module.* in eval mode", "Your `IterableDataset` has `__len_
 
 
 class CalibratingTrainer(Trainer):
-    """Lightning's Trainer with two verbs more; a verb of the command line is a method of its Trainer."""
+    """Lightning's Trainer with two verbs more; a verb of the command line is a method of its Trainer.
+
+    ``validate`` and ``test`` can evaluate in float too, and print both side by side.
+    """
+
+    def validate(  # type: ignore[override]
+        self, *args: Any, compare_float: bool = False, float_ckpt_path: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Evaluate on the validation set.
+
+        Args:
+            args: Arguments of ``Trainer.validate``.
+            compare_float: Whether the float network is evaluated too, and both are printed.
+            float_ckpt_path: Checkpoint of the float network, needed to compare what was trained quantized.
+            kwargs: Arguments of ``Trainer.validate``.
+        """
+        with self._comparing(compare_float, float_ckpt_path) as compared:
+            found = super().validate(*args, **kwargs)
+        if compared:
+            _print_comparison(self, found, "validate", float_ckpt_path, args, kwargs)
+        return found
+
+    def test(  # type: ignore[override]
+        self, *args: Any, compare_float: bool = False, float_ckpt_path: str | None = None, **kwargs: Any
+    ) -> Any:
+        """Evaluate on the test set.
+
+        Args:
+            args: Arguments of ``Trainer.test``.
+            compare_float: Whether the float network is evaluated too, and both are printed.
+            float_ckpt_path: Checkpoint of the float network, needed to compare what was trained quantized.
+            kwargs: Arguments of ``Trainer.test``.
+        """
+        with self._comparing(compare_float, float_ckpt_path) as compared:
+            found = super().test(*args, **kwargs)
+        if compared:
+            _print_comparison(self, found, "test", float_ckpt_path, args, kwargs)
+        return found
 
     def analyze(
         self,
@@ -23,6 +63,7 @@ class CalibratingTrainer(Trainer):
         folder: str | None = None,
         sensitivity: bool = True,
         images: int = 32,
+        float_ckpt_path: str | None = None,
     ) -> None:
         """Measure a quantized network layer by layer on its test data, and write a report of it.
 
@@ -33,13 +74,14 @@ class CalibratingTrainer(Trainer):
             folder: For quantization_report.html and .json; None takes the logger's.
             sensitivity: Whether layers are measured one by one.
             images: Rows of batches that they are measured on at least.
+            float_ckpt_path: Checkpoint of the float network to compare with, where it was trained quantized.
 
         Raises:
             QuantizationError: Nothing that is quantized, or could be.
         """
         from lightning_quant.report.analyzing import analyze  # brings libraries that help does without
 
-        analyze(model, datamodule, folder, ckpt_path, sensitivity, images, trainer=self)
+        analyze(model, datamodule, folder, ckpt_path, sensitivity, images, self, float_ckpt_path)
 
     def calibrate(
         self,
@@ -88,3 +130,33 @@ class CalibratingTrainer(Trainer):
             f"{name} is trained, not calibrated; write lightning-quant calibrate --model {method}Module ..., or"
             f" lightning-quant test --quantization {method} ..., which calibrates {name} first."
         )
+
+    @contextmanager
+    def _comparing(self, compare_float: bool, float_ckpt_path: str | None) -> Iterator[bool]:
+        """Refuse what cannot be compared before its first batch."""
+        if not compare_float and float_ckpt_path is None:
+            yield False
+            return
+        from lightning_quant.report.comparing import Comparable  # brings libraries that help does without
+
+        callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
+        check = Comparable(float_ckpt_path)
+        callbacks.append(check)
+        try:
+            yield True
+        finally:
+            callbacks.remove(check)
+
+
+def _print_comparison(
+    trainer: Trainer, found: Any, verb: Any, float_ckpt_path: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> None:
+    from lightning_quant.report.comparing import compare
+
+    model, *dataloaders = args or (kwargs["model"],)
+    data = {name: value for name, value in kwargs.items() if name in ("datamodule", "dataloaders")}
+    if dataloaders:
+        data["dataloaders"] = dataloaders[0]
+    comparison = compare(trainer, model, found, verb, float_ckpt_path, **data)
+    if trainer.is_global_zero:
+        print(comparison)

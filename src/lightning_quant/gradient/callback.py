@@ -25,9 +25,10 @@ from lightning_quant.nn.layers import Execution, QuantizedLayer
 from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns, matches
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import mark
+from lightning_quant.nn.what_ran import WhatRan
 
 
-class GradientQuantization(pl.Callback):
+class GradientQuantization(WhatRan):
     """Train with weights, activations and gradients on low-bit grids: INT4 training for any LightningModule.
 
     Source: Kim et al., "Toward INT4 Fixed-Point Training via Exploring Quantization Error for Gradients", ECCV 2024.
@@ -223,6 +224,7 @@ class GradientQuantization(pl.Callback):
         # Without the callback nobody moves the intervals; training on without it must say so.
         for quantizer in self._gradient_quantizers().values():
             quantizer.noise = None
+        super().teardown(trainer, pl_module, stage)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 

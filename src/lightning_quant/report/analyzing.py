@@ -9,13 +9,13 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_quant.analysis import Analysis, quantized_root
+from lightning_quant.analysis import Analysis, trained_quantized
 from lightning_quant.errors import QuantizationError
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.gradient.structure import quantize_layers
-from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, quantizers_of
+from lightning_quant.report.comparing import float_metrics
 from lightning_quant.report.html import with_float, worst_layers, write_report
 from lightning_quant.report.quantization_report import QuantizationReport
 
@@ -28,6 +28,7 @@ def analyze(
     sensitivity: bool = True,
     images: int = 32,
     trainer: pl.Trainer | None = None,
+    float_ckpt_path: str | None = None,
 ) -> Analysis:
     """Test a module quantized and in float, measure it layer by layer, and write ``quantization_report.html``.
 
@@ -43,6 +44,8 @@ def analyze(
         sensitivity: whether layers are measured one by one.
         images: rows of batches that they are measured on at least.
         trainer: None makes one without logger and checkpoints.
+        float_ckpt_path: Checkpoint of the float network to compare with. None takes the weights without their
+            quantizers; a network that was trained quantized is compared with none.
 
     Raises:
         QuantizationError: nothing that is quantized, or could be.
@@ -58,7 +61,7 @@ def analyze(
     18
     """
     run = trainer or pl.Trainer(logger=False, enable_checkpointing=False)
-    report = QuantizationReport(folder, sensitivity, images)
+    report = QuantizationReport(folder, sensitivity, images, float_ckpt_path=float_ckpt_path)
     others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
     ours = next((each for each in others if isinstance(each, GradientQuantization)), None)
     planned = ours is not None and ckpt_path is None and not any(q.ready for _, q in quantizers_of(module))
@@ -69,6 +72,7 @@ def analyze(
                 quantize_layers(module, ours.plan(module).chosen, ours.interval)
             rank_zero_info("Not trained yet: ranges are those of the first test batch, as a training would begin.")
             others.append(_Start())
+            report.starts_in_float = True
         others.append(report)
         try:
             run.test(module, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **_unpickled(ckpt_path))
@@ -80,8 +84,9 @@ def analyze(
             f"Nothing in {type(module).__name__} is quantized: add GradientQuantization, IGQViT or AccuQuant to the"
             " Trainer's callbacks, or give ckpt_path= of a quantized run."
         )
-    if not getattr(module, "own_batches", False):
-        metrics = _float_metrics(run, module, datamodule)
+    plain = report.starts_in_float or not trained_quantized(module) or float_ckpt_path is not None
+    if plain and not getattr(module, "own_batches", False):
+        metrics = float_metrics(run, module, "test", float_ckpt_path, datamodule=datamodule)
         write_report(report.written[0].parent, with_float(report.report, metrics))
     rank_zero_info(f"{_in_short(report.report.analysis)}\nReport: {report.written[0]}")
     return report.report.analysis
@@ -105,29 +110,11 @@ def _in_short(analysis: Analysis) -> str:
     said = "" if analysis.error is None else f"Quantized, the outputs move by {analysis.error:.1%} of their norm."
     if analysis.agreement is not None:
         said += f" {analysis.agreement:.1%} keep their class."
-    worst = [layer for layer in worst_layers(analysis, 3) if layer.only_quantized is not None]
+    worst = [layer for layer in worst_layers(analysis, 3) if layer.cost is not None]
     if worst:
-        each = ", ".join(f"{layer.name} ({layer.only_quantized:.1%} alone)" for layer in worst)
-        said += f" Most by {each}."
+        how = "without its quantizers" if worst[0].only_quantized is None else "alone"
+        said += f" Most by {', '.join(f'{layer.name} ({layer.cost:.1%} {how})' for layer in worst)}."
     return said or f"{len(analysis.layers)} quantized layers."
-
-
-def _float_metrics(
-    run: pl.Trainer, module: pl.LightningModule, datamodule: pl.LightningDataModule | None
-) -> dict[str, float]:
-    """What the test logs in float."""
-    network = module.get_submodule(quantized_root(module))
-    others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]
-    methods = [each for each in others if isinstance(each, GradientQuantization) or getattr(each, "calibrates", False)]
-    with ExitStack() as stack:
-        for method in methods:
-            stack.enter_context(_without(others, method))
-        if getattr(module, "fit_is_calibration", False):
-            # It refuses a network without quantizers.
-            stack.enter_context(_unchecked(module))
-        stack.enter_context(in_float(network))
-        found = run.test(module, datamodule=datamodule, verbose=False)
-    return {name: value for each in found for name, value in each.items()}
 
 
 @contextmanager
@@ -138,15 +125,6 @@ def _without(callbacks: list[pl.Callback], callback: pl.Callback) -> Iterator[No
         yield
     finally:
         callbacks.insert(at, callback)
-
-
-@contextmanager
-def _unchecked(module: Any) -> Iterator[None]:
-    module.check_calibrated = lambda: None
-    try:
-        yield
-    finally:
-        del module.check_calibrated
 
 
 def _unpickled(ckpt_path: str | None) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.analysis import Analysis, Finding, LayerAnalysis, find_causes
+from lightning_quant.analysis import Analysis, LayerAnalysis
 from lightning_quant.atomic import whole_file
+from lightning_quant.report.remedies import Finding, joint_line
 
 PAGE = Path(__file__).parent / "page"
 NAME = "quantization_report"
@@ -19,6 +20,7 @@ FORMAT = 1
 # Layers that are described in words.
 _WORST = 5
 _SLOTS = ("weight", "input", "query", "key", "value", "softmax")
+_MEASURED = {"only this": "only_quantized", "all but this": "only_float", "moves": "moves"}
 _HELP = {
     "layer": "",
     "kind": "",
@@ -27,6 +29,8 @@ _HELP = {
     "only this": "error of the network's outputs, of their norm, where only this one is quantized",
     "all but this": "the same where all but this one are quantized: how much less than the whole error it is says what"
     " is gained by leaving it in float",
+    "moves": "how far the network's outputs move, of their norm, when the quantizers of this one are taken off: its"
+    " weights were trained with them, and are no float network without",
     "bits": "of this tensor",
     "SQNR": "signal to quantization noise in dB; a bit is worth about 6",
     "clipped": "share of the values that lie outside the codes",
@@ -57,6 +61,8 @@ class RunReport:
         pictures: bytes of PNG files by their titles; in the page, not in the JSON.
         environment: machine, versions, seeds and hashes, by name.
         advice: what the run as a whole suggests.
+        findings: Causes and remedies by the name of the layer.
+        settings: Arguments of the method, by name.
         plan: as text; empty where the table of layers says all.
         config: settings as YAML or text.
         figures: further figures of the method, for the JSON.
@@ -69,6 +75,8 @@ class RunReport:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     advice: Sequence[Finding] = ()
+    findings: Mapping[str, Sequence[Finding]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
     plan: str = ""
     config: str = ""
     figures: Mapping[str, Any] = field(default_factory=dict)
@@ -99,7 +107,7 @@ def as_json(report: RunReport) -> dict[str, Any]:
     """All but the pictures, as values of JSON: what is not finite is null."""
     analysis = asdict(report.analysis)
     for layer, row in zip(report.analysis.layers, analysis["layers"], strict=True):
-        row["findings"] = [asdict(finding) for finding in find_causes(layer)]
+        row["findings"] = [asdict(finding) for finding in report.findings.get(layer.name, ())]
     found = {
         "title": report.title,
         "lead": report.lead,
@@ -132,30 +140,34 @@ def _shown(report: RunReport) -> dict[str, Any]:
     """What the template takes of a run."""
     analysis = report.analysis
     slots = [slot for slot in _SLOTS if any(slot in layer.tensors for layer in analysis.layers)]
-    worst = [_in_words(layer, analysis) for layer in worst_layers(analysis)]
+    worst = [_in_words(layer, report) for layer in worst_layers(analysis)]
+    measured = [
+        title for title, name in _MEASURED.items() if any(getattr(each, name) is not None for each in analysis.layers)
+    ]
     return {
         **{name: getattr(report, name) for name in ("title", "lead", "summary", "advice", "plan", "environment")},
         "config": report.config,
         "worst": worst,
-        "plain": _plain(worst),
+        "plain": _plain(worst, report.settings),
         "pictures": [
             {"title": title, "data": base64.b64encode(picture).decode()} for title, picture in report.pictures.items()
         ],
-        "columns": _columns(slots),
-        "rows": [_row(layer, slots) for layer in analysis.layers],
+        "columns": _columns(measured, slots),
+        "rows": [_row(layer, measured, slots) for layer in analysis.layers],
         "layers_note": _layers_note(analysis),
     }
 
 
 def worst_layers(analysis: Analysis, count: int = _WORST) -> list[LayerAnalysis]:
     """Those by which the network loses most; without sensitivities those with the least signal to noise."""
-    if any(layer.only_quantized is not None for layer in analysis.layers):
-        return sorted(analysis.layers, key=lambda layer: layer.only_quantized or 0.0, reverse=True)[:count]
+    if any(layer.cost is not None for layer in analysis.layers):
+        return sorted(analysis.layers, key=lambda layer: layer.cost or 0.0, reverse=True)[:count]
     noisy = [layer for layer in analysis.layers if layer.tensors]
     return sorted(noisy, key=lambda layer: min(figures.sqnr for figures in layer.tensors.values()))[:count]
 
 
-def _in_words(layer: LayerAnalysis, analysis: Analysis) -> dict[str, Any]:
+def _in_words(layer: LayerAnalysis, report: RunReport) -> dict[str, Any]:
+    analysis = report.analysis
     says = ", ".join(
         f"{slot} in {figures.bits} bits at {_sqnr(figures.sqnr)}" for slot, figures in layer.tensors.items()
     )
@@ -164,18 +176,20 @@ def _in_words(layer: LayerAnalysis, analysis: Analysis) -> dict[str, Any]:
             f"Alone it makes an error of {layer.only_quantized:.1%} of the outputs; with it in float the whole error is"
             f" {layer.only_float:.1%} in place of {analysis.error:.1%}. It has {says}."
         )
+    elif layer.moves is not None:
+        says = f"With its quantizers off the outputs move by {layer.moves:.1%} of their norm. It has {says}."
     else:
         says = f"It has {says}."
-    return {"name": layer.name, "says": says, "findings": find_causes(layer)}
+    return {"name": layer.name, "says": says, "findings": report.findings.get(layer.name, ())}
 
 
-def _plain(worst: Sequence[Mapping[str, Any]]) -> str:
+def _plain(worst: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """Of layers whose figures say nothing."""
     names = [layer["name"] for layer in worst if not layer["findings"]]
     if not names:
         return ""
     which = "these layers" if len(names) == len(worst) else ", ".join(names)
-    return f"Nothing stands out in the figures of {which}: more bits, or float, is what helps."
+    return f"Nothing stands out in the figures of {which}: float is what helps, {joint_line(names, settings)}."
 
 
 def _layers_note(analysis: Analysis) -> str:
@@ -185,10 +199,9 @@ def _layers_note(analysis: Analysis) -> str:
     return f"{note}{names}. Measured on {analysis.images} rows of recorded calls. Click on a heading to sort."
 
 
-def _columns(slots: Sequence[str]) -> list[dict[str, Any]]:
-    plain = [("layer", False), ("kind", False), ("shape", False), ("groups", True), ("only this", True)]
-    columns = [{"title": title, "number": number, "help": _HELP[title]} for title, number in plain]
-    columns.append({"title": "all but this", "number": True, "help": _HELP["all but this"]})
+def _columns(measured: Sequence[str], slots: Sequence[str]) -> list[dict[str, Any]]:
+    numbers = dict.fromkeys(("layer", "kind", "shape"), False) | dict.fromkeys(("groups", *measured), True)
+    columns = [{"title": title, "number": number, "help": _HELP[title]} for title, number in numbers.items()]
     for slot in slots:
         for title in ("bits", "SQNR", "clipped", "codes", "range"):
             # Explained once.
@@ -197,10 +210,10 @@ def _columns(slots: Sequence[str]) -> list[dict[str, Any]]:
     return columns
 
 
-def _row(layer: LayerAnalysis, slots: Sequence[str]) -> list[dict[str, Any]]:
+def _row(layer: LayerAnalysis, measured: Sequence[str], slots: Sequence[str]) -> list[dict[str, Any]]:
     cells = [_cell(layer.name), _cell(layer.kind), _cell("x".join(map(str, layer.shape)))]
     cells.append(_number(layer.groups or None, "d"))
-    cells += [_number(layer.only_quantized, ".2%"), _number(layer.only_float, ".2%")]
+    cells += [_number(getattr(layer, _MEASURED[title]), ".2%") for title in measured]
     for slot in slots:
         figures = layer.tensors.get(slot)
         if figures is None:

@@ -17,12 +17,14 @@ from lightning_quant.report.windows import colour, finish, wrapped
 MOST = 25
 
 
-def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float, path: Path | None = None) -> Figure:
+def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float | None, path: Path | None = None) -> Figure:
     """Draw what the network loses by each layer alone, and what it would gain without it, the worst on top.
+
+    Of a network that was trained quantized: how far its outputs move without the quantizers of each layer.
 
     Args:
         layers: measured one by one; those that were not are left out.
-        error: of the outputs with all layers quantized.
+        error: of the outputs with all layers quantized; None where there is no float network.
         path: of the picture; None saves nothing.
 
     Raises:
@@ -32,18 +34,21 @@ def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float, path: Path |
     >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
     ['fc']
     """
-    measured = [layer for layer in layers if layer.only_quantized is not None and layer.only_float is not None]
+    measured = [layer for layer in layers if layer.cost is not None]
     if not measured:
         raise ConfigurationError("No layer was measured one by one: analyze with sensitivity=True.")
     worst = sorted(measured, key=_loss)[-MOST:]
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(worst)), dpi=110, layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(worst))
-    axes.barh(at + 0.2, [_loss(layer) for layer in worst], 0.4, color=colour(0), label="only this one quantized")
-    gains = [max(error - (layer.only_float or 0.0), 0.0) for layer in worst]
-    axes.barh(at - 0.2, gains, 0.4, color=colour(1), label="less with only this one in float")
+    compared = error is not None and all(layer.only_float is not None for layer in worst)
+    label, what = ("only this one quantized", "error") if compared else ("its quantizers taken off", "movement")
+    axes.barh(at + 0.2 * compared, list(map(_loss, worst)), 0.4, color=colour(0), label=label)
+    if compared:
+        gains = [max((error or 0.0) - (layer.only_float or 0.0), 0.0) for layer in worst]
+        axes.barh(at - 0.2, gains, 0.4, color=colour(1), label="less with only this one in float")
     axes.set_yticks(at, [layer.name for layer in worst], fontsize=8)
-    axes.set_xlabel("error of the network's outputs, of their norm")
+    axes.set_xlabel(f"{what} of the network's outputs, of their norm")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
     left = len(measured) - len(worst)
@@ -81,4 +86,4 @@ def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Fig
 
 
 def _loss(layer: LayerAnalysis) -> float:
-    return layer.only_quantized or 0.0
+    return layer.cost or 0.0

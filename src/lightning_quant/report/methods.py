@@ -11,11 +11,13 @@ import lightning.pytorch as pl
 from torch import nn
 
 from lightning_quant.accuquant.summary import STAGES
-from lightning_quant.analysis import Finding
+from lightning_quant.analysis import Analysis, Cause, LayerAnalysis, find_causes
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.igq_vit.records import OMEGA, groups_of, tables_of
+from lightning_quant.report import remedies
 from lightning_quant.report.calibration import draw_groups
 from lightning_quant.report.intervals import LayerMetrics, draw_intervals, parse_layer_metrics
+from lightning_quant.report.remedies import Finding, Remedy, Settings
 from lightning_quant.report.trajectories import GenerationReport, draw_generation
 from lightning_quant.tasks.records import Record, below, is_finished, plan_of, settings_of
 
@@ -49,11 +51,6 @@ class Method:
         return "Products are simulated in floating point."
 
     @property
-    def about_float(self) -> str:
-        """What the float network is that the quantized one is compared to; empty where that goes without saying."""
-        return ""
-
-    @property
     def names_are_of_the_denoiser(self) -> bool:
         """Whether layers are named as the denoiser has them, and not as the module does."""
         return False
@@ -74,6 +71,27 @@ class Method:
     def advice(self) -> Iterable[Finding]:
         """What the run as a whole suggests."""
         return ()
+
+    @property
+    def settings(self) -> Settings:
+        """Arguments of the method by name, as far as they are known."""
+        return {}
+
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        """What to write against a cause."""
+        return remedies.of_any(cause, layer, self.settings)
+
+    def findings(self, analysis: Analysis) -> dict[str, list[Finding]]:
+        """Causes and remedies of each layer, by its name."""
+        return {
+            layer.name: [self._finding(cause, layer, analysis) for cause in find_causes(layer)]
+            for layer in analysis.layers
+        }
+
+    def _finding(self, cause: Cause, layer: LayerAnalysis, analysis: Analysis) -> Finding:
+        words, line = self.remedy(cause, layer)
+        measured = remedies.effect(layer, analysis) if line.startswith("exclude=") else ""
+        return Finding(str(cause), f"{words[0].upper()}{words[1:]}{measured}.", line)
 
 
 def method_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Method:
@@ -98,10 +116,6 @@ class _Gradients(Method):
     @property
     def name(self) -> str:
         return "INT4 training"
-
-    @property
-    def about_float(self) -> str:
-        return "; float is these weights without the quantizers that they were trained with"
 
     @property
     def detail(self) -> str:
@@ -138,8 +152,16 @@ class _Gradients(Method):
             if curves["zero"].end() > 0.95:
                 yield Finding(
                     f"{name}: {curves['zero'].end():.0%} of its gradients have the code 0.",
-                    "Its gradients have long tails: more gradient_bits, or exclude the layer.",
+                    "Its gradients have long tails: leave it in float, or give all layers more gradient_bits.",
+                    remedies.in_float(name, self.settings).line,
                 )
+
+    @property
+    def settings(self) -> Settings:
+        return {"exclude": self.callback.exclude, "quantizer_lr": self.callback.quantizer_lr}
+
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_training(cause, layer, self.settings)
 
 
 @dataclass
@@ -164,6 +186,13 @@ class _Groups(Method):
 
     def figures(self) -> Mapping[str, Any]:
         return {"groups": groups_of(self.record), "perturbations": tables_of(self.record, OMEGA)}
+
+    @property
+    def settings(self) -> Settings:
+        return settings_of(self.record)
+
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_groups(cause, layer, self.settings)
 
 
 @dataclass
@@ -235,6 +264,13 @@ class _Windows(Method):
                 f"The error at the end is {end / step:.0f} times that of a single step: it piles up.",
                 f"Try {', or '.join(tries)}.",
             )
+
+    @property
+    def settings(self) -> Settings:
+        return settings_of(self.record)
+
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_windows(cause, layer, self.settings)
 
 
 def _titled(written: Sequence[Path]) -> dict[str, Path]:

@@ -20,16 +20,18 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
-from lightning_quant.analysis import Analysis, Finding, Recorder, analyze_network, quantized_root
+from lightning_quant.analysis import Analysis, Recorder, analyze_network, quantized_root, trained_quantized
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.hashing import file_hash, weights_hash
 from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.report.comparing import float_network, read_float_state
 from lightning_quant.report.html import Figures, RunReport, write_report
 from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
 from lightning_quant.report.methods import Method, method_of
+from lightning_quant.report.remedies import Finding, effect, in_float
 from lightning_quant.tasks.calibration_progress import ProgressBar
 
 _LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "diffusers", "torchmetrics")
@@ -47,6 +49,9 @@ class QuantizationReport(pl.Callback):
         sensitivity: whether layers are measured one by one.
         images: rows of batches that are recorded at least.
         float_metrics: what the float network reached, by the names that your module logs, to stand beside.
+        float_ckpt_path: Checkpoint of the float network to compare the outputs with. None takes the weights without
+            their quantizers; of a network that was trained quantized those are no float network, and outputs are not
+            compared.
 
     Raises:
         ConfigurationError: fewer images than one.
@@ -61,11 +66,15 @@ class QuantizationReport(pl.Callback):
         sensitivity: bool = True,
         images: int = 32,
         float_metrics: Mapping[str, float] | None = None,
+        float_ckpt_path: str | None = None,
     ) -> None:
         if images < 1:
             raise ConfigurationError(f"images={images}: expected at least one.")
         self.folder, self.sensitivity, self.images = folder, sensitivity, images
         self.float_metrics = dict(float_metrics or {})
+        self.float_ckpt_path = float_ckpt_path
+        # Weights that were given ranges only to be measured are those of a float network.
+        self.starts_in_float = False
         self.report: RunReport | None = None
         self.written: list[Path] = []
         self._recorder: Recorder | None = None
@@ -80,7 +89,9 @@ class QuantizationReport(pl.Callback):
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin to count the time."""
+        """Begin to count the time; refuse a float checkpoint that cannot be read."""
+        if self.float_ckpt_path is not None:
+            read_float_state(self.float_ckpt_path)
         self._forget()
         self._start = time.perf_counter()
 
@@ -169,7 +180,7 @@ class QuantizationReport(pl.Callback):
         # With one layer or another in float a compiled network would be compiled anew each time.
         with as_written(), tempfile.TemporaryDirectory() as drawn:
             try:
-                analysis = _analyzed(trainer, network, recorder, self.sensitivity)
+                analysis = self._analyzed(trainer, pl_module, network, recorder)
             except QuantizationError as error:
                 rank_zero_warn(f"No report: {error}")
                 return
@@ -181,6 +192,20 @@ class QuantizationReport(pl.Callback):
         metrics = _logged(analysis)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
+
+    def _analyzed(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, network: nn.Module, recorder: Recorder
+    ) -> Analysis:
+        path = self.float_ckpt_path
+        options: dict[str, Any] = {
+            "trained": trained_quantized(network) and not self.starts_in_float,
+            "float_network": None if path is None else partial(float_network, pl_module, network, path),
+        }
+        if not self.sensitivity:
+            return analyze_network(network, recorder.calls, sensitivity=False, **options)
+        owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
+        with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
+            return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name), **options)
 
     def _report(
         self,
@@ -194,7 +219,7 @@ class QuantizationReport(pl.Callback):
         drawn: Path,
     ) -> RunReport:
         pictures: dict[str, Path] = {}
-        if analysis.error is not None and any(layer.only_float is not None for layer in analysis.layers):
+        if any(layer.cost is not None for layer in analysis.layers):
             pictures["What each layer costs"] = drawn / "sensitivity.png"
             draw_sensitivity(analysis.layers, analysis.error, drawn / "sensitivity.png")
         pictures["Signal to quantization noise of each tensor"] = drawn / "noise.png"
@@ -214,7 +239,9 @@ class QuantizationReport(pl.Callback):
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in pictures.items()},
             environment=_environment(trainer, network, stage),
-            advice=[*method.advice(), *_advice(analysis)],
+            advice=[*method.advice(), *_advice(analysis, method)],
+            findings=method.findings(analysis),
+            settings=method.settings,
             plan=method.plan,
             config=_config(trainer, pl_module),
             figures=method.figures(),
@@ -228,7 +255,8 @@ class QuantizationReport(pl.Callback):
             known = self.float_metrics.get(name)
             rows.append(Figures(name, "" if known is None else f"{known:.4g}", f"{float(value):.4g}", "as logged"))
         if analysis.error is not None:
-            note = f"norm of the difference over that of the float outputs, recorded calls{method.about_float}"
+            named = "" if self.float_ckpt_path is None else f"; float is {self.float_ckpt_path}"
+            note = f"norm of the difference over that of the float outputs, recorded calls{named}"
             rows.append(Figures("error of the outputs", "0", f"{analysis.error:.2%}", note))
         if analysis.agreement is not None:
             rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "of the recorded calls"))
@@ -246,14 +274,6 @@ class QuantizationReport(pl.Callback):
         rows.append(Figures("time here", took[0], took[1], note))
         rows.append(Figures(f"the {stage}", "", f"{seconds:.0f} s", f"{_bytes(_peak_memory())} of memory at most"))
         return rows
-
-
-def _analyzed(trainer: pl.Trainer, network: nn.Module, recorder: Recorder, sensitivity: bool) -> Analysis:
-    if not sensitivity:
-        return analyze_network(network, recorder.calls, sensitivity=False)
-    owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
-    with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
-        return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name))
 
 
 def _below(root: str, analysis: Analysis) -> Analysis:
@@ -278,11 +298,13 @@ def _logged(analysis: Analysis) -> dict[str, float]:
     for layer in analysis.layers:
         if layer.only_quantized is not None:
             found[f"quantization/{layer.name}/only_quantized"] = layer.only_quantized
+        if layer.moves is not None:
+            found[f"quantization/{layer.name}/moves"] = layer.moves
         found |= {f"quantization/{layer.name}/{slot}_sqnr": each.sqnr for slot, each in layer.tensors.items()}
     return found
 
 
-def _advice(analysis: Analysis) -> Iterator[Finding]:
+def _advice(analysis: Analysis, method: Method) -> Iterator[Finding]:
     """What the layers together suggest."""
     measured = [layer for layer in analysis.layers if layer.only_quantized]
     total = sum((layer.only_quantized or 0.0) ** 2 for layer in measured)
@@ -293,7 +315,8 @@ def _advice(analysis: Analysis) -> Iterator[Finding]:
     if len(measured) > 2 and share > 0.5:
         yield Finding(
             f"{worst.name} makes {share:.0%} of the squared error that layers make alone.",
-            f"Leave it in float, exclude=['{worst.name}'], or give it more bits: the others cost little.",
+            f"The others cost little: leave it in float{effect(worst, analysis)}.",
+            in_float(worst.name, method.settings).line,
         )
 
 

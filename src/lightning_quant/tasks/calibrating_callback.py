@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import strip
 from lightning_quant.nn.structure import is_quantized, mark, quantizers_of, rebuild_when_loading
+from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.tasks.calibration import StepwiseCalibration, is_calibrated
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.calibration_progress import ProgressBar
@@ -21,7 +22,7 @@ from lightning_quant.tasks.records import Record
 _LOADED = "loaded"
 
 
-class CalibratingCallback(pl.Callback):
+class CalibratingCallback(WhatRan):
     """Calibrates what ``validate``, ``test`` and ``predict`` find in float; ``fit`` is in float.
 
     A subclass says how, in :meth:`start_calibration`. What is calibrated in part only, for whatever reason, is put back

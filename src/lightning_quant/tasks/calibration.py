@@ -17,6 +17,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, mark, rebuild
+from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.tasks.calibration_steps import Anchor, outside_of_a_step, step_loader
 from lightning_quant.tasks.records import STEPS, Record
 
@@ -120,6 +121,10 @@ class CalibratingModule(pl.LightningModule):
                 f"The calibration stopped after step {done} of {total}, and the network is calibrated in part only: go"
                 f" on with {fit}, ckpt_path=...), then test."
             )
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """What an evaluation ends with."""
+        return [WhatRan()]
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from timm.data.mixup import Mixup
@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.nn.structure import rebuild
+from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.tasks.networks import create_network
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 
@@ -150,6 +151,10 @@ class ImageClassifier(LightningModule):
         """Probabilities of the classes in FP32, ``(N, num_classes)``; labels in the batch are ignored."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).float().softmax(dim=-1)  # type: ignore[no-any-return]
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What an evaluation ends with."""
+        return [WhatRan()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._optimizer(self.parameters())

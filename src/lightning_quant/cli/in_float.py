@@ -1,0 +1,30 @@
+"""A callback that evaluates the float weights of a checkpoint, whatever it holds."""
+
+from __future__ import annotations
+
+import lightning.pytorch as pl
+
+from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import rebuild_when_loading
+
+
+class InFloat(pl.Callback):
+    """Take the quantizers off a module before it is evaluated: what ``--quantization null`` asks for."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let the module load a quantized checkpoint; a fit goes on as its module says."""
+        if stage != "fit":
+            rebuild_when_loading(pl_module)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate in float; a validation within a fit is of what is trained."""
+        if trainer.state.fn == "validate":
+            strip(pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Test in float."""
+        strip(pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Predict in float."""
+        strip(pl_module)

@@ -1,0 +1,114 @@
+"""What to write against a cause: arguments of the method that a network was quantized with, as a line to paste."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from lightning_quant.analysis import Analysis, Cause, LayerAnalysis
+
+Settings = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A cause with the figure that shows it, what helps, and the argument to write; empty where there is none."""
+
+    cause: str
+    remedy: str
+    line: str = ""
+
+
+class Remedy(NamedTuple):
+    """What helps in words, and the argument of the method that does it."""
+
+    words: str
+    line: str
+
+
+def in_float(name: str, settings: Settings) -> Remedy:
+    """Leave a layer in float, beside what is already.
+
+    >>> in_float("head", {"exclude": ["stem"]}).line
+    "exclude=['stem', 'head']"
+    """
+    return Remedy("leave it in float", f"exclude={[*_excluded(settings), name]}")
+
+
+def of_training(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
+    """Arguments of ``GradientQuantization``."""
+    rate = f"quantizer_lr={10 * settings.get('quantizer_lr', 1e-5):g}"
+    match cause.kind:
+        case "noise only":
+            words = "statistics of batch norms may not have settled after a short training: train longer, or leave it"
+            return Remedy(f"{words} in float", in_float(layer.name, settings).line)
+        case "codes below 0":
+            return Remedy("half of a symmetric grid is lost: begin it at 0", f"signed={{{layer.name!r}: False}}")
+        case "clipped":
+            return Remedy("let the range grow faster", rate)
+        case "unused codes":
+            return Remedy("the range is wider than the values: let it shrink faster", rate)
+        case _:
+            return in_float(layer.name, settings)
+
+
+def of_groups(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
+    """Arguments of ``IGQViT``."""
+    more = Remedy("calibrate on more images, of the kind that is tested", _doubled("calibration_images", settings, 32))
+    grouped = bool(layer.groups) and cause.slot in ("input", "softmax")
+    match cause.kind:
+        case "outlier channels" | "noisy" if grouped:
+            return Remedy("divide the channels among more groups", _doubled("groups", settings, 8))
+        case "outlier channels" | "noisy":
+            return in_float(layer.name, settings)
+        case "clipped" if grouped and settings.get("group_ranges") != "envelope":
+            return Remedy("let a group span all of its channels", "group_ranges='envelope'")
+        case "clipped" if not grouped and settings.get("layer_range") != "min_max":
+            return Remedy("let the range span all values", "layer_range='min_max'")
+        case "unused codes" if not grouped and settings.get("layer_range") == "min_max":
+            return Remedy("cut the range where the error is least", "layer_range='percentile'")
+        case _:
+            return more
+
+
+def of_windows(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
+    """Arguments of ``AccuQuant``."""
+    if cause.kind == "noisy" and cause.slot == "weight" and not settings.get("reconstruction"):
+        return Remedy("learn its rounding block by block first", "reconstruction=100")
+    if cause.kind in ("outlier channels", "noisy"):
+        return in_float(layer.name, settings)
+    if cause.slot != "weight" and settings.get("activation_parameters") != "per_group":
+        return Remedy("give each part of the trajectory a range of its own", "activation_parameters='per_group'")
+    if cause.kind == "clipped":
+        return Remedy("find the range on more trajectories", _doubled("trajectories", settings, 256))
+    return in_float(layer.name, settings)
+
+
+def of_any(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
+    """Argument of every method."""
+    return in_float(layer.name, settings)
+
+
+def effect(layer: LayerAnalysis, analysis: Analysis) -> str:
+    """What leaving a layer in float was measured to bring; empty where that is not known.
+
+    A line that excludes an attention leaves its projections in float too, which was not measured.
+    """
+    if layer.only_float is None or analysis.error is None or not layer.shape:
+        return ""
+    return f": {analysis.error:.1%} to {layer.only_float:.1%} error of the outputs"
+
+
+def joint_line(layers: Sequence[str], settings: Settings) -> str:
+    """The line that leaves several layers in float."""
+    return f"exclude={[*_excluded(settings), *layers]}"
+
+
+def _excluded(settings: Settings) -> list[str]:
+    known = settings.get("exclude") or []
+    return [known] if isinstance(known, str) else list(known)
+
+
+def _doubled(name: str, settings: Settings, usual: int) -> str:
+    return f"{name}={2 * int(settings.get(name) or usual)}"
