@@ -1,4 +1,6 @@
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -102,3 +104,44 @@ def test_an_empty_tensor_is_waited_out() -> None:
     quantizer = LearnedQuantizer(4)
     quantizer.initialise(torch.zeros(0, 3))
     assert not quantizer.ready
+
+
+def test_copies_from_before_the_first_tensor_begin_with_its_range_and_sign() -> None:
+    quantizer = LearnedQuantizer(4)
+    average = pickle.loads(pickle.dumps(copy.deepcopy([quantizer, copy.deepcopy(quantizer)])))
+    for first, second in (average, [quantizer, copy.deepcopy(quantizer)]):
+        first.initialise(sample().abs())
+        assert second.range.item() == first.range.item()
+        assert second.signed is False
+        second.wake()
+        assert second.ready
+
+
+def test_a_copy_that_sees_a_tensor_of_its_own_starts_from_that_one() -> None:
+    quantizer = LearnedQuantizer(4)
+    twin = copy.deepcopy(quantizer)
+    quantizer.initialise(sample().abs())
+    assert not twin.ready
+    twin.initialise(10 * sample())
+    assert twin.range.item() == pytest.approx(30 * sample().std(correction=0).item(), rel=1e-6)
+    assert (quantizer.signed, twin.signed) == (False, True)
+    assert quantizer.range.item() < 10
+
+
+@pytest.mark.parametrize("signed", [None, True])
+def test_a_copy_that_was_loaded_keeps_what_was_loaded(signed: bool | None) -> None:
+    quantizer, other = LearnedQuantizer(4, signed), LearnedQuantizer(4, signed)
+    twin = copy.deepcopy(quantizer)
+    other.initialise(100 * sample())
+    twin.load_state_dict(other.state_dict())
+    quantizer.initialise(sample())
+    assert twin.range.item() == other.range.item()
+
+
+def test_copies_of_a_quantizer_that_has_a_range_are_on_their_own() -> None:
+    quantizer = LearnedQuantizer(4)
+    quantizer.initialise(sample())
+    twin = copy.deepcopy(quantizer)
+    twin.initialise(10 * sample().abs())
+    assert (quantizer.signed, twin.signed) == (True, False)
+    assert quantizer.range.item() < 10

@@ -127,6 +127,9 @@ def _check_started(model: nn.Module) -> None:
             f"{type(model).__name__} is not quantized: calibrate it with the callback IGQViT, or train it with"
             " GradientQuantization, before save_quantized(model, folder)."
         )
+    for quantizer in quantizers:
+        if not quantizer.ready:  # An average that was never called got its ranges from outside.
+            quantizer.wake()
     if not any(quantizer.ready for quantizer in quantizers):
         raise QuantizationError(
             f"None of the {len(quantizers)} quantizers of {type(model).__name__} has a range yet: run the calibration"

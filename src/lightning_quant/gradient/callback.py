@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils.hooks import RemovableHandle
@@ -97,6 +98,7 @@ class GradientQuantization(WhatRan):
         self.batches = 0
         self.history = History()
         self._layers: dict[str, QuantizedLayer] = {}
+        self._frozen: dict[str, torch.nn.Module] = {}
         self._optimizers: list[QuantizerOptimizer] = []
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] = {}
@@ -104,7 +106,7 @@ class GradientQuantization(WhatRan):
 
     def plan(self, module: torch.nn.Module) -> Plan:
         """What the callback would quantize in a module, without changing it; prints as a table."""
-        return plan_layers(module, self.bits, self.first_and_last, self.include, self.exclude)
+        return plan_layers(module, self.bits, self.first_and_last, self.include, self.exclude, training=True)
 
     # -- structure ---------------------------------------------------------------------------------------------
 
@@ -115,20 +117,24 @@ class GradientQuantization(WhatRan):
             self.history = History()
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
-        _check_order(trainer, self)
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
+        _check_order(trainer, self, plan)
         if not present:
             shown = plan if stage == "fit" else plan.summary()
             strategy = type(self.interval).__name__
             rank_zero_info(f"{shown}\nGradients by {strategy}; products are {self._execution_note()}.")
-            present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution, self._signs(plan))
-        elif {name: layer_bits(layer) for name, layer in present.items()} != plan.chosen:
+            originals = {layer.name: layer.original for layer in plan.layers}
+            signs = self._signs(plan)
+            present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution, signs, originals)
+        elif found := {name: layer_bits(layer) for name, layer in present.items()}.items() ^ plan.chosen.items():
             raise QuantizationError(
-                "The module is already quantized, with other layers or bit-widths than this callback plans: call"
-                " lightning_quant.strip(module) first, or give the callback the arguments it was quantized with."
+                "The module is already quantized, with other layers or bit-widths than this callback plans"
+                f" ({_few({name for name, _ in found})}): call lightning_quant.strip(module) first, or give the"
+                " callback the arguments it was quantized with."
             )
         self._layers = present
+        self._frozen = {name: pl_module.get_submodule(name) for name in plan.frozen}
         self.noise = NoiseSource(torch.initial_seed(), trainer.global_rank)
         for quantizer in self._gradient_quantizers().values():
             quantizer.interval = self.interval
@@ -180,6 +186,7 @@ class GradientQuantization(WhatRan):
     ) -> None:
         """Begin the rounding noise of this batch, and ask for errors where they will be logged."""
         assert self.noise is not None
+        self._check_frozen()
         self.noise.restart(self.batches)
         self.batches += 1
         every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
@@ -210,6 +217,17 @@ class GradientQuantization(WhatRan):
             rank_zero_warn(
                 f"{len(asleep)} layers are still in float after an epoch, since their forward was not called with"
                 f" gradients or saw only zeros: {', '.join(asleep)}. Leave them out with exclude= if that is meant."
+            )
+
+    def _check_frozen(self) -> None:
+        """Say once which layers train now, in float, that did not when the others were quantized."""
+        thawed = [name for name, layer in self._frozen.items() if layer.weight.requires_grad]
+        if thawed:
+            self._frozen = {}
+            rank_zero_warn(
+                f"{len(thawed)} layers were frozen when the module was quantized and train now, in float:"
+                f" {_few(thawed)}. Name them in include= to quantize them from the start, or in exclude= if that is"
+                " meant."
             )
 
     def _check_agreement(self) -> None:
@@ -299,17 +317,30 @@ def _owners(
 
 
 def _started(layer: QuantizedLayer) -> bool:
-    return all(q is None or q.ready for q in (layer.input_quantizer, layer.weight_quantizer))
+    quantizers = [q for q in (layer.input_quantizer, layer.weight_quantizer) if q is not None]
+    for quantizer in quantizers:
+        if not quantizer.ready:  # An average gets its range from outside.
+            quantizer.wake()
+    return all(quantizer.ready for quantizer in quantizers)
 
 
-def _check_order(trainer: pl.Trainer, callback: pl.Callback) -> None:
-    """Copies of the module that other callbacks make in ``setup`` must be copies of the quantized one."""
+def _few(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _check_order(trainer: pl.Trainer, callback: pl.Callback, plan: Plan) -> None:
+    """Copies that others make in ``setup`` must be copies of the quantized module; what they freeze will train."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     before = callbacks[: callbacks.index(callback)] if callback in callbacks else []
     if any(isinstance(other, WeightAveraging) for other in before):
         raise ConfigurationError(
             "A WeightAveraging callback stands before GradientQuantization and would average the float module: write"
             " callbacks=[GradientQuantization(...), ..., WeightAveraging(...)]."
+        )
+    if plan.frozen and any(isinstance(other, BaseFinetuning) for other in before):
+        raise ConfigurationError(
+            f"A BaseFinetuning callback stands before GradientQuantization, and {_few(plan.frozen)} are frozen, which"
+            " it may train later: write callbacks=[GradientQuantization(...), ..., BackboneFinetuning(...)]."
         )
 
 

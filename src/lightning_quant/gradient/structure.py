@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import deepcopy
 
 from torch import nn
 
@@ -20,6 +21,7 @@ def quantize_layers(
     interval: IntervalStrategy,
     execution: Execution = "simulated",
     signed: Mapping[str, bool] | None = None,
+    originals: Mapping[str, str] | None = None,
 ) -> dict[str, QuantizedLayer]:
     """Swap the chosen layers in place.
 
@@ -29,12 +31,18 @@ def quantize_layers(
         interval: strategy of the gradient quantizers.
         execution: "integer" runs products on int8 codes where they fit.
         signed: whether the input of a layer has negative values, by its name; for others the first tensor decides.
+        originals: Names of the layers that others copy, by the names of those: their ranges begin together.
 
     Returns:
         the quantized layers by name.
     """
-    layers = {}
+    layers: dict[str, QuantizedLayer] = {}
     for name, bits in chosen.items():
+        original = layers.get((originals or {}).get(name, ""))
+        if original is not None:
+            quantizers = {slot: deepcopy(getattr(original, slot)) for slot in QUANTIZERS}
+            layers[name] = swap(module.get_submodule(name), **quantizers, execution=execution)
+            continue
         layers[name] = swap(
             module.get_submodule(name),
             None if bits.activation == FLOAT_BITS else LearnedQuantizer(bits.activation, (signed or {}).get(name)),

@@ -15,10 +15,13 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS, check_bits
 from lightning_quant.nn.attention import QuantizedAttention
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
+from lightning_quant.nn.networks import Networks, networks_of
 from lightning_quant.nn.tabled import Tabled
 
 FirstAndLast = Literal["float", "8bit", "same"]
 Patterns = str | Sequence[str] | None
+EXCLUDED = "in exclude"
+FROZEN = "frozen: "
 
 
 class Bits(NamedTuple):
@@ -38,13 +41,17 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One row of a plan: ``bits`` is None where the layer stays in float, for the reason in ``note``."""
+    """One row of a plan: ``bits`` is None where the layer stays in float, for the reason in ``note``.
+
+    ``original`` names the layer that this one copies.
+    """
 
     name: str
     kind: str
     shape: tuple[int, ...]
     bits: Bits | None
     note: str = ""
+    original: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +71,11 @@ class Plan(Tabled):
     def chosen(self) -> dict[str, Bits]:
         """Name and bit-widths of each layer that will be quantized."""
         return {layer.name: layer.bits for layer in self.layers if layer.bits is not None}
+
+    @property
+    def frozen(self) -> list[str]:
+        """Names of the layers that stay in float since their network does not train."""
+        return [layer.name for layer in self.layers if layer.note.startswith(FROZEN)]
 
     def summary(self) -> str:
         """One sentence."""
@@ -86,17 +98,22 @@ def plan_layers(
     first_and_last: FirstAndLast = "float",
     include: Patterns = None,
     exclude: Patterns = None,
+    training: bool = False,
 ) -> Plan:
     """Choose the Conv, ConvTranspose and Linear layers of a module.
 
     Args:
         module: any module; names are those of ``module.named_modules()``.
         bits: for all layers but the first and the last.
-        first_and_last: "float" leaves the first and the last chosen layer (in the order of registration) in float,
-            "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them as the others.
+        first_and_last: "float" leaves the first and the last chosen layer of each network (in the order of
+            registration) in float, "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them as the
+            others.
         include: Patterns as in ``fnmatch`` of the names of modules, for example ``"network.layer*"``: the module and
             all below it. None takes all.
         exclude: Patterns of the names of modules to leave in float, with all below them.
+        training: Whether the layers are to be trained. Then frozen parts of a LightningModule stay in float where
+            ``include`` does not name them, and copies of a network are as that is, see
+            :func:`~lightning_quant.nn.networks.networks_of`.
 
     Raises:
         ConfigurationError: a bit-width out of range, a pattern that matches no layer.
@@ -110,28 +127,49 @@ def plan_layers(
     _check_initialised(candidates)
     names = [name for name, _, _ in candidates]
     include, exclude = check_patterns(include, "include", names), check_patterns(exclude, "exclude", names)
-    reasons = {name: _reason(name, reason, include, exclude) for name, _, reason in candidates}
+    networks = networks_of(module) if training else Networks()
+    reasons = {
+        name: _reason(name, reason, include, exclude, networks.frozen.get(name, "")) for name, _, reason in candidates
+    }
     chosen = [name for name in names if not reasons[name]]
     if not chosen:
-        raise UnsupportedModelError(_nothing_chosen(module, candidates))
-    ends = {chosen[0], chosen[-1]} if first_and_last != "same" else set()
-    rows = []
+        raise UnsupportedModelError(_nothing_chosen(module, reasons))
+    ends = _ends(chosen, networks) if first_and_last != "same" else {}
+    rows: dict[str, PlannedLayer] = {}
     for name, layer, _ in candidates:
         layer_bits, note = (None, reasons[name]) if reasons[name] else (bits, "")
         if name in ends:
-            note = "first layer" if name == chosen[0] else "last layer"
+            note = ends[name]
             layer_bits = None if first_and_last == "float" else Bits(*(b if b == 32 else 8 for b in bits))
+        original = rows.get(networks.original.get(name, ""))
+        if original is not None and note != EXCLUDED:
+            layer_bits, note = original.bits, f"as {original.name}, which it copies"
         weight = cast(Tensor, layer.weight)
         if layer_bits is not None:
             _check_weight(name or _kind(layer), weight)
-        rows.append(PlannedLayer(name, _kind(layer), tuple(weight.shape), layer_bits, note))
-    plan = Plan(tuple(rows))
+        copied = "" if original is None else original.name
+        rows[name] = PlannedLayer(name, _kind(layer), tuple(weight.shape), layer_bits, note, copied)
+    plan = Plan(tuple(rows.values()))
     if not plan.chosen:
+        frozen = f', or include="*" for the {len(plan.frozen)} layers that do not train as well' if plan.frozen else ""
         raise UnsupportedModelError(
             f"All {len(chosen)} layers that could be quantized are the first or the last one: write"
-            ' first_and_last="8bit" or first_and_last="same" to quantize them.'
+            f' first_and_last="8bit" or first_and_last="same" to quantize them{frozen}.'
         )
     return plan
+
+
+def _ends(chosen: list[str], networks: Networks) -> dict[str, str]:
+    """What to say of the first and of the last layer of each network; copies are no networks of their own."""
+    layers: dict[str, list[str]] = {}
+    for name in chosen:
+        if name not in networks.original:
+            layers.setdefault(networks.owner.get(name, ""), []).append(name)
+    ends = {}
+    for network, names in layers.items():
+        of = f" of {network}" if len(layers) > 1 and network else ""
+        ends.update({names[-1]: f"last layer{of}", names[0]: f"first layer{of}"})
+    return ends
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
@@ -158,12 +196,14 @@ def _own_class(layer: nn.Module) -> str:
     return f"{type(layer).__name__} has a forward of its own"
 
 
-def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None) -> str:
+def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None, frozen: str) -> str:
     if reason:
         return reason
     if include is not None and not matches(name, include):
         return "not in include"
-    return "in exclude" if exclude is not None and matches(name, exclude) else ""
+    if exclude is not None and matches(name, exclude):
+        return EXCLUDED
+    return f"{FROZEN}no parameter of {frozen} trains" if frozen and include is None else ""
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -215,12 +255,11 @@ def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[
     return found
 
 
-def _nothing_chosen(module: nn.Module, candidates: list[tuple[str, nn.Module, str]]) -> str:
-    if not candidates:
+def _nothing_chosen(module: nn.Module, reasons: dict[str, str]) -> str:
+    if not reasons:
         return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize."
-    reasons = "; ".join(f"{name}: {reason or 'left out by include or exclude'}" for name, _, reason in candidates[:4])
-    kind = type(module).__name__
-    return f"None of the {len(candidates)} Conv and Linear layers of {kind} is left to quantize: {reasons}."
+    some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+    return f"None of the {len(reasons)} Conv and Linear layers of {type(module).__name__} is left to quantize: {some}."
 
 
 def _kind(layer: nn.Module) -> str:

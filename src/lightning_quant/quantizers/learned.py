@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -14,14 +15,25 @@ from lightning_quant.quantizers.base import UNDECIDED, Quantizer
 from lightning_quant.quantizers.statistics import moments
 
 
-class _Sign:
-    """Whether a tensor has negative values; copies that are made before this is known share the decision (EMA)."""
+class _Start:
+    """What a quantizer shares with the copies that are made of it before its first tensor: sign and first range.
 
-    def __init__(self, value: bool | None) -> None:
-        self.value = value
+    An average of a network is such a copy. It must be on the same grid, and NaN would stay NaN however it is averaged.
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Sign:
-        return self if self.value is None else _Sign(self.value)
+    Attributes:
+        sign: Whether the tensor has negative values, None until that is known.
+        waiting: The quantizers whose range is still missing.
+    """
+
+    def __init__(self, sign: bool | None) -> None:
+        self.sign = sign
+        self.waiting: WeakSet[LearnedQuantizer] = WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Start:
+        return self if self.waiting else _Start(self.sign)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _Start, (self.sign,)
 
 
 class LearnedQuantizer(Quantizer, kind=1):
@@ -49,14 +61,20 @@ class LearnedQuantizer(Quantizer, kind=1):
 
     def __init__(self, bits: int, signed: bool | None = None) -> None:
         super().__init__(bits)
-        self._sign = _Sign(signed)
+        self._start = _Start(signed)
+        self._start.waiting.add(self)
         self.decides_sign = signed is None
         self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if not self.ready:
+            self._start.waiting.add(self)
 
     @property
     def signed(self) -> bool | None:
         """Whether the tensor has negative values; None until that is known."""
-        return self._sign.value
+        return self._start.sign
 
     @property
     def grid(self) -> Grid:
@@ -74,14 +92,16 @@ class LearnedQuantizer(Quantizer, kind=1):
         seen = moments(x.detach())
         if not math.isfinite(seen.std) or seen.largest == 0:
             return
-        if self.decides_sign:
-            self._sign.value = seen.has_negative
-        spread = 3 * seen.std / (1 if self.signed else math.sqrt(1 - 2 / math.pi))
+        signed = seen.has_negative if self.decides_sign else self.signed
+        spread = 3 * seen.std / (1 if signed else math.sqrt(1 - 2 / math.pi))
         if spread < abs(seen.mean):
             # Values far from 0 that lie close together, as pooled ones do: nearly all would be clipped, and pass no
             # gradient. Three times their root mean square is the same as the above where the mean is 0.
             spread = min(3 * math.hypot(seen.mean, seen.std), seen.largest)
-        self.range.fill_(spread)
+        # Copies are not ready yet: one that is trained itself starts from the first tensor that it sees.
+        for quantizer in {self, *(copy for copy in self._start.waiting if not copy.ready)}:
+            quantizer._start = _Start(signed)
+            quantizer.range.fill_(spread)
         self.ready = True
 
     def unstarted_state(self) -> dict[str, Tensor]:
@@ -114,7 +134,7 @@ class LearnedQuantizer(Quantizer, kind=1):
     def _restore(self, signature: list[int]) -> None:
         loaded = None if signature[1] == UNDECIDED else bool(signature[1])
         if self.decides_sign:
-            self._sign = _Sign(loaded)
+            self._start = _Start(loaded)
         elif loaded not in (None, self.signed):
             raise CheckpointError(
                 f"The checkpoint has signed={loaded} for a tensor that this module quantizes with signed={self.signed}:"
@@ -124,6 +144,8 @@ class LearnedQuantizer(Quantizer, kind=1):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.range.requires_grad_()
+        if self.ready:
+            self._start = _Start(self.signed)
         if self.ready and self.signed is None:
             raise CheckpointError(
                 "The checkpoint holds a range without saying whether it is signed: it was averaged or edited after it"
