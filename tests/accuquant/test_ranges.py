@@ -226,6 +226,20 @@ def test_all_slots_of_a_denoiser_get_ranges(kind: Any) -> None:
     assert 0 < (moved - plain).norm() / plain.norm() < 0.5
 
 
+@pytest.mark.parametrize("bias", [0.0, 2.0, -0.5])
+def test_a_constant_activation_has_a_definite_range(bias: float) -> None:
+    network = own(bits=8)
+    with torch.no_grad():
+        network.second.weight.zero_()
+        network.second.bias.fill_(bias)  # type: ignore[union-attr]
+    activation_ranges(network, calls_of(network, (900, 300)))
+    quantizer: Any = network.third.input_quantizer
+    assert quantizer.ready
+    assert torch.cat([quantizer.scale, quantizer.zero_point]).isfinite().all()
+    constant = F.silu(torch.full((1, 4, 1, 1), bias))
+    assert torch.allclose(quantizer(constant), constant, rtol=1e-3)
+
+
 # -- weights ----------------------------------------------------------------------------------------------------------
 
 

@@ -137,7 +137,8 @@ def fit_channel_groups(
     for count in groups:
         found = kmeans(points, count)
         assignment = found.assignment[own].view(ranges.shape[:2])
-        mean, envelope = found.centres.float(), _envelope(points, found.assignment, count)
+        mean = found.centres.float()
+        envelope = _envelope(points, found.assignment, mean)
         if how == "mean":
             chosen = mean
         elif how == "envelope":
@@ -157,11 +158,10 @@ def _own_part(count: int) -> slice:
     return slice(before, before + count)
 
 
-def _envelope(points: Tensor, assignment: Tensor, groups: int) -> Tensor:
-    low = torch.full((groups,), float("inf"), device=points.device)
-    low.scatter_reduce_(0, assignment, points[:, 0].float(), "amin")
-    high = torch.full((groups,), float("-inf"), device=points.device)
-    high.scatter_reduce_(0, assignment, points[:, 1].float(), "amax")
+def _envelope(points: Tensor, assignment: Tensor, mean: Tensor) -> Tensor:
+    """Outermost bounds of each group; of one without points, as where fewer points differ than groups, its mean."""
+    low = mean[:, 0].scatter_reduce(0, assignment, points[:, 0].float(), "amin")
+    high = mean[:, 1].scatter_reduce(0, assignment, points[:, 1].float(), "amax")
     return torch.stack([low, high], dim=1)
 
 
@@ -218,7 +218,8 @@ def fit_row_groups(
     for count in groups:
         found = kmeans(points, count)
         mean = found.centres[:, 0].float()
-        widest = torch.full_like(mean, float("-inf")).scatter_reduce_(0, found.assignment, points[:, 0], "amax")
+        # From the mean, which a group without rows keeps.
+        widest = mean.scatter_reduce(0, found.assignment, points[:, 0], "amax")
         chosen = {"mean": mean, "envelope": widest}.get(how)
         if chosen is None:
             chosen = _searched_rows(attention, found.assignment[part].view(own.shape), mean, widest, bits)

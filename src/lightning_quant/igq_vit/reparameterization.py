@@ -19,6 +19,8 @@ from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.quantizers.statistics import gather
 
+# A channel whose values differ by less than this share of their size is a constant: its own step would be noise.
+CONSTANT = 1e-4
 # Of the largest output: more than rounding moves it, less than a norm whose output goes to two places.
 TOLERANCE = 1e-3
 
@@ -88,9 +90,16 @@ class Reparameterization:
         if name not in self.norms:
             return x, None
         ends = gather(torch.stack(x.flatten(0, -2).float().aminmax(dim=0))[None])
-        scales, zero_points = affine_parameters(ends[:, 0].amin(0), ends[:, 1].amax(0), settings.activation_bits)
-        scale, zero_point = scales.mean(), zero_points.mean().round()
-        ratio, shift = scales / scale, scales * (zero_points - zero_point)
+        low, high = ends[:, 0].amin(0), ends[:, 1].amax(0)
+        scales, zero_points = affine_parameters(low, high, settings.activation_bits)
+        varies = high - low > CONSTANT * torch.maximum(low.abs(), high.abs())
+        if varies.any():
+            scale, zero_point = scales[varies].mean(), zero_points[varies].mean().round()
+        else:
+            scale, zero_point = scales.mean(), torch.zeros_like(scales[0])
+        # A constant is moved to the value of the lowest code.
+        ratio = torch.where(varies, scales / scale, 1.0)
+        shift = torch.where(varies, scales * (zero_points - zero_point), -low - scale * zero_point)
         self._change(self.norms[name], layer, ratio, shift)
         quantizer = FixedQuantizer(settings.activation_bits, symmetric=False).to(x.device)
         quantizer.scale, quantizer.zero_point, quantizer.ready = scale, zero_point, True

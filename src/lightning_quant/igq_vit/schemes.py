@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from lightning_quant.functional.groups import affine_parameters
+from lightning_quant.functional.groups import SMALLEST_SCALE, affine_parameters
 from lightning_quant.igq_vit.fitting import fit_channel_groups, fit_row_groups, layer_wise_range
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer, Quantizer
@@ -78,7 +78,7 @@ def fit_softmax(attention: Tensor, settings: Settings, sizes: Sequence[int], ima
         case "repq":
             _, high = layer_wise_range(attention, 16, (0.0,))
             quantizer = LogQuantizer(bits).to(attention.device)
-            quantizer.scale = high.float()
+            quantizer.scale = high.float().clamp_min(SMALLEST_SCALE)
             quantizer.ready = True
             return {UNGROUPED: quantizer}
         case _:

@@ -50,7 +50,7 @@ def divided_parameter(network: nn.Module) -> str:
 
 
 def check_quantizers_agree(network: nn.Module) -> None:
-    """Stop where the quantizers of ranks have come to other ranges.
+    """Stop where a range is NaN or infinite, or the quantizers of ranks have come to other ranges.
 
     Raises:
         QuantizationError: with the name of the first one.
@@ -59,6 +59,12 @@ def check_quantizers_agree(network: nn.Module) -> None:
     """
     prefixes = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
     buffers = [(name, buffer) for name, buffer in network.named_buffers() if name.startswith(prefixes)]
+    for name, buffer in buffers:
+        if not bool(buffer.isfinite().all()):
+            raise QuantizationError(
+                f"{name} is NaN or infinite after the calibration: look for NaN and very large numbers in the weights"
+                f" of {name.rsplit('.', 2)[0]!r}, or leave it in float with exclude=[{name.rsplit('.', 2)[0]!r}]."
+            )
     _check(
         buffers, SAME_RANGES, "Give all ranks the same settings, and calibrate anew: delete the states in cache_dir."
     )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.functional.grid import Grid, check_bits
 
 UNDECIDED = -1
@@ -77,8 +77,18 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def initialise(self, x: Tensor) -> None:
-        """Set the range from the first tensor; leaves the quantizer as it is where ``x`` is all zero."""
-        raise NotImplementedError
+        """Set the range from the first tensor; leaves the quantizer as it is where ``x`` is all zero.
+
+        Raises:
+            QuantizationError: A class whose range comes from a calibration alone, and has none.
+        """
+        self.wake()
+        if not self.ready:
+            raise QuantizationError(
+                f"This {type(self).__name__} has no range, which a calibration finds and no single batch: calibrate"
+                " first, Trainer(callbacks=[IGQViT(...)]).test(module, data), or go back to float with"
+                " lightning_quant.strip(module)."
+            )
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """Scale and zero point (None for 0) that each value of ``x`` gets, broadcastable to it.
@@ -153,6 +163,14 @@ class Quantizer(nn.Module):
             self._buffers[name] = buffer.new_empty(loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         self.wake()
+        for name, buffer in self._buffers.items():
+            missing = torch.zeros(()) if buffer is None else buffer.isnan()
+            if bool(missing.any()) and not bool(missing.all()):
+                raise CheckpointError(
+                    f"{prefix}{name}: {int(missing.sum())} of {missing.numel()} numbers are NaN, so that this"
+                    f" {type(self).__name__} has only a part of its range. The checkpoint was edited: load the one"
+                    " that was written, or calibrate anew."
+                )
 
     def extra_repr(self) -> str:
         """Bits and whether the range is known."""

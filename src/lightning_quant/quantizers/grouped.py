@@ -88,6 +88,13 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
         self.groups = len(centres)
         self.ready = True
 
+    def wake(self) -> None:
+        """As the parent's; groups that no channel fell in, NaN in older states, take their centre as range."""
+        scale, zero_point = affine_parameters(*self.centres.unbind(dim=1), self.bits)
+        empty = self.scale.isnan()
+        self.scale, self.zero_point = scale.where(empty, self.scale), zero_point.where(empty, self.zero_point)
+        super().wake()
+
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``x``; the identity before :meth:`set_ranges`."""
         if not self.ready or x.numel() == 0:
@@ -148,6 +155,12 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
         self.centres = centres.to(self.scale)
         self.groups = len(centres)
         self.ready = True
+
+    def wake(self) -> None:
+        """As the parent's; groups that no row fell in, NaN in older states, take their centre as range."""
+        scale, _ = affine_parameters(torch.zeros_like(self.centres), self.centres, self.bits)
+        self.scale = scale.where(self.scale.isnan(), self.scale)
+        super().wake()
 
     def forward(self, attention: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``attention``; the identity before :meth:`set_ranges`."""
