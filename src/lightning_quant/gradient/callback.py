@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,9 +24,10 @@ from lightning_quant.gradient.optimizer import QuantizerOptimizer
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.structure import layer_bits, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
-from lightning_quant.nn.layers import Execution, QuantizedLayer
+from lightning_quant.nn.late import after_setup, cancel_after_setup
+from lightning_quant.nn.layers import LAYERS, Execution, QuantizedLayer
 from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns, matches
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.strip import quantized_layers, strip
 from lightning_quant.nn.structure import mark
 from lightning_quant.nn.what_ran import WhatRan
 
@@ -111,16 +114,55 @@ class GradientQuantization(WhatRan):
     # -- structure ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Exchange the layers, before anything is wrapped and before optimizers exist."""
+        """Exchange the layers, before anything is wrapped and before optimizers exist.
+
+        Those that the module builds in its own ``setup``, which Lightning calls later, are exchanged right after it.
+        """
         self._restored = {}
         if stage == "fit":
             self.history = History()
+        if not is_overridden("setup", pl_module):
+            self._complete(trainer, pl_module, stage)
+            return
+        fresh, known = False, set[torch.nn.Module]()
+        # What is there is exchanged now: other callbacks make copies. What is missing is told when nothing more comes.
+        with suppress(QuantizationError):
+            fresh = self._exchange(trainer, pl_module, stage)
+            known = _layers_of(pl_module)
+        after_setup(pl_module, partial(self._complete, trainer, pl_module, stage, known, fresh))
+
+    def _complete(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        stage: str,
+        known: Collection[torch.nn.Module] = (),
+        fresh: bool = False,
+    ) -> None:
+        """Exchange the layers of a network that is complete when ``configure_model`` has run.
+
+        Args:
+            trainer: Of the run.
+            pl_module: Its module.
+            stage: As Lightning calls it.
+            known: Layers that were there at an earlier exchange; nothing is done where there are no others.
+            fresh: Whether that exchange began with a float network, which it goes back to.
+        """
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
+        if known and _layers_of(pl_module) <= {*known}:
+            return
+        if fresh:
+            strip(pl_module)
+        self._exchange(trainer, pl_module, stage)
+
+    def _exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> bool:
+        """Exchange the layers; whether the network was in float before."""
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
         _check_order(trainer, self, plan)
-        if not present:
+        in_float = not present
+        if in_float:
             shown = plan if stage == "fit" else plan.summary()
             strategy = type(self.interval).__name__
             rank_zero_info(f"{shown}\nGradients by {strategy}; products are {self._execution_note()}.")
@@ -142,6 +184,7 @@ class GradientQuantization(WhatRan):
             quantizer.noise = self.noise if stage == "fit" else None
         for layer in present.values():
             layer.execution = self.execution
+        return in_float
 
     def _signs(self, plan: Plan) -> dict[str, bool]:
         """The sign of the inputs of the layers that ``signed`` names."""
@@ -165,6 +208,7 @@ class GradientQuantization(WhatRan):
 
         Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
         """
+        _check_still_there(pl_module, self._layers)
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self.batches = self._restored.get("batches", 0)
@@ -236,6 +280,7 @@ class GradientQuantization(WhatRan):
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
+        cancel_after_setup(pl_module)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -243,6 +288,10 @@ class GradientQuantization(WhatRan):
         for quantizer in self._gradient_quantizers().values():
             quantizer.noise = None
         super().teardown(trainer, pl_module, stage)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Let go of a module whose ``setup`` was not reached."""
+        cancel_after_setup(pl_module)
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -326,6 +375,22 @@ def _started(layer: QuantizedLayer) -> bool:
 
 def _few(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:4]) + (" ..." if len(names) > 4 else "")
+
+
+def _layers_of(module: torch.nn.Module) -> set[torch.nn.Module]:
+    return {child for child in module.modules() if isinstance(child, tuple(LAYERS))}
+
+
+def _check_still_there(module: torch.nn.Module, layers: dict[str, QuantizedLayer]) -> None:
+    """Layers that were exchanged must be those that are trained."""
+    present = {id(child) for child in module.modules()}
+    gone = [name for name, layer in layers.items() if id(layer) not in present]
+    if gone:
+        raise QuantizationError(
+            f"{len(gone)} quantized layers are no longer in {type(module).__name__}, which would train in float:"
+            f" {', '.join(gone[:4])}. setup or configure_model builds the network anew each time it is called: build it"
+            " only where it is missing, for example `if self.net is None: self.net = ...`."
+        )
 
 
 def _check_order(trainer: pl.Trainer, callback: pl.Callback, plan: Plan) -> None:

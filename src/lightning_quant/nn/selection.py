@@ -14,6 +14,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS, check_bits
 from lightning_quant.nn.attention import QuantizedAttention
+from lightning_quant.nn.late import builds_late
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 from lightning_quant.nn.networks import Networks, networks_of
 from lightning_quant.nn.tabled import Tabled
@@ -257,7 +258,8 @@ def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[
 
 def _nothing_chosen(module: nn.Module, reasons: dict[str, str]) -> str:
     if not reasons:
-        return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize."
+        late = "; where setup or configure_model builds them, call it first" if builds_late(module) else ""
+        return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize{late}."
     some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
     return f"None of the {len(reasons)} Conv and Linear layers of {type(module).__name__} is left to quantize: {some}."
 

@@ -90,7 +90,7 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
 
     def wake(self) -> None:
         """As the parent's; groups that no channel fell in, NaN in older states, take their centre as range."""
-        scale, zero_point = affine_parameters(*self.centres.unbind(dim=1), self.bits)
+        scale, zero_point = affine_parameters(self.centres[:, 0], self.centres[:, 1], self.bits)
         empty = self.scale.isnan()
         self.scale, self.zero_point = scale.where(empty, self.scale), zero_point.where(empty, self.zero_point)
         super().wake()

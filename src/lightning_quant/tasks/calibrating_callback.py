@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext, suppress
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -10,7 +11,9 @@ import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.compiled import as_written
+from lightning_quant.nn.late import builds_late
 from lightning_quant.nn.strip import strip
 from lightning_quant.nn.structure import is_quantized, mark, quantizers_of, rebuild_when_loading
 from lightning_quant.nn.what_ran import WhatRan
@@ -99,14 +102,19 @@ class CalibratingCallback(WhatRan):
         return self._restored if self.calibration is None else self.calibration.record()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check before anything is loaded, and let the module take the structure of a quantized checkpoint."""
+        """Check before anything is loaded, and let the module take the structure of a quantized checkpoint.
+
+        A network that the module builds later, in its own ``setup`` or ``configure_model``, is checked when it is
+        there.
+        """
         if stage == "fit":
             if is_quantized(pl_module):
                 rank_zero_info(f"{self.callback_name}: back to float for fit; the next evaluation calibrates anew.")
                 strip(pl_module)
             self._forget()
             return
-        self.check(pl_module)
+        with suppress(QuantizationError) if builds_late(pl_module) else nullcontext():
+            self.check(pl_module)
         rebuild_when_loading(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -134,6 +142,7 @@ class CalibratingCallback(WhatRan):
             )
             return
         self._forget()
+        self.check(pl_module)
         # What is made in the Trainer's inference mode could be used nowhere else.
         with torch.inference_mode(False), as_written():
             try:
