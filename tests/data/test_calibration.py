@@ -398,6 +398,22 @@ def test_batches_pass_lightnings_hooks_first() -> None:
     assert torch.equal(look.images[:, 0, 0, 0].sort().values, torch.arange(40) / 40)
 
 
+def test_given_batches_pass_the_hooks_too_and_given_images_do_not() -> None:
+    look = Recorder(count=40, data=DigitsLike().train_dataloader())
+    trainer(look).test(WithoutLoaders(), DigitsLike(), verbose=False)
+    assert torch.equal(look.images[:, 0, 0, 0].sort().values, torch.arange(40) / 40)
+    plain = Recorder(count=12, data=Images(12).images)
+    trainer(plain).test(WithoutLoaders(), Doubling(), verbose=False)
+    assert sorted(rows(plain.images)) == sorted(rows(Images(12).images))
+
+
+class Doubling(DigitsLike):
+    """Its hook changes images too."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return [batch[0] * 2, batch[1]]
+
+
 class Broken(pl.LightningDataModule):
     def setup(self, stage: str) -> None:
         if stage == "fit":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_quant import (
     IGQViT,
@@ -328,3 +330,91 @@ def test_what_a_user_reads_first_is_the_plan(tmp_path: Path, caplog: pytest.LogC
     assert "forward passes" in text
     assert "Groups of channels:" in text
     assert "% to layer-wise" in text
+
+
+class Normalizing(VitModule):
+    """Its batches become images in Lightning's hook, and its step takes the second of a tuple."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0], (batch[1] - 100.0) / 25
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        super().test_step({"image": batch[1], "label": batch[0]}, batch_idx)
+
+
+def pixels(count: int = 16, seed: int = 1) -> TensorDataset:
+    return TensorDataset(torch.arange(count) % 10, images(count, seed=seed) * 25 + 100)
+
+
+class Pixels(VitData):
+    def loader(self, count: int, seed: int) -> DataLoader[Any]:
+        return DataLoader(pixels(count, seed), batch_size=self.batch_size)
+
+
+def second(batch: Any) -> Tensor:
+    found: Tensor = batch[1]
+    return found
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"calibration_data": pixels()},
+        {"calibration_data": DataLoader(pixels(), batch_size=5)},
+        {"images": second},
+        {"calibration_data": images(16, seed=1)},
+    ],
+    ids=["data set", "loader", "function", "images as they are"],
+)
+def test_all_ways_to_the_same_images_give_the_same_network(kwargs: dict[str, Any], tmp_path: Path) -> None:
+    first, other = Normalizing(), Normalizing()
+    quiet(tmp_path / "a", igq()).test(first, Pixels())
+    quiet(tmp_path / "b", igq(**kwargs)).test(other, Pixels())
+    assert torch.allclose(outputs(other), outputs(first), atol=1e-4)
+
+
+def test_data_that_the_hooks_cannot_take_are_told_with_the_hook(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"Normalizing.on_after_batch_transfer, .* raised IndexError .*TENSOR"):
+        quiet(tmp_path, igq(calibration_data=TensorDataset(images(16)))).test(Normalizing(), Pixels())
+
+
+def test_a_network_that_the_step_calls_without_a_forward_is_calibrated(tmp_path: Path) -> None:
+    class Direct(VitModule):
+        def forward(self, x: Tensor) -> Tensor:
+            raise NotImplementedError
+
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            self.seen.append(self.backbone(batch["image"]).detach())
+
+    first, other = VitModule(), Direct()
+    quiet(tmp_path / "a", igq()).test(first, VitData())
+    quiet(tmp_path / "b", igq()).test(other, VitData())
+    assert torch.equal(outputs(other), outputs(first))
+
+
+def test_of_several_images_of_an_item_the_first_counts(tmp_path: Path) -> None:
+    class Clips(VitModule):
+        def test_step(self, batch: Any, batch_idx: int) -> None:
+            clip = torch.stack([batch["image"], batch["image"] + 9], 1).flatten(0, 1)
+            self.seen.append(self(clip)[::2].detach())
+
+    first, other = VitModule(), Clips()
+    quiet(tmp_path / "a", igq()).test(first, VitData())
+    quiet(tmp_path / "b", igq()).test(other, VitData())
+    assert torch.allclose(outputs(other), outputs(first), atol=1e-5)
+
+
+def test_a_function_that_gives_no_images_is_told_what_it_gave(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"images=FUNCTION gave int64 \(4,\) for a tuple of int64 \(4,\), "):
+        quiet(tmp_path, igq(images=lambda batch: batch[0])).test(Normalizing(), Pixels())
+
+
+def test_a_function_is_named_by_its_import_path_in_a_file() -> None:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(IGQViT, "callback")
+    found = parser.parse_object(
+        {"callback": {"class_path": "lightning_quant.IGQViT", "init_args": {"images": "operator.not_"}}}
+    )
+    assert parser.instantiate(found).callback.images is operator.not_

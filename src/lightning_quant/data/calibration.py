@@ -42,7 +42,8 @@ def calibration_images(
         seed: Of the draw.
         rank: This process, from 0.
         ranks: How many processes calibrate together.
-        images: From a batch to its images, by default :func:`images_of`.
+        images: From a batch to its images, by default :func:`images_of`. Where it makes several images of an item,
+            the first one counts. Of a source of plain images they are taken as they are.
 
     Returns:
         Images ``(n, C, H, W)`` on the CPU; ``n`` is ``count / ranks``, rounded up on the first ranks.
@@ -63,7 +64,7 @@ def calibration_images(
             f"Asked for {count} calibration images on {ranks} ranks, of which this is rank {rank}: expected at"
             f" least one image a rank. Write calibration_images={max(ranks, 1)} or more."
         )
-    extract = images or images_of
+    extract = images_of if images is None or source.plain else images
     total = _length(source.loader)
     with torch.no_grad(), _seeded(seed):
         if total is None:
@@ -74,6 +75,8 @@ def calibration_images(
         assert isinstance(source.loader, DataLoader)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count][rank::ranks].tolist()
         found = _collect(loader_like(source.loader, _Drawn(source.loader.dataset, drawn, seed)), source, extract)
+    if extract is not images_of and len(found) and not len(found) % len(drawn):
+        found = found[:: len(found) // len(drawn)].clone()
     if len(found) != len(drawn):
         raise ConfigurationError(
             f"Drew {len(drawn)} items from {source.origin}, and its batches hold {len(found)} images: its collate_fn"
@@ -176,7 +179,7 @@ def _collect(batches: Iterable[Any], source: CalibrationSource, extract: Extract
     try:
         for batch in batches:
             prepared = batch if source.prepare is None else source.prepare(batch)
-            found.append(_checked(extract(prepared), prepared).cpu())
+            found.append(_finite(extract(prepared), prepared).cpu())
             if limit is not None and sum(map(len, found)) >= limit:
                 break
     except RuntimeError as error:
@@ -216,6 +219,15 @@ def _checked(images: Any, batch: Any) -> Tensor:
             "Expected a batch of images in floating point, (N, C, H, W): a tensor, the first of a tuple, or a dict"
             f" with one of {', '.join(_KEYS)}. Found {_describe(batch)}."
             ' Write images=FUNCTION from a batch to its images, such as images=lambda batch: batch["pixels"].'
+        )
+    return _finite(images, batch)
+
+
+def _finite(images: Any, batch: Any) -> Tensor:
+    if not isinstance(images, Tensor) or images.ndim < 3:
+        raise ConfigurationError(
+            f"images=FUNCTION gave {_describe(images)} for {_describe(batch)}; expected images (N, C, H, W) as the"
+            " network takes them."
         )
     if not images.isfinite().all():
         bad = int((~images.isfinite()).sum())

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,11 +32,13 @@ class CalibrationSource:
             batches is read from its start.
         origin: What it is, in words that follow "calibration images from".
         prepare: What Lightning's batch hooks make of a batch; None where there are none.
+        plain: Whether its batches are images already, which neither hooks nor a step have to prepare.
     """
 
     loader: AnyLoader | Iterable[Any]
     origin: str
     prepare: Callable[[Any], Any] | None = None
+    plain: bool = False
 
 
 def from_trainer(
@@ -48,7 +50,8 @@ def from_trainer(
         trainer: In any verb, from ``on_validation_start``, ``on_test_start``, ``on_predict_start`` or
             ``on_train_start`` on, when its loaders exist.
         module: Its LightningModule.
-        calibration_data: Goes before what the Trainer has; its batches do not pass the module's batch hooks.
+        calibration_data: Goes before what the Trainer has. Its batches pass the same batch hooks; a tensor of images is
+            taken as it is.
 
     Raises:
         ConfigurationError: As :func:`calibration_source`.
@@ -73,9 +76,7 @@ def from_trainer(
         trainer.train_dataloader,
         [each for each in evaluation if each is not None],
     )
-    if calibration_data is not None or not _overridden_hooks(datamodule, module):
-        return source
-    return CalibrationSource(source.loader, source.origin, lambda batch: _transfer(batch, datamodule, module))
+    return with_hooks(source, datamodule, module)
 
 
 def calibration_source(
@@ -96,7 +97,7 @@ def calibration_source(
     4. The evaluation data, with a warning.
 
     Args:
-        calibration_data: A data set, a DataLoader or images ``(N, C, H, W)``.
+        calibration_data: A data set or a DataLoader whose batches are as the Trainer's, or images ``(N, C, H, W)``.
         datamodule: The user's, already prepared (``prepare_data``).
         module: The user's, whose own loaders count where there is no datamodule.
         train_loaders: Loaders of the train split that exist already; else those of datamodule or module.
@@ -108,7 +109,7 @@ def calibration_source(
     Example:
         >>> import torch
         >>> calibration_source(torch.zeros(4, 3, 8, 8)).origin
-        'calibration_data (TensorDataset)'
+        'calibration_data (a tensor)'
     """
     if calibration_data is not None:
         return _given(calibration_data)
@@ -135,6 +136,22 @@ def calibration_source(
     )
 
 
+def with_hooks(
+    source: CalibrationSource, datamodule: pl.LightningDataModule | None, module: pl.LightningModule
+) -> CalibrationSource:
+    """The source, its batches as Lightning's batch hooks hand them to the steps of a module.
+
+    Example:
+        >>> import torch
+        >>> images = with_hooks(calibration_source(torch.zeros(4, 3, 8, 8)), None, pl.LightningModule())
+        >>> images.prepare is None
+        True
+    """
+    if source.plain:
+        return source
+    return replace(source, prepare=lambda batch: _transfer(batch, source.origin, datamodule, module))
+
+
 def loader_like(loader: AnyLoader, dataset: AnyDataset) -> AnyLoader:
     """A loader over all of another data set in its order, otherwise as ``loader`` is.
 
@@ -158,7 +175,9 @@ def _given(data: CalibrationData) -> CalibrationSource:
     loader: AnyLoader
     match data:
         case Tensor():
-            loader = DataLoader(TensorDataset(data), _BATCH_SIZE)
+            return CalibrationSource(
+                DataLoader(TensorDataset(data), _BATCH_SIZE), "calibration_data (a tensor)", plain=True
+            )
         case DataLoader():
             loader = data
         case Dataset():
@@ -273,11 +292,19 @@ def _hook_owner(name: str, datamodule: pl.LightningDataModule | None, module: pl
     return datamodule if datamodule is not None and is_overridden(name, datamodule) else module
 
 
-def _overridden_hooks(datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> list[str]:
-    return [name for name in _TRANSFER_HOOKS if is_overridden(name, _hook_owner(name, datamodule, module))]
-
-
-def _transfer(batch: Any, datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> Any:
+def _transfer(batch: Any, origin: str, datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> Any:
     """A batch as the steps of the module get it: some normalise in these hooks."""
-    before, move, after = (getattr(_hook_owner(name, datamodule, module), name) for name in _TRANSFER_HOOKS)
-    return after(move(before(batch, 0), module.device, 0), 0)
+    for name in _TRANSFER_HOOKS:
+        owner = _hook_owner(name, datamodule, module)
+        arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
+        try:
+            batch = getattr(owner, name)(batch, *arguments)
+        except QuantizationError:
+            raise
+        except Exception as error:
+            raise ConfigurationError(
+                f"{type(owner).__name__}.{name}, which prepares batches for the steps, raised {type(error).__name__} on"
+                f" one of {origin}: {error}. Give data whose batches are as the Trainer's, or images (N, C, H, W) as a"
+                " tensor, which are taken as they are: calibration_data=TENSOR."
+            ) from error
+    return batch

@@ -22,9 +22,10 @@ from lightning_quant.igq_vit.session import Calibration, Source, prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
-from lightning_quant.nn.attention_check import check_attentions
+from lightning_quant.nn.attention_check import check_attentions, find_attentions
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.tasks.step_images import StepImages
 
 # One image alone takes longer than its share of a batch.
 TIMED_IMAGES = 8
@@ -55,7 +56,10 @@ class IGQViT(CalibratingCallback):
         sequential: calibrate each layer on inputs that are already quantized upstream; False on float inputs.
         exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
         seed: of the draw of calibration images.
-        calibration_data: Dataset, DataLoader or images (N, C, H, W), in place of the Trainer's train split.
+        calibration_data: Dataset or DataLoader with batches as the Trainer's, or images (N, C, H, W) as the network
+            takes them, in place of the Trainer's train split.
+        images: Function from a batch, as the module's steps get it, to its images (N, C, H, W). None asks the module:
+            what its own step passes to its network is the image.
         cache_dir: folder of the state of calibrations, by which a stopped one goes on and a finished one is not
             repeated; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
 
@@ -89,6 +93,8 @@ class IGQViT(CalibratingCallback):
         seed: int = 0,
         calibration_data: CalibrationData | None = None,
         cache_dir: str | None = None,
+        # Of any result: in a config file a function without annotations is refused else.
+        images: Callable[[Any], Any] | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -109,12 +115,14 @@ class IGQViT(CalibratingCallback):
         )
         self.calibration_data = calibration_data
         self.cache_dir = cache_dir
+        self.images = images
+        self._network = ""
 
     # -- override points ------------------------------------------------------------------------------------------
 
     def run(self, pl_module: pl.LightningModule, images: Tensor) -> Any:
-        """The forward that is calibrated, of images (n, C, H, W)."""
-        return pl_module(images)
+        """The forward that is calibrated, of images (n, C, H, W): the module's, or that of the part its step calls."""
+        return pl_module.get_submodule(self._network)(images)
 
     def log_posteriors(self, outputs: Any) -> Tensor:
         """Log-probabilities (items, classes) of what :meth:`run` returns; ``allocate`` needs them."""
@@ -138,7 +146,10 @@ class IGQViT(CalibratingCallback):
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
         """Draw the images and prepare the module."""
         source = partial(from_trainer, trainer, pl_module, self.calibration_data)
-        return self.start(trainer, pl_module, self.draw(trainer, source))
+        asked = StepImages(trainer, pl_module, [name for name, _ in find_attentions(pl_module)])
+        images = self.draw(trainer, source, asked)
+        self._network = asked.network
+        return self.start(trainer, pl_module, images)
 
     def units(self, calibration: Calibration) -> int:
         """The modules of the first step, and the steps after it."""
@@ -148,12 +159,22 @@ class IGQViT(CalibratingCallback):
         """Groups and bit operations."""
         return summarise(calibration, seconds)
 
-    def draw(self, trainer: pl.Trainer, source: Callable[[], CalibrationSource]) -> Tensor:
-        """This rank's calibration images, as soon as all ranks have theirs."""
+    def draw(
+        self, trainer: pl.Trainer, source: Callable[[], CalibrationSource], guess: Callable[[Any], Tensor] | None = None
+    ) -> Tensor:
+        """This rank's calibration images, as soon as all ranks have theirs.
+
+        Args:
+            trainer: Of the run.
+            source: Finds where they come from.
+            guess: From a batch to its images, where the callback has no ``images``; None looks where data sets
+                commonly have them.
+        """
         count, seed = self.settings.calibration_images, self.settings.seed
 
         def own() -> Tensor:
-            return calibration_images(source(), count, seed, trainer.global_rank, trainer.world_size)
+            rank, ranks = trainer.global_rank, trainer.world_size
+            return calibration_images(source(), count, seed, rank, ranks, self.images or guess)
 
         return on_all_ranks(own, trainer.strategy.root_device, "draw their calibration images")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_quant.data.calibration_source import calibration_source
+from lightning_quant.data.calibration_source import calibration_source, with_hooks
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.callback import IGQViT
 from lightning_quant.igq_vit.session import Calibration
@@ -77,7 +76,9 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
                 "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or give"
                 " IGQViT(calibration_data=...)."
             )
-        images = self.quantization.draw(self.trainer, partial(calibration_source, data, datamodule))
+        images = self.quantization.draw(
+            self.trainer, lambda: with_hooks(calibration_source(data, datamodule), datamodule, self)
+        )
         return self.quantization.start(self.trainer, self, images)
 
     def state_file(self, calibration: Calibration) -> StateFile:
