@@ -47,6 +47,22 @@ def test_the_first_and_the_last_layer_have_bits_of_their_own(kind: Any, first: s
         assert (row.weight_bits, row.activation_bits) == ((7, 7) if row.name in (first, last) else (4, 6))
 
 
+class Doubled(nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return super().forward(input) * 2
+
+
+class Same(nn.Conv2d):
+    pass
+
+
+def test_a_layer_with_a_forward_of_its_own_is_a_row_that_says_so_and_a_subclass_without_is_quantized() -> None:
+    network = nn.Sequential(Same(1, 2, 1), Doubled(2, 2, 1), nn.Conv2d(2, 1, 1))
+    plan = plan_denoiser(network, Settings(4, 8), lambda: network(torch.zeros(1, 1, 2, 2)))
+    assert names(plan, left_out=True) == names(plan, note="Doubled has a forward of its own") == {"1"}
+    assert names(plan, note=FIRST_AND_LAST) == {"0", "2"}
+
+
 @every
 def test_attentions_quantize_activations_alone(kind: Any) -> None:
     rows = plan_of(network_of(kind), 4, 6).chosen("attention")

@@ -58,6 +58,19 @@ def test_a_vision_transformer_comes_back_alone_with_the_same_outputs(tmp_path: P
     assert {name: repr(q) for name, q in quantizers_of(loaded)} == {name: repr(q) for name, q in quantizers_of(model)}
 
 
+def test_a_weight_that_derives_from_others_comes_back_with_the_same_outputs(tmp_path: Path) -> None:
+    class Own(nn.Linear):
+        pass
+
+    def network() -> nn.Sequential:
+        return nn.Sequential(Own(9, 7), nn.utils.parametrizations.weight_norm(nn.Linear(7, 5)))
+
+    model, x = quantized(network()), torch.randn(3, 9)
+    loaded = load_quantized(save_quantized(model, tmp_path / "norm"), model=network())
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
 def test_saving_changes_nothing(tmp_path: Path) -> None:
     model = igq_vit().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -165,6 +165,20 @@ def test_manual_optimization_with_two_optimizers_steps_each_networks_own_quantiz
     assert all(layer.weight_quantizer.range.grad is None for layer in quantized(module.critic).values())  # type: ignore[union-attr]
 
 
+def test_a_layer_whose_weight_derives_from_others_belongs_to_their_optimizer() -> None:
+    torch.manual_seed(0)
+    module = Adversaries()
+    module.critic = nn.Sequential(
+        nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8, bias=False)), nn.ReLU(), nn.Linear(8, 1, bias=False)
+    )
+    callback = quantization()
+    trainer(callback).fit(module)
+    assert [list(ours.gradient_quantizers) for ours in callback._optimizers] == [
+        ["generator.0", "generator.2"],
+        ["critic.0", "critic.2"],
+    ]
+
+
 def test_a_loss_that_zero_grad_threw_away_leaves_no_trace_in_the_ranges() -> None:
     class OnlyCritic(Adversaries):
         def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:

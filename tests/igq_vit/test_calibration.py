@@ -237,6 +237,17 @@ def test_windowed_attention_takes_the_baselines_and_comes_back(scheme: str) -> N
     assert torch.allclose(evaluate(network, x), before, atol=1e-4 if scheme == "repq" else 0.0)
 
 
+def test_repq_leaves_a_norm_before_a_weight_that_derives_from_others() -> None:
+    network, x = vit(), images(4)
+    block: Any = network.get_submodule("blocks.0")
+    nn.utils.parametrizations.weight_norm(block.mlp.fc1)
+    before, norm = evaluate(network, x), block.norm2.weight.clone()
+    finished(calibration(network, x, scheme="repq"))
+    assert torch.equal(block.norm2.weight, norm)
+    assert not torch.equal(block.norm1.weight, norm)
+    torch.testing.assert_close(evaluate(strip(network), x), before, atol=1e-4, rtol=0)
+
+
 def test_repq_of_a_norm_with_two_readers_is_refused_and_leaves_the_weights() -> None:
     class Twice(nn.Module):
         """The output of the first norm goes to the head too."""

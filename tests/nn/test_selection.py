@@ -207,10 +207,16 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
     assert notes(plan) == {"0": "OwnForward has a forward of its own"}
 
 
-def test_a_parametrised_layer_is_left_out() -> None:
-    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    nn.utils.parametrizations.spectral_norm(network[0])
-    assert list(plan_layers(network, FOUR, "same").chosen) == ["1"]
+def test_parametrized_layers_and_subclasses_without_a_forward_are_chosen_as_what_they_are() -> None:
+    class Own(nn.Linear):
+        pass
+
+    network = nn.Sequential(Own(2, 2), nn.Linear(2, 2))
+    nn.utils.parametrizations.spectral_norm(network[1])
+    state = {key: value.clone() for key, value in network.state_dict().items()}
+    plan = plan_layers(network, FOUR, "same")
+    assert [(row.kind, row.bits) for row in plan.layers] == [("Own", FOUR), ("Linear", FOUR)]
+    assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
 
 
 def test_multihead_attention_keeps_its_projection() -> None:

@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import attention_form
+from lightning_quant.nn.forms import obstacle
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns, matches
 from lightning_quant.nn.tabled import Tabled
@@ -89,12 +90,12 @@ def plan_denoiser(network: nn.Module, settings: Settings, run: Callable[[], obje
         run: calls the network on one image.
 
     Raises:
-        UnsupportedModelError: a network without layers.
+        UnsupportedModelError: a network without layers that can be quantized.
         ConfigurationError: a pattern of ``exclude`` that matches nothing.
     """
     calls = _Probe(network).calls(run)
-    names = {name: child for name, child in network.named_modules() if type(child) in LAYERS or _is_attention(child)}
-    layers = [name for name in calls if type(names.get(name)) in LAYERS]
+    names = {name: child for name, child in network.named_modules() if _is_layer(child) or _is_attention(child)}
+    layers = [name for name in calls if _is_layer(names[name]) and not obstacle(names[name])]
     if not layers:
         raise UnsupportedModelError(
             f"{type(network).__name__} called none of the layers that can be quantized"
@@ -120,8 +121,13 @@ def _row(
         note, left_out = "excluded" if excluded else "not called" * (parts is None), excluded or parts is None
         return PlannedModule(name, "attention", 0, settings.activation_bits, note=note, left_out=left_out)
     bits = (settings.first_and_last_bits,) * 2 if end else (settings.weight_bits, settings.activation_bits)
-    note = "excluded" if excluded else "not called" if parts is None else FIRST_AND_LAST if end else ""
-    return PlannedModule(name, "layer", *bits, parts or (), note, left_out=excluded or parts is None)
+    reason = "excluded" if excluded else "not called" if parts is None else obstacle(module)
+    note = reason or (FIRST_AND_LAST if end else "")
+    return PlannedModule(name, "layer", *bits, parts or (), note, left_out=bool(reason))
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return isinstance(module, tuple(LAYERS))
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -170,7 +176,7 @@ class _Probe(TorchFunctionMode):
 
     def _called(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
         parts = self.joined[id(args[0])][1] if args and id(args[0]) in self.joined else ()
-        if type(module) in LAYERS or _is_attention(module):
+        if _is_layer(module) or _is_attention(module):
             parts = self.halves.get(name, parts)
             self.found[name] = () if isinstance(module, nn.Linear) else parts
         elif parts and type(module).__name__ == "ResnetBlock2D":

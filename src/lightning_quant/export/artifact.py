@@ -179,6 +179,9 @@ def _coded(model: nn.Module) -> Iterator[tuple[str, FixedQuantizer | LearnedQuan
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, layer in quantized_layers(model):
         quantizer = layer.weight_quantizer
+        # What derives from parameters is in no state dict.
+        if "weight" not in layer._parameters:
+            continue
         if not isinstance(quantizer, FixedQuantizer | LearnedQuantizer) or not quantizer.ready:
             continue
         codes = _codes(quantizer, layer.weight)

@@ -13,6 +13,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.nn.attention import opened_attentions
@@ -149,7 +150,8 @@ def _other_settings(model: nn.Module, other: nn.Module) -> str:
     theirs = dict(other.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
         built = theirs.pop(name, None)
-        if type(built) is not type(module):
+        # Parametrizations make a class for each module.
+        if built is None or type_before_parametrizations(built) is not type_before_parametrizations(module):
             return f"{name} is a {type(module).__name__}, in the built one a {type(built).__name__}"
         if not isinstance(module, Quantizer):
             for key in vars(built).keys() - _IRRELEVANT:

@@ -359,7 +359,7 @@ def _owners(
     owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     shares: list[dict[str, QuantizedLayer]] = [{} for _ in optimizers]
     for name, layer in layers.items():
-        indices = [owner[id(p)] for p in layer.parameters(recurse=False) if id(p) in owner]
+        indices = [owner[id(p)] for p in layer.parameters() if id(p) in owner]
         if shares:
             shares[indices[0] if indices else 0][name] = layer
     return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]

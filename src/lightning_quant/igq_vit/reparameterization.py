@@ -71,7 +71,9 @@ class Reparameterization:
                 handle.remove()
         for norm, found in users.items():
             alone = len(found) == 1 and calls[norm] == 1
-            if alone and getattr(self.network.get_submodule(found[0]), "bias", None) is not None:
+            own = self.network.get_submodule(found[0])._parameters if alone else {}
+            # A weight that derives from others cannot be changed.
+            if own.get("weight") is not None and own.get("bias") is not None:
                 self.norms[found[0]] = norm
         return outputs
 

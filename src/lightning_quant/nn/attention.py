@@ -11,12 +11,13 @@ Which classes of timm, torchvision and PyTorch are known stands in ``attention_f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention_mixin import SLOTS, QuantizedAttention
+from lightning_quant.nn.forms import form_for
 
 __all__ = [
     "ATTENTIONS",
@@ -66,7 +67,7 @@ def register_attention(
             if isinstance(kind, str):
                 NAMED[kind] = form
             else:
-                ATTENTIONS[kind] = _form_for(kind, form)
+                ATTENTIONS[kind] = form_for(kind, form, attention_form)
         return form
 
     for kind in classes:
@@ -74,7 +75,8 @@ def register_attention(
             NAMED[kind] = QuantizedAttention
         else:
             inherited = (attention_form(base) for base in kind.__mro__[1:])
-            ATTENTIONS[kind] = _form_for(kind, next(filter(None, inherited), QuantizedAttention))
+            form = next(filter(None, inherited), QuantizedAttention)
+            ATTENTIONS[kind] = form_for(kind, form, attention_form)
     return add
 
 
@@ -82,34 +84,8 @@ def attention_form(kind: type[nn.Module]) -> type[QuantizedAttention] | None:
     """The quantized form of an attention class; None where it is not known."""
     named = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
     if named is not None and kind not in ATTENTIONS:
-        ATTENTIONS[kind] = _form_for(kind, named)
+        ATTENTIONS[kind] = form_for(kind, named, attention_form)
     return ATTENTIONS.get(kind)
-
-
-def _form_for(kind: type[nn.Module], form: type[QuantizedAttention]) -> type[QuantizedAttention]:
-    """``form`` itself where it is a subclass of ``kind``, else a class that is both."""
-    if not issubclass(form, kind):
-        name = f"Quantized{kind.__name__}"
-        # No name that pickle could look up.
-        own = {"__module__": __name__, "__doc__": form.__doc__, "__reduce_ex__": _reduce}
-        form = cast("type[QuantizedAttention]", type(name, (form, kind), own))
-    form.float_class = kind
-    return form
-
-
-def _reduce(attention: QuantizedAttention, protocol: Any) -> Any:
-    return (_made_again, (attention.float_class,), *object.__reduce_ex__(attention, protocol)[2:])
-
-
-def _made_again(kind: type[nn.Module]) -> QuantizedAttention:
-    """An empty opened attention, for pickle and deepcopy to fill."""
-    form = attention_form(kind)
-    if form is None:
-        raise UnsupportedModelError(
-            f"The opened attention is of {kind.__module__}.{kind.__qualname__}, which is not known here: register it"
-            " before it is loaded, as it was when it was saved."
-        )
-    return form.__new__(form)
 
 
 def open_attention(

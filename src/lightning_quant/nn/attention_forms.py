@@ -8,13 +8,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import register_attention
 from lightning_quant.nn.attention_mixin import QuantizedAttention, additive
-from lightning_quant.nn.layers import QuantizedLinear, register
 
 # What they get is [B, N, C], B images, and they call the fused attention once.
 register_attention(
@@ -173,11 +171,6 @@ def _through(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
     if bias is None or bias is layer.bias:
         return output
     return output + (bias - layer.bias).to(output.dtype)
-
-
-@register(NonDynamicallyQuantizableLinear)
-class QuantizedOutProjection(QuantizedLinear, NonDynamicallyQuantizableLinear):
-    """The out_proj of an ``nn.MultiheadAttention``, which only an opened one calls."""
 
 
 @register_attention(nn.MultiheadAttention)

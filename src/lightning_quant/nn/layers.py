@@ -6,35 +6,27 @@ exchanged for one that quantizes, and exchanged back by :func:`restore`. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
+from lightning_quant.nn.forms import LAYERS, exchange, layer_form, obstacle, register
 from lightning_quant.nn.product import GradientQuantizerLike, Recipe, quantized_product
 from lightning_quant.nn.quantized_module import QuantizedModule
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 
+__all__ = ["LAYERS", "QUANTIZERS", "Execution", "QuantizedLayer", "register", "restore", "swap"]
+
 Execution = Literal["simulated", "integer"]
 QUANTIZERS = ("input_quantizer", "weight_quantizer", "gradient_quantizer")
-LAYERS: dict[type[nn.Module], type[QuantizedLayer]] = {}
-
-
-def register(layer: type[nn.Module]) -> Callable[[type[QuantizedLayer]], type[QuantizedLayer]]:
-    """Class decorator that makes a :class:`QuantizedLayer` the quantized form of ``layer`` (that class exactly)."""
-
-    def add(quantized: type[QuantizedLayer]) -> type[QuantizedLayer]:
-        quantized.float_class = layer
-        LAYERS[layer] = quantized
-        return quantized
-
-    return add
 
 
 class QuantizedLayer(QuantizedModule):
@@ -78,7 +70,9 @@ class QuantizedLayer(QuantizedModule):
         """Output of the layer for a batched input."""
         # A frozen layer in evaluation mode must start too; a validation before training must not.
         starting = self.training or torch.is_grad_enabled()
-        for quantizer, tensor in ((self.input_quantizer, x), (self.weight_quantizer, self.weight)):
+        # Once: a parametrization derives it anew each time, and may take a step in training.
+        weight = self.weight
+        for quantizer, tensor in ((self.input_quantizer, x), (self.weight_quantizer, weight)):
             if quantizer is None or quantizer.ready:
                 continue
             if starting:
@@ -89,10 +83,11 @@ class QuantizedLayer(QuantizedModule):
         if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
             first, second = cast("list[LearnedQuantizer | None]", active)
             gradient = cast("GradientQuantizerLike | None", self.gradient_quantizer)
-            return quantized_product(x, self.weight, self.bias, Recipe(product, first, second, gradient))
+            source = weight if weight.is_leaf else next((p for p in self.parameters() if p.requires_grad), weight)
+            return quantized_product(x, weight, self.bias, Recipe(product, first, second, gradient, source))
         of_input, of_weight = active
         inputs = x if of_input is None else of_input(x)
-        weight = self.weight if of_weight is None else of_weight(self.weight)
+        weight = weight if of_weight is None else of_weight(weight)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
         output = product(inputs.to(dtype), weight.to(dtype))
@@ -149,7 +144,7 @@ class _QuantizedConvolution(QuantizedLayer):
         return tuple(reversed(self._reversed_padding_repeated_twice[::2]))
 
     def _run(self, x: Tensor, output_padding: Sequence[int] = ()) -> Tensor:
-        batched = x.dim() == self.weight.dim()
+        batched = x.dim() == len(self.kernel_size) + 2
         x = x if batched else x.unsqueeze(0)
         outer = self._outer_padding()
         if outer is not None:
@@ -215,14 +210,14 @@ def swap(
     """Turn a layer into its quantized form, in place.
 
     Args:
-        layer: of one of the classes in ``LAYERS`` exactly.
+        layer: of one of the classes in ``LAYERS``, or of a subclass that computes as one of them does.
         input_quantizer: None leaves the input in float, and so for the other two.
         weight_quantizer: see above.
         gradient_quantizer: see above.
         execution: "integer" multiplies int8 codes where all three tensors have them.
 
     Raises:
-        UnsupportedModelError: a layer of another class.
+        UnsupportedModelError: a layer of another class, or with a forward of its own.
         ConfigurationError: a gradient quantizer or integers with other forward quantizers than learned ones.
 
     >>> layer = nn.Linear(4, 2)
@@ -231,11 +226,9 @@ def swap(
     >>> type(layer).__name__, type(restore(layer)).__name__
     ('QuantizedLinear', 'Linear')
     """
-    if type(layer) not in LAYERS:
-        raise UnsupportedModelError(
-            f"{type(layer).__name__} has no quantized form: expected one of {', '.join(c.__name__ for c in LAYERS)},"
-            " or a class given to lightning_quant.nn.register."
-        )
+    reason = obstacle(layer)
+    if reason:
+        raise UnsupportedModelError(f"{reason}.")
     forward = (input_quantizer, weight_quantizer)
     learned = all(q is None or isinstance(q, LearnedQuantizer) for q in forward)
     if not learned and (gradient_quantizer is not None or execution == "integer"):
@@ -243,13 +236,16 @@ def swap(
             "A gradient_quantizer and execution='integer' need a LearnedQuantizer or None for the input and the weight,"
             f" found {' and '.join(type(q).__name__ for q in forward)}."
         )
-    layer.__class__ = LAYERS[type(layer)]
+    form = layer_form(type_before_parametrizations(layer))
+    assert form is not None
+    exchange(layer, form)
     quantized = cast(QuantizedLayer, layer)
+    device = next((parameter.device for parameter in layer.parameters()), None)
     quantized.execution = execution
     for name, quantizer in zip(QUANTIZERS, (input_quantizer, weight_quantizer, gradient_quantizer), strict=True):
         quantized.register_module(name, quantizer)
         if quantizer is not None:
-            quantizer.to(quantized.weight.device).train(layer.training)
+            quantizer.to(device).train(layer.training)
     return quantized
 
 
@@ -258,5 +254,5 @@ def restore(layer: QuantizedLayer) -> nn.Module:
     for name in QUANTIZERS:
         delattr(layer, name)
     del layer.execution
-    layer.__class__ = layer.float_class  # type: ignore[assignment]
+    exchange(layer, layer.float_class)
     return layer

@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
+from lightning_quant.nn.forms import weight_of
 from lightning_quant.nn.layers import LAYERS, QUANTIZERS, QuantizedLayer
 
 Layers = Sequence[tuple[str, nn.Module]]
@@ -94,7 +96,7 @@ def _same(some: Layers, others: Layers) -> bool:
         return False
     if _is_quantized(some):
         return True
-    return all(_equal(one.weight, other.weight) for (_, one), (_, other) in zip(some, others, strict=True))
+    return all(_equal(weight_of(one), weight_of(other)) for (_, one), (_, other) in zip(some, others, strict=True))
 
 
 def _is_quantized(layers: Layers) -> bool:
@@ -103,7 +105,7 @@ def _is_quantized(layers: Layers) -> bool:
 
 def _structure(layer: nn.Module) -> tuple[object, ...]:
     bits = [getattr(getattr(layer, slot, None), "bits", None) for slot in QUANTIZERS]
-    return type(layer), getattr(layer.weight, "shape", None), *bits
+    return type_before_parametrizations(layer), getattr(weight_of(layer), "shape", None), *bits
 
 
 def _equal(one: object, other: object) -> bool:

@@ -51,12 +51,17 @@ class GradientQuantizerLike(Protocol):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a layer does, beside its tensors: the product, and the quantizers (None leaves a tensor in float)."""
+    """What a layer does, beside its tensors: the product, and the quantizers (None leaves a tensor in float).
+
+    Attributes:
+        source: Leaf that the weight is or derives from, whose gradient tells whether those of the ranges are of now.
+    """
 
     product: Product
     input: LearnedQuantizer | None
     weight: LearnedQuantizer | None
     gradient: GradientQuantizerLike | None
+    source: Tensor | None = None
 
 
 def quantized_product(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Recipe) -> Tensor:
@@ -136,7 +141,7 @@ class _QuantizedProduct(torch.autograd.Function):
         kept, weight, weight_codes, bias, input_scale, weight_scale = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         needs_x, needs_weight, needs_bias, learns_input, learns_weight = ctx.needs_input_grad[:5]
-        _forget_stale(weight, recipe)
+        _forget_stale(weight if recipe.source is None else recipe.source, recipe)
 
         output = Codes(grad) if recipe.gradient is None else recipe.gradient.quantize(grad)
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None
@@ -205,12 +210,12 @@ def _codes_of_input(ctx: Any, kept: Tensor, scale: Tensor | None) -> Codes:
     return Codes(codes, scale, quantizer.grid)
 
 
-def _forget_stale(weight: Tensor, recipe: Recipe) -> None:
+def _forget_stale(source: Tensor, recipe: Recipe) -> None:
     """Drop gradients of the ranges that outlived the weight's.
 
     Where the user's ``zero_grad`` set the weight's gradient to None, the ranges' belong to a loss that was thrown away
     (a GAN's generator step reaches the discriminator).
     """
     for quantizer in (recipe.input, recipe.weight):
-        if quantizer is not None and weight.is_leaf and weight.grad is None:
+        if quantizer is not None and source.is_leaf and source.grad is None:
             quantizer.range.grad = None

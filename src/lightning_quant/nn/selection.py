@@ -6,14 +6,17 @@ import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import ClassVar, Literal, NamedTuple, cast
+from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS, check_bits
 from lightning_quant.nn.attention import QuantizedAttention
+from lightning_quant.nn.forms import obstacle, weight_of
 from lightning_quant.nn.late import builds_late
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 from lightning_quant.nn.networks import Networks, networks_of
@@ -145,7 +148,7 @@ def plan_layers(
         original = rows.get(networks.original.get(name, ""))
         if original is not None and note != EXCLUDED:
             layer_bits, note = original.bits, f"as {original.name}, which it copies"
-        weight = cast(Tensor, layer.weight)
+        weight = weight_of(layer)
         if layer_bits is not None:
             _check_weight(name or _kind(layer), weight)
         copied = "" if original is None else original.name
@@ -186,15 +189,7 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         elif isinstance(child, nn.MultiheadAttention) and not isinstance(child, QuantizedAttention):
             closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
         elif isinstance(child, bases):
-            known = type(child) in LAYERS or isinstance(child, QuantizedLayer)
-            yield name, child, reason or ("" if known else _own_class(child))
-
-
-def _own_class(layer: nn.Module) -> str:
-    # FSDP2 gives what it shards a class of its own; of a block that is none of ours.
-    if any(base.__name__ == "FSDPModule" for base in type(layer).__mro__):
-        return "given to fully_shard by itself: shard the block that holds it"
-    return f"{type(layer).__name__} has a forward of its own"
+            yield name, child, reason or ("" if isinstance(child, QuantizedLayer) else obstacle(child))
 
 
 def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str] | None, frozen: str) -> str:
@@ -265,12 +260,11 @@ def _nothing_chosen(module: nn.Module, reasons: dict[str, str]) -> str:
 
 
 def _kind(layer: nn.Module) -> str:
-    return layer.float_class.__name__ if isinstance(layer, QuantizedLayer) else type(layer).__name__
+    kind = layer.float_class if isinstance(layer, QuantizedLayer) else type_before_parametrizations(layer)
+    return kind.__name__
 
 
 def _check_not_script(module: nn.Module) -> None:
-    import torch
-
     for name, child in module.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise UnsupportedModelError(

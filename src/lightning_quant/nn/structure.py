@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lightning_quant.errors import CheckpointError
 from lightning_quant.nn.attention import attention_form, open_attention, opened_attentions
 from lightning_quant.nn.attention_mixin import SLOTS
-from lightning_quant.nn.layers import LAYERS, QUANTIZERS, swap
+from lightning_quant.nn.forms import obstacle
+from lightning_quant.nn.layers import QUANTIZERS, swap
 from lightning_quant.nn.quantized_module import HINT
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.timesteps import watch_timesteps
@@ -86,10 +87,10 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
     # Attentions first: opening one may give it layers.
     layers = {name: slots for name, slots in found.items() if slots and slots.keys() <= {*QUANTIZERS}}
     attentions = {name: slots for name, slots in found.items() if name not in layers}
-    for name, slots in _once(module, attentions, attention_form):
+    for name, slots in _once(module, attentions, lambda child: attention_form(type(child)) is not None):
         parent = module.get_submodule(name.rpartition(".")[0]) if name else None
         open_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
-    for name, slots in _once(module, layers, LAYERS.get):
+    for name, slots in _once(module, layers, lambda child: not obstacle(child)):
         swap(module.get_submodule(name), **_quantizers(slots))
     watch_timesteps(module)
 
@@ -99,11 +100,11 @@ def _quantizers(slots: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _once(
-    module: nn.Module, found: dict[str, dict[str, Tensor]], form: Callable[[type[nn.Module]], object]
+    module: nn.Module, found: dict[str, dict[str, Tensor]], fits: Callable[[nn.Module], bool]
 ) -> list[tuple[str, dict[str, Tensor]]]:
     """Name and slots of each module once: one that is held under several names is in the state dict under each."""
     known = dict(module.named_modules(remove_duplicate=False))
-    missing = [name for name in found if name not in known or form(type(known[name])) is None]
+    missing = [name for name in found if name not in known or not fits(known[name])]
     if missing:
         raise CheckpointError(
             f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
