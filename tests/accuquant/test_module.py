@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -122,6 +123,28 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(
     going_on = module_of(folder, {"cache_dir": str(tmp_path / "b")})
     quiet_trainer(tmp_path).fit(going_on, ckpt_path=tmp_path / "part.ckpt", weights_only=True)
     assert torch.equal(predicted(quiet_trainer(root), going_on), predicted(quiet_trainer(root), whole))
+
+
+class Shown(pl.Callback):
+    """Keeps the held-out error that is shown after each step."""
+
+    def __init__(self) -> None:
+        self.errors: list[float] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *arguments: Any) -> None:
+        self.errors.append(float(trainer.progress_bar_metrics.get("calibration/held_out_error", -1)))
+
+
+def test_the_error_that_is_shown_goes_on_where_it_was(folder: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"rounding_lr": 2e-2, "cache_dir": str(tmp_path / "whole")}
+    whole, first, second = Shown(), Shown(), Shown()
+    quiet_trainer(tmp_path, callbacks=[whole]).fit(module_of(folder, settings))
+    assert whole.errors[-1] < whole.errors[0]
+    settings["cache_dir"] = str(tmp_path / "parts")
+    quiet_trainer(tmp_path, callbacks=[first], max_steps=5).fit(module_of(folder, settings))
+    quiet_trainer(tmp_path, callbacks=[second]).fit(module_of(folder, settings))
+    # Of the ranges there is a step, and nothing is shown anew before the next look.
+    assert second.errors[1:] == whole.errors[6:]
 
 
 def test_two_processes_calibrate_and_generate_as_one(

@@ -101,20 +101,32 @@ def test_it_stops_when_nothing_is_gained_any_more(tmp_path: Path) -> None:
     assert calibration.done == calibration.total
 
 
+# Stops early after more than ten looks.
+LONG: dict[str, Any] = {"updates": 40, "check_every": 1, "patience": 6}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
 @pytest.mark.parametrize(
-    "options", [{}, {"window": "sweep"}, {"reconstruction": 4}, {"activation_parameters": "per_group"}]
+    "options", [{}, LONG, {"window": "sweep"}, {"reconstruction": 4}, {"activation_parameters": "per_group"}]
 )
-def test_stopped_after_any_step_it_goes_on_to_the_same_end(tmp_path: Path, options: dict[str, Any]) -> None:
+def test_stopped_after_any_step_it_goes_on_to_the_same_end(
+    tmp_path: Path, options: dict[str, Any], backwards: bool
+) -> None:
+    """A file gives the names of a state back sorted as text; the order of a state means nothing."""
     whole = finished(started(tmp_path, **options))
+    assert "patience" not in options or 10 < whole.updates < 40
     running = started(tmp_path, **options)
     while not running.finished:
-        state = {key: value.clone() for key, value in running.state_dict().items()}
+        state = {key: value.clone() for key, value in sorted(running.state_dict().items(), reverse=backwards)}
         again = started(tmp_path, **options)
         again.load_state_dict(state)
         assert again.done == running.done
+        assert list(again.record()) == list(running.record())
         running = again
         running.step()
     assert_equal(running, whole)
+    assert list(running.record()) == list(whole.record())
+    assert running.checks == whole.checks
 
 
 def test_each_step_is_counted(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,19 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crashes import moments, runs, tick
+from crashes import killed, moments, runs, tick
 from diffusion import tiny_unet
 from lightning_quant import AccuQuant, IGQViT, load_quantized, open_pipeline, save_pipeline, save_quantized
 from lightning_quant.accuquant.session import Calibration as Windows
+from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import CheckpointError
 from lightning_quant.igq_vit.session import Calibration as Groups
 from lightning_quant.nn import swap
 from lightning_quant.quantizers import FixedQuantizer
+from lightning_quant.tasks.calibration import CalibratingModule
+from lightning_quant.tasks.calibration_files import StateFile
 from networks import Images, SmallNet, quantization, trainer
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from small_diffusion import SHAPE, SMALL, Project, batches, parts, quiet_trainer
 from vits import VitData, VitModule, quiet
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
@@ -125,6 +131,77 @@ def test_the_next_start_ends_as_if_nothing_had_been(job: Callable[[Path], None],
         count += 1
     print(f"{job.__name__}: {count} moments")
     assert count > 3
+
+
+# -- late --------------------------------------------------------------------------------------------------------------
+
+
+class Fitted(CalibratingModule):
+    """Whose ``fit`` is the calibration, as AccuQuantModule's around a pipeline."""
+
+    calibration_key, callback_name = "accuquant", "AccuQuant"
+
+    def __init__(self, quantization: AccuQuant) -> None:
+        super().__init__()
+        self.quantization, self.network = quantization, parts().denoiser.network
+
+    def start_calibration(self) -> Windows:
+        return self.quantization.start(self.trainer, parts(self.network))
+
+    def state_file(self, calibration: Windows) -> StateFile:
+        return self.quantization.state_file(self.trainer, calibration)
+
+
+def late(folder: Path) -> AccuQuant:
+    """As long as by default; the first process is killed after 111 updates."""
+    step = Windows.step
+
+    def stepped(self: Windows, *arguments: Any) -> str:
+        if self.updates == 111 and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *arguments)
+
+    Windows.step = stepped  # type: ignore[method-assign, assignment]
+    usual = {name: getattr(Settings(), name) for name in ("updates", "check_every", "patience")}
+    return AccuQuant(**{**SMALL, **usual}, denoiser="unet", sample_shape=SHAPE, cache_dir=str(folder))
+
+
+def late_test(folder: Path) -> None:
+    module, ours = Project(), late(folder)
+    quiet_trainer(folder, callbacks=[ours]).test(module, batches(), verbose=False)
+    torch.save({**module.unet.state_dict(), **ours.record}, folder / "end.pt")
+
+
+def late_fit(folder: Path) -> None:
+    module = Fitted(late(folder))
+    quiet_trainer(folder).fit(module)
+    torch.save({**module.network.state_dict(), **module.record}, folder / "end.pt")
+
+
+def late_fit_from_a_checkpoint(folder: Path) -> None:
+    module, last = Fitted(late(folder)), folder / "last.ckpt"
+    keep = ModelCheckpoint(folder, every_n_train_steps=15, save_last=True)
+    module.state_file = lambda calibration: None  # type: ignore[method-assign, assignment, return-value]
+    trainer = quiet_trainer(folder, callbacks=[keep], enable_checkpointing=True)
+    trainer.fit(module, ckpt_path=last if last.exists() else None, weights_only=True)
+    torch.save({**module.network.state_dict(), **module.record}, folder / "end.pt")
+
+
+def test_killed_late_a_calibration_of_the_usual_length_ends_as_if_nothing_had_been(tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    (straight / "killed").touch()
+    runs(lambda: late_test(straight))
+    expected = end_of(straight)
+    for job in (late_test, late_fit, late_fit_from_a_checkpoint):
+        folder = tmp_path / job.__name__
+        folder.mkdir()
+        assert killed(partial(job, folder), at=0, folder=folder)
+        runs(partial(job, folder))
+        found = end_of(folder)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], value) for name, value in expected.items()), job.__name__
 
 
 # -- artefacts ---------------------------------------------------------------------------------------------------------

@@ -20,12 +20,14 @@ from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.structure import quantizers_of
-from lightning_quant.tasks.records import begin_record, below
+from lightning_quant.tasks.records import Record, begin_record, below, numbered
 
 # The share of the network calls that a sweep gives to each length.
 SWEEP_SHARE = 0.25
 SWEPT = (1, 2, 5, 10, 20, 50, 100)
 _START, _BLOCKS, _END = "ranges", "blocks", "end"
+# What a calibration's stages are called, in their order.
+STAGES = {_START: "after ranges", _BLOCKS: "after blocks", _END: "after windows"}
 
 
 class Calibration:
@@ -279,10 +281,10 @@ class Calibration:
             )
         blocks, self.updates, committed = state["progress"].tolist()
         self.blocks_done, self._committed = self.blocks[:blocks], bool(committed)
-        self.errors = {name: value.cpu() for name, value in below(state, "error/").items()}
-        self.single_steps = {name: value.cpu() for name, value in below(state, "single_step/").items()}
-        self.sweep = {int(name): float(value) for name, value in below(state, "sweep/").items()}
-        self.checks = {int(name): float(value) for name, value in below(state, "check/").items()}
+        self.errors, self.single_steps = (staged(state, kind) for kind in ("error/", "single_step/"))
+        self.sweep, self.checks = (
+            {number: float(value) for number, value in numbered(state, kind).items()} for kind in ("sweep/", "check/")
+        )
         self._ranges = below(state, "ranges/")
         if self.errors:
             self._load_quantizers(below(state, "quantizer/"))
@@ -297,6 +299,21 @@ class Calibration:
         rows = [(row.name, row.kind, row.parts, row.left_out) for row in source.plan.rows]
         parts = (sorted(source.settings.as_dict().items()), rows, source.sampler.describe(), source.images)
         return hashlib.sha256(repr((*parts, source.held_out)).encode()).hexdigest()[:16]
+
+
+def staged(record: Record, prefix: str) -> dict[str, Tensor]:
+    """Return the entries of a kind that go by stages of a calibration, the first stage first.
+
+    Args:
+        record: Record or state, in any order.
+        prefix: Kind of the entries.
+
+    Example:
+        >>> list(staged({"error/end": torch.zeros(1), "error/ranges": torch.zeros(1)}, "error/"))
+        ['ranges', 'end']
+    """
+    found = below(record, prefix)
+    return {stage: found[stage].cpu() for stage in STAGES if stage in found}
 
 
 @contextmanager

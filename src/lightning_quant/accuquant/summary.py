@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_quant.accuquant.session import Calibration
-
-# What a calibration's stages are called.
-STAGES = {"ranges": "after ranges", "blocks": "after blocks", "end": "after windows"}
+from lightning_quant.accuquant.session import STAGES, Calibration
 
 
 def summarise(calibration: Calibration, seconds: float | None = None) -> str:

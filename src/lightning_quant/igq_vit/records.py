@@ -25,7 +25,9 @@ def tables_of(record: Record, kind: str) -> dict[str, dict[int, float]]:
     >>> tables_of({"omega/head.input_quantizer": table({2: 0.5, 4: 0.25})}, OMEGA)
     {'head.input_quantizer': {2: 0.5, 4: 0.25}}
     """
-    return {slot: {int(g): float(v) for g, v in value.T.tolist()} for slot, value in below(record, kind).items()}
+    return {
+        slot: {int(g): float(v) for g, v in sorted(value.T.tolist())} for slot, value in below(record, kind).items()
+    }
 
 
 def groups_of(record: Record) -> dict[str, int]:

@@ -226,8 +226,12 @@ class Calibration:
         for key, quantizer in _read(state, "candidate/").items():
             path, _, groups = key.rpartition("/")
             self.candidates.setdefault(_slot(path), {})[int(groups)] = quantizer
-        self.omega.update({_slot(path): values for path, values in tables_of(state, OMEGA).items()})
-        self.groups.update({_slot(path): groups for path, groups in groups_of(state).items()})
+        self.candidates = {slot: dict(sorted(quantizers.items())) for slot, quantizers in self.candidates.items()}
+        omega, chosen = tables_of(state, OMEGA), groups_of(state)
+        # A file may give names back in another order than that of the network.
+        paths = {slot: f"{slot[0]}.{slot[1]}" for slot in self.allocated}
+        self.omega = {slot: omega[path] for slot, path in paths.items() if path in omega}
+        self.groups = {slot: chosen[path] for slot, path in paths.items() if path in chosen}
 
     def fingerprint(self) -> str:
         """Hash of the settings, of what is quantized, and of the images."""

@@ -10,7 +10,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_quant.accuquant.summary import STAGES
+from lightning_quant.accuquant.session import STAGES, staged
 from lightning_quant.analysis import Analysis, Cause, LayerAnalysis, find_causes
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.igq_vit.records import OMEGA, groups_of, tables_of
@@ -19,7 +19,7 @@ from lightning_quant.report.calibration import draw_groups
 from lightning_quant.report.intervals import LayerMetrics, draw_intervals, parse_layer_metrics
 from lightning_quant.report.remedies import Finding, Remedy, Settings
 from lightning_quant.report.trajectories import GenerationReport, draw_generation
-from lightning_quant.tasks.records import Record, below, is_finished, plan_of, settings_of
+from lightning_quant.tasks.records import Record, is_finished, numbered, plan_of, settings_of
 
 # An error that piles up to more than this many times that of single steps asks for longer windows.
 _PILES_UP = 3.0
@@ -215,17 +215,15 @@ class _Windows(Method):
     @property
     def _report(self) -> GenerationReport:
         """What a test has found, before what the calibration has."""
-        curves = {"accumulated": below(self.record, "error/"), "single_step": below(self.record, "single_step/")}
+        curves = {"accumulated": staged(self.record, "error/"), "single_step": staged(self.record, "single_step/")}
         found: dict[str, Any] = {
-            kind: {name: each[stage] for stage, name in STAGES.items() if stage in each}
-            for kind, each in curves.items()
-            if each
+            kind: {STAGES[stage]: values for stage, values in each.items()} for kind, each in curves.items() if each
         }
         # Those of another run's curves could be others.
         if "timesteps" in self.record and "accumulated" not in self.generated:
             found["timesteps"] = self.record["timesteps"].tolist()
-        if sweep := below(self.record, "sweep/"):
-            found["sweep"] = {int(length): float(error) for length, error in sweep.items()}
+        if sweep := numbered(self.record, "sweep/"):
+            found["sweep"] = {length: float(error) for length, error in sweep.items()}
             found["chosen"] = min(found["sweep"], key=found["sweep"].__getitem__)
         return cast(GenerationReport, {**found, **self.generated})
 
@@ -241,7 +239,7 @@ class _Windows(Method):
         }
         if "window" in self.record:
             found["window"] = int(self.record["window"])
-            found["held_out_errors"] = {k: values.tolist() for k, values in below(self.record, "error/").items()}
+            found["held_out_errors"] = {k: values.tolist() for k, values in staged(self.record, "error/").items()}
         return found
 
     def advice(self) -> Iterable[Finding]:

@@ -48,12 +48,28 @@ def settings_of(record: Record) -> dict[str, Any]:
 
 
 def below(record: Record, prefix: str) -> dict[str, Tensor]:
-    """The entries of a kind, by what follows it.
+    """The entries of a kind, by what follows it, in an order that means nothing.
 
     >>> below({"error/end": torch.zeros(1), "sweep/4": torch.zeros(1)}, "error/")
     {'end': tensor([0.])}
     """
     return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
+
+
+def numbered(record: Record, prefix: str) -> dict[int, Tensor]:
+    """Return the entries of a kind that go by numbers, the smallest first.
+
+    Files of safetensors give names back sorted as text.
+
+    Args:
+        record: Record or state, in any order.
+        prefix: Kind of the entries.
+
+    Example:
+        >>> list(numbered({"check/100": torch.zeros(1), "check/20": torch.zeros(1)}, "check/"))
+        [20, 100]
+    """
+    return dict(sorted((int(name), value) for name, value in below(record, prefix).items()))
 
 
 def _text(record: Record, key: str) -> str:
