@@ -81,7 +81,7 @@ class Shared(nn.Module):
 
 
 def test_a_layer_under_two_names_comes_back(tmp_path: Path) -> None:
-    network, x = Shared(), torch.ones(1, 2, 4, 4)
+    network, x = Shared().eval(), torch.ones(1, 2, 4, 4)
     layer: Any = network.first
     quantizer = RoundedQuantizer(3)
     quantizer.initialise(layer.weight)

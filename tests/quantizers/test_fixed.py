@@ -96,3 +96,25 @@ def test_codes_of_what_codes_stand_for_are_the_codes(
     real = decode(codes, scale, zero_point)
     assert torch.equal(encode(real, scale, quantizer.grid, zero_point), codes)
     assert torch.equal(quantizer(real), real)
+
+
+def test_a_weight_that_is_written_to_in_any_way_is_quantized_anew() -> None:
+    weight = torch.nn.Parameter(sample())
+    quantizer = FixedQuantizer(4, axis=0)
+    quantizer.initialise(weight)
+
+    def is_current() -> bool:
+        with torch.no_grad():
+            return torch.equal(quantizer(weight), quantizer(weight.detach().clone()))
+
+    assert is_current()
+    weight.data.mul_(0.5)
+    assert is_current()
+    with torch.no_grad():
+        weight.mul_(0.5)
+    assert is_current()
+    weight.data = weight.data.clone() * 0.5
+    assert is_current()
+    quantizer.scale.data.mul_(0.5)
+    quantizer.eval()
+    assert is_current()

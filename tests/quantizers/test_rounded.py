@@ -2,16 +2,20 @@
 
 import copy
 import pickle
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import prune
 
+from lightning_quant import load_quantized, save_quantized
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.soft_rounding import soft_rounding
-from lightning_quant.nn import swap
+from lightning_quant.nn import strip, swap
 from lightning_quant.quantizers import FixedQuantizer, RoundedQuantizer
 
 kinds = pytest.mark.parametrize(
@@ -217,3 +221,105 @@ def test_a_copy_in_the_middle_of_learning_learns_on_its_own(clone) -> None:  # t
 def test_learning_before_there_is_a_range_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"call initialise\(weight\) before begin\(weight\)"):
         RoundedQuantizer(4).begin(normal(2, 2))
+
+
+# -- the weight that the codes are of ----------------------------------------------------------------------------------
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """Two layers whose codes are of their weights."""
+    torch.manual_seed(seed)
+    found = nn.Sequential(nn.Conv2d(2, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1, bias=False)).eval()
+    for layer in (found[0], found[2]):
+        swap(layer, weight_quantizer=rounded(layer.weight))  # type: ignore[arg-type]
+    return found
+
+
+X = normal(2, 2, 5, 5)
+CHANGES: dict[str, Callable[[nn.Conv2d], object]] = {
+    "a copy": torch.no_grad()(lambda layer: layer.weight.copy_(layer.weight * 1.001)),
+    "a copy into its data": lambda layer: layer.weight.data.copy_(layer.weight.data * 1.001),
+    "other data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 1.001),
+    "a new parameter": lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.detach() * 1.001)),
+    "one number": lambda layer: layer.weight.data.view(-1)[3:4].add_(1e-3),
+    "pruning": lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    "pruning for good": lambda layer: prune.remove(prune.l1_unstructured(layer, "weight", 0.5), "weight"),
+    "an adapter": lambda layer: layer.weight.data.add_(1e-3 * torch.ones_like(layer.weight)),
+}
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_changed_weight_is_refused(change: Callable[[nn.Module], object], seen: bool, grad: bool) -> None:
+    found = network()
+    with torch.set_grad_enabled(grad):
+        if seen:
+            found(X)
+        change(found[2])
+        with pytest.raises(QuantizationError, match=r"shape \(4, 6, 1, 1\) was changed .*strip\(model\)"):
+            found(X)
+        if "2.weight" in found.state_dict():
+            loaded = network(1)
+            loaded.load_state_dict(found.state_dict())
+            with pytest.raises(QuantizationError, match=r"shape \(4, 6, 1, 1\) was changed"):
+                loaded(X)
+    with pytest.raises(QuantizationError, match=r"shape \(4, 6, 1, 1\) was changed"):
+        save_quantized(found, "never-written")
+
+
+def loaded_from(state: dict[str, Tensor]) -> nn.Module:
+    found = network(1)
+    found.load_state_dict(state)
+    return found
+
+
+SAME: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": lambda net: net.half().float(),
+    "bfloat16 and double": lambda net: net.bfloat16().double().float(),
+    "to": lambda net: net.to("cpu", torch.float64).to(torch.float32),
+    "a deep copy": copy.deepcopy,
+    "pickle": lambda net: pickle.loads(pickle.dumps(net)),
+    "a state": lambda net: loaded_from(net.state_dict()),
+    "a state that is taken as it is": lambda net: (net.load_state_dict(net.state_dict(), assign=True), net)[1],
+    "a state of before": lambda net: loaded_from({k: v for k, v in net.state_dict().items() if "fingerprint" not in k}),
+    "channels last": lambda net: net.to(memory_format=torch.channels_last),
+    "training and back": lambda net: net.train().eval(),
+    "frozen in training": lambda net: net.requires_grad_(False).train(),
+}
+
+
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("keep", SAME.values(), ids=SAME.keys())
+def test_the_same_weight_in_other_hands_is_not_refused(keep: Callable[[nn.Module], nn.Module], seen: bool) -> None:
+    found = network()
+    expected = found(X)
+    kept = keep(found if seen else network())
+    torch.testing.assert_close(kept(X), expected, rtol=2e-2, atol=2e-2)
+    with torch.inference_mode():
+        torch.testing.assert_close(kept(X), expected, rtol=2e-2, atol=2e-2)
+    # And a change after it is noticed.
+    kept[2].weight.data.mul_(1.1)  # type: ignore[index, operator, union-attr]
+    with pytest.raises(QuantizationError, match="was changed"):
+        kept(X)
+
+
+def test_a_saved_network_is_of_the_weights_that_its_codes_stand_for(tmp_path: Path) -> None:
+    found = network()
+    loaded = load_quantized(save_quantized(found, tmp_path / "q"), model=strip(network(1)))
+    assert torch.equal(loaded(X), found(X))
+    with torch.no_grad():
+        loaded[2].weight.mul_(1.1)  # type: ignore[index, operator, union-attr]
+    with pytest.raises(QuantizationError, match="was changed"):
+        loaded(X)
+
+
+def test_training_weights_that_would_get_no_gradient_is_refused() -> None:
+    found = network().train()
+    with pytest.raises(QuantizationError, match=r"training mode with gradients.*strip\(model\) first"):
+        found(X)
+    with torch.no_grad():
+        found(X)
+    trained = strip(found)
+    trained(X).square().mean().backward()
+    assert trained[0].weight.grad is not None

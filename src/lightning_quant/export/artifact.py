@@ -112,6 +112,9 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
         rebuild(network, state, opened=[name for name, slots in description.modules.items() if not slots])
         _take_dtypes(network, state)
         network.load_state_dict(state)
+        for _, layer in quantized_layers(network):
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.adopt(layer.weight)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder} does not fit this {type(network).__name__}: {error}\nGive the float network that was quantized,"
@@ -141,6 +144,10 @@ def _check_started(model: nn.Module) -> None:
             f"{len(learning)} quantizers of {type(model).__name__} still learn, for example {learning[0]}: let the"
             " calibration come to its end before save_quantized(model, folder)."
         )
+    with torch.no_grad():
+        for _, layer in quantized_layers(model):
+            if layer.weight_quantizer is not None:
+                layer.weight_quantizer.check(layer.weight)
 
 
 def _modules(model: nn.Module) -> dict[str, dict[str, list[int]]]:
@@ -154,7 +161,8 @@ def _modules(model: nn.Module) -> dict[str, dict[str, list[int]]]:
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of the state dict, each once, and the other names of those that have several."""
-    slots = {f"{name}.{_STATE}" for name, _ in quantizers_of(model)}
+    # Fingerprints are of the weights that were rounded, which are not kept.
+    slots = {f"{name}.{key}" for name, _ in quantizers_of(model) for key in (_STATE, "fingerprint")}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     names: dict[tuple[object, ...], str] = {}

@@ -66,6 +66,14 @@ class QuantizedLayer(QuantizedModule):
         grids = self.grids()
         return grids is not None and all(map(fits_int8, grids))
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
+        before, quantizer = self.weight.detach(), self.weight_quantizer
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # In another dtype it is the same weight, though its bits are others.
+        if quantizer is not None and self.weight.dtype != before.dtype and quantizer.knows(before):
+            quantizer.adopt(self.weight)
+        return self
+
     def quantized_forward(self, x: Tensor, product: Product) -> Tensor:
         """Output of the layer for a batched input."""
         # A frozen layer in evaluation mode must start too; a validation before training must not.
@@ -86,6 +94,8 @@ class QuantizedLayer(QuantizedModule):
             source = weight if weight.is_leaf else next((p for p in self.parameters() if p.requires_grad), weight)
             return quantized_product(x, weight, self.bias, Recipe(product, first, second, gradient, source))
         of_input, of_weight = active
+        if of_weight is not None:
+            of_weight.check(self.weight)
         inputs = x if of_input is None else of_input(x)
         weight = weight if of_weight is None else of_weight(weight)
         device = x.device.type

@@ -97,6 +97,20 @@ class Quantizer(nn.Module):
         """
         return None
 
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that the state is not of; a state that is of no certain weight refuses none.
+
+        Args:
+            weight: Weight of the layer, before it is quantized.
+        """
+
+    def knows(self, weight: Tensor) -> bool:
+        """Whether the state is of a certain weight, and of this one."""
+        return False
+
+    def adopt(self, weight: Tensor) -> None:
+        """Take a weight for the one that the state is of."""
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]

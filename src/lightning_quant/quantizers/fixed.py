@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 from weakref import ref
 
 import torch
@@ -12,6 +13,10 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.functional.grid import Grid, fake_quantize, per_channel, symmetric_grid, unsigned_grid
 from lightning_quant.functional.ranges import min_max, scale_and_zero_point
 from lightning_quant.quantizers.base import Quantizer, check_axis
+from lightning_quant.quantizers.identity import mark
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RangeEstimator = Callable[..., tuple[Tensor, Tensor]]
 
@@ -44,7 +49,7 @@ class FixedQuantizer(Quantizer, kind=2):
         self.symmetric, self.axis, self.estimator = symmetric, axis, estimator
         self.register_buffer("scale", torch.tensor(float("nan")))
         self.register_buffer("zero_point", torch.tensor(float("nan")))
-        self._kept: tuple[tuple[int, ...], tuple[ref[Tensor], ...], Tensor] | None = None
+        self._kept: tuple[tuple[float, ...], tuple[ref[Tensor], ...], Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -78,14 +83,19 @@ class FixedQuantizer(Quantizer, kind=2):
     def _of_weight(self, weight: nn.Parameter) -> Tensor:
         """As :meth:`_of`, kept from call to call: a weight that is only evaluated stays what it is.
 
-        A change in place is noticed by the version of the tensors, one through ``weight.data`` is not.
+        A write through ``weight.data`` on an accelerator is noticed after the next ``train()`` or ``eval()``.
         """
-        key = (weight.data_ptr(), *(t._version for t in (weight, self.scale, self.zero_point)))
+        key = (*mark(weight), *(t._version for t in (self.scale, self.zero_point)))
         same = (weight, self.scale, self.zero_point)
         kept = self._kept
         if kept is None or kept[0] != key or any(a() is not b for a, b in zip(kept[1], same, strict=True)):
             kept = self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
         return kept[2]
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode, and look at the weight anew."""
+        self._kept = None
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
         return {**vars(self), "_kept": None}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -11,6 +13,10 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.soft_rounding import from_fraction, hard_rounding, soft_rounding
 from lightning_quant.quantizers.fixed import FixedQuantizer
+from lightning_quant.quantizers.identity import Mark, fingerprint, mark
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Of the variable of a weight that was rounded against its fraction: on the side it was rounded to, close to the edge.
 MARGIN = 0.1
@@ -44,6 +50,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     Attributes:
         codes: of the shape of the weight, uint8 up to 8 bits; empty before :meth:`initialise`.
+        fingerprint: Number of the weight that the codes are of; 0 where that is not known.
         holds: compute the learned weight once for all calls between two changes of the variables, whose gradients then
             wait for :meth:`release`: with several calls in an update this is most of the cost of learning.
 
@@ -59,10 +66,13 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     """
 
     codes: Tensor
+    fingerprint: Tensor
 
     def __init__(self, bits: int, symmetric: bool = False, axis: int | None = 0, estimator=None) -> None:  # type: ignore[no-untyped-def]
         super().__init__(bits, symmetric, axis, **({} if estimator is None else {"estimator": estimator}))
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8 if bits <= 8 else torch.int32))
+        self.register_buffer("fingerprint", torch.zeros((), dtype=torch.int64))
+        self._seen: tuple[ref[Tensor], Mark] | None = None
         self._learning: _Learning | None = None
         self.holds = False
         self._held: _Held | None = None
@@ -74,6 +84,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         if self.ready:
             scale, zero_point = self.affine(x.dim())
             self._keep(encode(x.detach(), scale, self.grid, zero_point))
+            self.adopt(x)
 
     def unstarted_state(self) -> dict[str, Tensor]:
         return {**super().unstarted_state(), "codes": self.codes.new_empty(0)}
@@ -87,6 +98,61 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     def signed_codes(self) -> Tensor:
         """Codes of the grid, from its ``low`` to its ``high``, in FP32."""
         return self.codes.float() + self.grid.low
+
+    # -- the weight that the codes are of ------------------------------------------------------------------------------
+
+    def check(self, weight: Tensor) -> None:
+        """Refuse a weight that was changed since its codes were learned, and one that would be trained.
+
+        Args:
+            weight: Weight of the layer, before it is quantized.
+
+        Raises:
+            QuantizationError: For another weight; for a weight that wants a gradient in training mode.
+        """
+        if not self.ready or self.learns or weight.is_meta or torch.compiler.is_compiling():
+            return
+        if self.training and torch.is_grad_enabled() and weight.requires_grad:
+            raise QuantizationError(
+                f"A weight of shape {tuple(weight.shape)}, whose rounding was learned in a calibration, is called in"
+                " training mode with gradients and would get none. To evaluate it, write model.eval(). To train it,"
+                " write lightning_quant.strip(model) first, and calibrate again afterwards. To train only what is"
+                " around it, freeze it with weight.requires_grad_(False)."
+            )
+        if self._seen is not None and self._seen[0]() is weight and self._seen[1] == mark(weight):
+            return
+        if not int(self.fingerprint):
+            self.adopt(weight)
+        elif not self.knows(weight):
+            raise QuantizationError(
+                f"A weight of shape {tuple(weight.shape)} was changed after its rounding was learned in a calibration"
+                " (a fused adapter, an averaged copy, pruning, a new parameter), which would have no effect on the"
+                " output. Write lightning_quant.strip(model), which keeps the weights as they are now, and calibrate"
+                " again; or load the weights that were calibrated."
+            )
+        self._seen = ref(weight), mark(weight)
+
+    def knows(self, weight: Tensor) -> bool:
+        """Whether the codes are of this weight, bit for bit."""
+        return not weight.is_meta and int(self.fingerprint) == int(fingerprint(weight))
+
+    def adopt(self, weight: Tensor) -> None:
+        """Take a weight for the one that the codes are of."""
+        if not weight.is_meta:
+            self.fingerprint.copy_(fingerprint(weight))
+
+    def train(self, mode: bool = True) -> Self:
+        """Change the mode, and look at the weight anew."""
+        self._seen = None
+        return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
+        if f"{prefix}codes" in state_dict:
+            # States of earlier versions do not say which weight they are of.
+            state_dict.setdefault(f"{prefix}fingerprint", torch.zeros_like(self.fingerprint))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    # -- rounding -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
         """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialise`."""
@@ -124,7 +190,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     def __getstate__(self) -> dict[str, object]:
         # What is held is a function of the variables, and made again.
-        return {**super().__getstate__(), "_held": None}
+        return {**super().__getstate__(), "_held": None, "_seen": None}
 
     @property
     def learns(self) -> bool:
