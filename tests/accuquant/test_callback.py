@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant import AccuQuant, load_from_checkpoint
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.nn import strip
 from lightning_quant.tasks.calibration import is_calibrated
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from small_diffusion import SHAPE, SMALL, Project, SmallDenoiser, batches, quiet_trainer
 
 
 def callback(**arguments: Any) -> AccuQuant:
@@ -160,3 +162,77 @@ def test_nan_in_the_denoiser_is_found_before_anything_long(tmp_path: Path) -> No
     with pytest.raises(QuantizationError, match=r"output contains NaN at step 0 \(timestep 830\)"):
         quiet_trainer(tmp_path, callbacks=[callback()]).test(module, batches(), verbose=False)
     assert not is_calibrated(module)
+
+
+class Wanting(SmallDenoiser):
+    """Also wants a shift of each image."""
+
+    def forward(self, sample: Tensor, timestep: Tensor, context: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(sample + context.view(-1, 1, 1, 1), timestep)
+
+
+class Wider(SmallDenoiser):
+    """Takes four channels more than it makes, as for inpainting."""
+
+    def forward(self, sample: Tensor, timestep: Tensor) -> Tensor:
+        return super().forward(sample[:, :1], timestep)
+
+
+def tiny(**options: Any) -> Any:
+    from diffusion import tiny_condition_unet, tiny_unet
+
+    return tiny_condition_unet() if not options else tiny_unet(**options)
+
+
+@pytest.mark.parametrize(
+    ("network", "arguments", "message"),
+    [
+        (
+            tiny,
+            {"sample_shape": None},
+            r"state of shape \(1, .*TypeError: .*'encoder_hidden_states'\n.*takes encoder_hidden_states, class_labels"
+            r".*conditioning\(self, pl_module, ids\): return \{'encoder_hidden_states': ROWS\}.*prompts=FILE",
+        ),
+        (
+            tiny,
+            {"sample_shape": None, "guidance": 7.5},
+            r"guidance=7.5 takes both .*encoder_hidden_states and uncond_encoder_hidden_states",
+        ),
+        (
+            lambda: tiny(num_class_embeds=10),
+            {"sample_shape": None},
+            r"ValueError: class_labels should be provided.*\n.*takes class_labels.*return \{'class_labels': ROWS\}",
+        ),
+        (Wanting, {}, r"no condition, and raised TypeError.*'context'\n.*takes context\..*\{'context': ROWS\}"),
+        (
+            SmallDenoiser,
+            {"sample_shape": (3, 4, 4)},
+            r"shape \(1, 3, 4, 4\).*RuntimeError.*\n.*sample_shape=\(C, H, W\)",
+        ),
+        (Wider, {"sample_shape": (5, 4, 4)}, r"Wider made \(1, 1, 4, 4\) of a state \(1, 5, 4, 4\)"),
+    ],
+)
+def test_a_denoiser_that_cannot_be_called_is_refused_before_any_work(
+    tmp_path: Path, network: Callable[[], nn.Module], arguments: dict[str, Any], message: str
+) -> None:
+    module = Project()
+    module.unet = network()  # type: ignore[assignment]
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises((ConfigurationError, UnsupportedModelError), match=message):
+        quiet_trainer(tmp_path, callbacks=[callback(**arguments)]).test(module, batches(), verbose=False)
+    assert not list(tmp_path.rglob("*"))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_conditions_of_a_subclass_are_given_to_the_denoiser(tmp_path: Path) -> None:
+    class Conditioned(AccuQuant):
+        def conditioning(self, pl_module: pl.LightningModule, ids: Sequence[int]) -> dict[str, Tensor]:
+            return {"context": torch.tensor([0.1 * (number % 3) for number in ids])}
+
+    module = Project()
+    module.unet = Wanting()
+    ours = Conditioned(**{**SMALL, "denoiser": "unet", "sample_shape": SHAPE})
+    module.test_step = lambda batch: None  # type: ignore[method-assign, assignment]
+    quiet_trainer(tmp_path, callbacks=[ours]).test(module, batches(), verbose=False)
+    assert ours.calibration is not None
+    assert ours.calibration.finished

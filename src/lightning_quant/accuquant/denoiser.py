@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from inspect import Parameter, signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 
 # Rows (n, ...) by the name of the network's argument. Of the unconditional branch they are named "uncond_...".
 Conditioning = dict[str, Tensor]
@@ -73,7 +74,7 @@ class Denoiser:
         cond, uncond = _branches(conditioning or {}, len(x))
         if self.guidance is None:
             return self._output(x, t, cond)
-        _check_both(cond, uncond, self.guidance)
+        _check_both(cond, uncond, self.guidance, _conditions_of(self.network))
         first, second = (cond, uncond) if self._conditional_first else (uncond, cond)
         both = {name: torch.cat([first[name], second[name]]) for name in cond}
         times = torch.cat([t, t]) if isinstance(t, Tensor) and t.dim() and len(t) > 1 else t
@@ -148,14 +149,63 @@ def _branches(conditioning: Conditioning, n: int) -> tuple[Conditioning, Conditi
     return {key: r for key, r in conditioning.items() if not key.startswith(UNCONDITIONAL)}, uncond
 
 
-def _check_both(cond: Conditioning, uncond: Conditioning, guidance: float) -> None:
+def _check_both(cond: Conditioning, uncond: Conditioning, guidance: float, known: list[str]) -> None:
     if cond and cond.keys() == uncond.keys():
         return
     missing = [UNCONDITIONAL + name for name in cond if name not in uncond] or sorted(uncond)
+    usual = known[0] if known else "class_labels"
     raise ConfigurationError(
         f"guidance={guidance} takes both branches, and the conditioning has {sorted(cond) or 'none'} and no"
-        f" {', '.join(missing) or 'class_labels and uncond_class_labels'}: give both, or guidance=None."
+        f" {', '.join(missing) or f'{usual} and {UNCONDITIONAL}{usual}'}: give both, or guidance=None."
     )
+
+
+def check_call(denoiser: Denoiser, x: Tensor, t: int, conditioning: Conditioning) -> Tensor:
+    """Call a denoiser for the first time, and return its output.
+
+    Args:
+        denoiser: Denoiser that a calibration is about to call many times.
+        x: State (n, C, H, W).
+        t: Timestep.
+        conditioning: Rows (n, ...) by name.
+
+    Raises:
+        ConfigurationError: Where its network cannot be called so; says what its forward takes.
+        UnsupportedModelError: For an output of another shape.
+
+    Example:
+        >>> class Wants(nn.Module):
+        ...     def forward(self, sample, timestep, context):
+        ...         return sample
+        >>> check_call(Denoiser(Wants()), torch.zeros(1, 1, 2, 2), 10, {})
+        Traceback (most recent call last):
+        ...
+        lightning_quant.errors.ConfigurationError: Wants was called with a state of shape (1, 1, 2, 2), a timestep...
+    """
+    try:
+        return denoiser(x, t, conditioning)
+    except (QuantizationError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        network = denoiser.network
+        given = ", ".join(name for name in conditioning if not name.startswith(UNCONDITIONAL)) or "no condition"
+        known = _conditions_of(network)
+        name = known[0] if known else "class_labels"
+        raise ConfigurationError(
+            f"{type(network).__name__} was called with a state of shape {tuple(x.shape)}, a timestep and {given}, and"
+            f" raised {type(error).__name__}: {error}\nBeside state and timestep its forward takes"
+            f" {', '.join(known) or 'nothing'}. For conditions write a subclass of AccuQuant with"
+            f" def conditioning(self, pl_module, ids): return {{{name!r}: ROWS}}, a row for each of ids and with"
+            f" guidance also {UNCONDITIONAL + name!r}, or AccuQuantModule with the pipeline and prompts=FILE; for"
+            " another state write sample_shape=(C, H, W)."
+        ) from error
+
+
+def _conditions_of(network: nn.Module) -> list[str]:
+    """Names of what a network's forward takes beside state and timestep, what it must be given first."""
+    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    found = [each for each in signature(network.forward).parameters.values() if each.kind not in several][2:]
+    return [each.name for each in sorted(found, key=lambda each: each.default is not Parameter.empty)]
 
 
 def _call_module(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
+from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_call
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import prepare
 from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
@@ -137,11 +137,13 @@ def call_once(parts: Parts, sampler: Sampler, images: int) -> Tensor:
     """The float denoiser at the first step.
 
     Raises:
+        ConfigurationError: it cannot be called so.
         QuantizationError: NaN in its output.
     """
     device = device_of(parts.denoiser.network, torch.device("cpu"))
     x = initial_noise(parts.shape, range(images), 0).to(device)
-    output = parts.denoiser(x, sampler.timesteps[0], rows_to(parts.conditioning(range(images)), device))
+    rows = rows_to(parts.conditioning(range(images)), device)
+    output = check_call(parts.denoiser, x, sampler.timesteps[0], rows)
     check_finite(output, 0, sampler.timesteps[0], range(images))
     return output
 
