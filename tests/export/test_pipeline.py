@@ -1,6 +1,7 @@
 """A pipeline with a quantized denoiser is a folder that opens with one call and generates the same images."""
 
 import json
+import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError, Unsuppor
 from lightning_quant.export.pipeline import open_model, open_pipeline, save_pipeline
 from lightning_quant.nn import open_attention, swap
 from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers import FixedQuantizer, TimestepQuantizer
 
@@ -85,6 +87,51 @@ def test_the_opened_pipeline_is_of_diffusers_and_generates_the_same_bits(tmp_pat
     assert not torch.equal(sample(model), before)
 
 
+def saved(kind: Kind, root: Path) -> Path:
+    """A pipeline with a quantized denoiser."""
+    model = load_pipeline(tiny_pipeline_folder(kind, root / "float"))
+    quantize(model.network)
+    return save_pipeline(model, root / "quantized")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in OBJECTS if kind != "ldm_class"])
+def test_plain_diffusers_opens_it_where_the_class_was_imported(tmp_path: Path, kind: Kind) -> None:
+    folder = saved(kind, tmp_path)
+    import_module("lightning_quant.export.denoiser")
+    plain, ours = diffusers.DiffusionPipeline.from_pretrained(folder), open_pipeline(folder)
+    assert type(plain) is type(ours)
+    assert torch.equal(images(plain, kind), images(ours, kind))
+
+
+def test_plain_diffusers_says_what_to_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hasattr(diffusers.pipelines.pipeline_loading_utils, "_get_library_or_raise"):
+        pytest.skip("this diffusers imports what a folder names")
+    folder = saved("ddim", tmp_path)
+    monkeypatch.delitem(sys.modules, "lightning_quant.export.denoiser", raising=False)
+    with pytest.raises(ValueError, match=r"import lightning_quant\.export\.denoiser before calling"):
+        diffusers.DiffusionPipeline.from_pretrained(folder)
+
+
+def test_plain_diffusers_casts_it_and_leaves_no_argument_out(tmp_path: Path) -> None:
+    denoiser, folder = import_module("lightning_quant.export.denoiser"), saved("ddim", tmp_path)
+    plain = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    assert plain.unet.dtype == torch.bfloat16
+    assert all(q.scale.dtype == torch.float32 for _, q in quantizers_of(plain.unet))
+    with pytest.raises(ConfigurationError, match=r"device_map='balanced'.*pipeline\.to\(device\)"):
+        denoiser.QuantizedDenoiser.from_pretrained(folder / "unet", device_map="balanced")
+
+
+def test_a_folder_of_before_opens_as_well(tmp_path: Path) -> None:
+    folder = saved("ddim", tmp_path)
+    expected = images(open_pipeline(folder), "ddim")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["unet"] = ["diffusers", "UNet2DModel"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert torch.equal(images(open_pipeline(folder), "ddim"), expected)
+    with pytest.raises(ConfigurationError, match="holds a quantized denoiser"):
+        load_pipeline(folder)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_opened_model_generates_the_same_bits(tmp_path: Path, kind: Kind) -> None:
     source = tiny_pipeline_folder(kind, tmp_path / "float")
@@ -104,6 +151,8 @@ def test_the_folder_is_as_diffusers_has_it_but_for_the_denoiser(tmp_path: Path, 
     quantize(model.network)
     folder, name = save_pipeline(model, tmp_path / "quantized"), NAMES.get(kind, "unet")
     indices = [json.loads((each / "model_index.json").read_text()) for each in (source, folder)]
+    assert indices[1].pop(name) == ["lightning_quant.export.denoiser", "QuantizedDenoiser"]
+    assert indices[0].pop(name)[0] == "diffusers"
     assert indices[0] == indices[1]
     assert {path.name for path in (folder / name).iterdir()} == {
         "model.safetensors",

@@ -136,15 +136,15 @@ def load_denoiser(folder: PipelineFolder) -> Any:
     if name == "Transformer2DModel" and (path / "config.json").is_file():
         # So the DiT of the hub is named, from before it had a class of its own.
         name = "DiTTransformer2DModel" if _json(path / "config.json").get("norm_type") == "ada_norm_zero" else name
-    if name not in DENOISER_CLASSES:
-        raise UnsupportedModelError(
-            f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. A network of your own"
-            " can be given as a module, with load_pipeline(folder, network=...)."
-        )
     if (path / QUANTIZED).is_file():
         raise ConfigurationError(
             f"{path} holds a quantized denoiser: write lightning_quant.open_pipeline({str(folder.path)!r}), or for a"
             " DiffusionModel lightning_quant.export.pipeline.open_model."
+        )
+    if name not in DENOISER_CLASSES:
+        raise UnsupportedModelError(
+            f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. A network of your own"
+            " can be given as a module, with load_pipeline(folder, network=...)."
         )
     return load_component(path, name)
 

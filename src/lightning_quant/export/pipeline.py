@@ -17,12 +17,16 @@ from lightning_quant.atomic import settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.export.artifact import load_quantized, save_quantized
 
+# Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
+_HOME = "lightning_quant.export.denoiser"
 # What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
 _OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 
 
 def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, network: nn.Module | None = None) -> Path:
     """Write a pipeline whose denoiser is quantized, for :func:`open_pipeline`.
+
+    ``DiffusionPipeline.from_pretrained`` opens it too, after ``import lightning_quant.export.denoiser``.
 
     The denoiser's folder is that of :func:`lightning_quant.save_quantized` with diffusers' ``config.json`` beside it;
     all else is as in the float pipeline. A folder that was written before is replaced once the new one is complete. In
@@ -68,7 +72,7 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
         saved = {"scheduler": model.scheduler, **model.components}
         for key, component in saved.items():
             component.save_pretrained(new / key)
-        index = {key: _entry(component) for key, component in {name: quantized, **saved}.items()}
+        index = {name: [_HOME, "QuantizedDenoiser"], **{key: _entry(component) for key, component in saved.items()}}
         content = {**_header(model), **_rest(model, new, index.keys()), **index}
         (new / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return target
@@ -93,6 +97,7 @@ def open_pipeline(folder: str | Path, **components: Any) -> Any:
     library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
     kind: Any = getattr(import_module(library), found.pipeline)
     network = load_quantized(found.components[found.denoiser][0])
+    import_module(_HOME)
     # What the folder has as null is not taken for given.
     absent = [key for key, entry in _index(found.path).items() if entry == [None, None]]
     given = {**dict.fromkeys(absent), found.denoiser: network, **components}
