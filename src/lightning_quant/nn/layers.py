@@ -6,7 +6,7 @@ exchanged for one that quantizes, and exchanged back by :func:`restore`. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
