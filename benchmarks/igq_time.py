@@ -39,7 +39,7 @@ def calibrated(name: str, images: Tensor, **settings: Any) -> tuple[nn.Module, f
     model = network(name)
     begin = time.perf_counter()
     plan = prepare(model, Settings(calibration_images=len(images), **settings), images[:1], model)
-    calibration = Calibration(Source(model, plan, lambda: model(images), log_posteriors))
+    calibration = Calibration(Source(model, plan, model, images, log_posteriors))
     while not calibration.finished:
         calibration.step()
     return model, time.perf_counter() - begin, calibration.total

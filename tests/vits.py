@@ -63,7 +63,7 @@ def calibration(network: nn.Module, x: Tensor, **settings: Any) -> Calibration:
     """Prepared, no step done."""
     chosen = Settings(**({"groups": 4, "calibration_images": len(x)} | settings))
     plan = prepare(network, chosen, x[:1], network)
-    return Calibration(Source(network, plan, lambda: network(x), log_posteriors))
+    return Calibration(Source(network, plan, network, x, log_posteriors))
 
 
 def finished(found: Calibration) -> Calibration:

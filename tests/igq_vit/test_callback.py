@@ -133,7 +133,7 @@ def test_a_finished_calibration_is_taken_from_the_cache(tmp_path: Path, steps: C
     first, second = VitModule(), VitModule()
     quiet(tmp_path, igq(allocate=True)).test(first, VitData())
     done = steps["steps"]
-    assert done == 12
+    assert done == 13
     quiet(tmp_path, igq(allocate=True)).test(second, VitData())
     assert steps["steps"] == done
     assert torch.equal(outputs(first), outputs(second))
@@ -157,7 +157,7 @@ def test_killed_in_the_middle_it_goes_on(tmp_path: Path, monkeypatch: pytest.Mon
         quiet(tmp_path / "b", igq(allocate=True)).test(broken, VitData())
     again = VitModule()
     quiet(tmp_path / "b", igq(allocate=True)).test(again, VitData())
-    assert counts["steps"] == 5 + 1 + 7
+    assert counts["steps"] == 5 + 1 + 8
     expected = outputs(straight)
     assert torch.equal(outputs(again), expected)
     # In a notebook the same module is there still.

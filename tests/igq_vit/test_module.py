@@ -49,7 +49,7 @@ def test_fit_calibrates_and_test_is_quantized(tmp_path: Path) -> None:
     trainer.fit(found, data())
     assert found.calibration is not None
     assert found.calibration.finished
-    assert trainer.global_step == found.calibration.total == 12
+    assert trainer.global_step == found.calibration.total == 13
     assert is_calibrated(found)
     assert (logits(found) - before).abs().max() > 1e-3
     assert "test/acc" in trainer.test(found, data(), verbose=False)[0]
@@ -74,9 +74,9 @@ def test_a_calibration_that_is_not_finished_is_not_tested(tmp_path: Path) -> Non
     found = module()
     quiet(tmp_path, every, enable_checkpointing=True).fit(found, data())
     for stop in (1, 11):
-        with pytest.raises(QuantizationError, match=rf"stopped after step {stop} of 12, .*: go on with trainer.fit"):
+        with pytest.raises(QuantizationError, match=rf"stopped after step {stop} of 13, .*: go on with trainer.fit"):
             quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / f"step={stop}.ckpt"))
-    quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / "step=12.ckpt"), verbose=False)
+    quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / "step=13.ckpt"), verbose=False)
 
 
 def test_interrupted_it_says_so_and_goes_on_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,11 +91,11 @@ def test_interrupted_it_says_so_and_goes_on_from_the_cache(tmp_path: Path, monke
     with pytest.raises(SystemExit):
         quiet(tmp_path).fit(found, data())
     monkeypatch.setattr(Calibration, "step", step)
-    with pytest.raises(QuantizationError, match="stopped after step 4 of 12"):
+    with pytest.raises(QuantizationError, match="stopped after step 4 of 13"):
         quiet(tmp_path).test(found, data())
     trainer = quiet(tmp_path)
     trainer.fit(found, data())
-    assert trainer.global_step == 8
+    assert trainer.global_step == 9
     straight = module()
     quiet(tmp_path / "straight").fit(straight, data())
     assert torch.equal(logits(found), logits(straight))

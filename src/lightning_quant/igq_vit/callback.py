@@ -44,7 +44,8 @@ class IGQViT(CalibratingCallback):
         activation_bits: 2..16, of the inputs of fully connected layers, of Q, K, V and of the softmax.
         groups: quantizers that the channels of an input are divided among, or their average with ``allocate``.
         softmax_groups: of the rows of a softmax; None takes ``groups``.
-        allocate: find the number of groups of each layer under the budget of bit operations of ``groups`` everywhere.
+        allocate: find the number of groups of each layer under the budget of bit operations of ``groups`` everywhere;
+            False, the same number in every layer, calibrates several times faster.
         budget: another budget, in giga bit operations of all that is quantized, an image.
         calibration_images: how many, over all ranks.
         literal_zero_point: clip zero points to the codes as the paper writes it, which moves ranges of one sign to 0.
@@ -125,7 +126,7 @@ class IGQViT(CalibratingCallback):
         return pl_module.get_submodule(self._network)(images)
 
     def log_posteriors(self, outputs: Any) -> Tensor:
-        """Log-probabilities (items, classes) of what :meth:`run` returns; ``allocate`` needs them."""
+        """Log-probabilities (items, classes) of what :meth:`run` returns, for ``allocate``; gradients make it fast."""
         return log_posteriors(outputs)
 
     # -- calibration ------------------------------------------------------------------------------------------------
@@ -186,20 +187,21 @@ class IGQViT(CalibratingCallback):
         context = trainer.precision_plugin.forward_context
 
         def forward(batch: Tensor) -> Any:
-            with torch.no_grad(), context():
+            with context():
                 return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
 
         few = images[:TIMED_IMAGES]
         training = pl_module.training
         pl_module.eval()
-        plan = prepare(pl_module, self.settings, images[:1], forward)
-        begin = time.perf_counter()
-        forward(few)
-        seconds = (time.perf_counter() - begin) / len(few)
+        with torch.no_grad():
+            plan = prepare(pl_module, self.settings, images[:1], forward)
+            begin = time.perf_counter()
+            forward(few)
+            seconds = (time.perf_counter() - begin) / len(few)
         # With the layers that are new.
         pl_module.train(training)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
-        return Calibration(Source(pl_module, plan, lambda: forward(images), self.log_posteriors, found))
+        return Calibration(Source(pl_module, plan, forward, images, self.log_posteriors, found))
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
         """Where the calibration is written to, and taken from."""

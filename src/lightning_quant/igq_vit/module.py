@@ -11,6 +11,7 @@ from lightning_quant.data.calibration_source import calibration_source, with_hoo
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.callback import IGQViT
 from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.igq_vit.shortlist import combined
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.tasks import ImageClassifier
 from lightning_quant.tasks.calibration import CalibratingModule
@@ -20,9 +21,9 @@ from lightning_quant.tasks.calibration_files import StateFile
 class IGQViTModule(CalibratingModule, ImageClassifier):
     """A vision transformer of timm or torchvision whose ``fit`` calibrates it; then it validates, tests and predicts.
 
-    Each training step is one step of the calibration: all quantizers first, then the perturbation of a layer each,
-    then the allocation of groups. Lightning's progress bar, checkpoints and ``ckpt_path=`` work as in a training; a
-    checkpoint holds the calibration so far, and the quantized network.
+    Each training step is one step of the calibration: all quantizers first, then estimates of all perturbations, then
+    the perturbations of a layer each, then the allocation of groups. Lightning's progress bar, checkpoints and
+    ``ckpt_path=`` work as in a training; a checkpoint holds the calibration so far, and the quantized network.
 
     Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
 
@@ -88,8 +89,9 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
     def after_step(self, calibration: Calibration) -> None:
         """Show the least divergence of a layer that was perturbed."""
         if calibration.omega and not calibration.groups:
-            last = next(reversed(calibration.omega.values()))
-            self.log("calibration/kl", min(last.values()), prog_bar=True)
+            (name, slot), last = next(reversed(calibration.omega.items()))
+            known = combined(calibration.estimates[name, slot], last)
+            self.log("calibration/kl", min(known.values()), prog_bar=True)
 
     def summarise(self, calibration: Calibration) -> str:
         """Groups and bit operations."""

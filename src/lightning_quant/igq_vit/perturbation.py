@@ -40,7 +40,7 @@ def log_posteriors(outputs: Any) -> Tensor:
             f"Groups are allocated by the posteriors of classes, expected logits (images, classes[, height, width]),"
             f" found {shape}: write allocate=False, or override IGQViT.log_posteriors."
         )
-    return outputs.detach().double().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
+    return outputs.double().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
 
 
 def divergence(reference: Tensor, changed: Tensor) -> float:
@@ -63,7 +63,7 @@ class Replay:
     """
 
     def __init__(self, network: nn.Module, forward: Callable[[], Any], names: Sequence[str]) -> None:
-        self.network, self.forward = network, forward
+        self.network, self.forward, self.names = network, forward, tuple(names)
         self.kept: dict[str, Any] = {}
         self._start: dict[str, int] = {}
         self._end: dict[str, int] = {}
@@ -113,12 +113,20 @@ class Replay:
 
         return hook
 
+    def share(self, name: str) -> float:
+        """Share of the modules given that :meth:`run` calls again."""
+        done = tuple(f"{block}." for block in self._before(name))
+        return sum(not other.startswith(done) for other in self.names) / len(self.names)
+
+    def _before(self, name: str) -> list[str]:
+        """Recorded blocks that end before a module starts."""
+        start = self._start.get(name, 0)
+        return [block for block in self.kept if self._end[block] < start]
+
     def run(self, name: str) -> Any:
         """Outputs of the network with the module ``name`` as it is now and all before it as recorded."""
-        start = self._start.get(name, 0)
-        done = [block for block in self.kept if self._end[block] < start]
         with ExitStack() as stack, torch.no_grad():
-            for block in done:
+            for block in self._before(name):
                 forward = _returning(self.kept[block])
                 stack.enter_context(mock.patch.object(self.network.get_submodule(block), "forward", forward))
             return self.forward()

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from lightning_quant.igq_vit.allocation import BudgetPoint, budget_curve
+from lightning_quant.igq_vit.shortlist import combined
 from lightning_quant.tasks.records import Record, below
 
 # Kinds of entries. Each ends with the name of a layer and of its slot.
-OMEGA, COST, GROUPS = "omega/", "cost/", "groups/"
+ESTIMATE, OMEGA, COST, GROUPS = "estimate/", "omega/", "cost/", "groups/"
 
 
 def table(values: Mapping[int, float]) -> Tensor:
     """(2, candidates): numbers of groups, and what each comes to."""
-    return torch.tensor([list(values), list(values.values())], dtype=torch.float64)
+    return torch.tensor([list(values), list(values.values())], dtype=torch.float64).view(2, -1)
 
 
 def tables_of(record: Record, kind: str) -> dict[str, dict[int, float]]:
@@ -38,9 +39,10 @@ def groups_of(record: Record) -> dict[str, int]:
 def curve_of(record: Record, kind: str) -> list[BudgetPoint]:
     """Points of the budget curve of all slots of a kind, see :func:`lightning_quant.igq_vit.allocation.budget_curve`.
 
-    Of a record that an older version has written there are none.
+    Of a record that an older version has written there are none. Perturbations that were not measured are estimated.
     """
-    omega, costs = tables_of(record, OMEGA), tables_of(record, COST)
+    estimates, costs = tables_of(record, ESTIMATE), tables_of(record, COST)
+    omega = {slot: combined(estimates.get(slot, {}), found) for slot, found in tables_of(record, OMEGA).items()}
     slots = [slot for slot in omega if slot.endswith(f".{kind}") and slot in costs]
     cost = [{groups: int(each) for groups, each in costs[slot].items()} for slot in slots]
     return budget_curve([omega[slot] for slot in slots], cost) if slots else []

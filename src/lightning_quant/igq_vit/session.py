@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
@@ -15,9 +16,11 @@ from lightning_quant.igq_vit.allocation import allocate, budget_at
 from lightning_quant.igq_vit.calibration import Advance, Slot, calibrate, emptied, fill, filled_slots
 from lightning_quant.igq_vit.perturbation import Replay, perturbations
 from lightning_quant.igq_vit.plan import VitPlan, plan_vit
-from lightning_quant.igq_vit.records import COST, GROUPS, OMEGA, groups_of, table, tables_of
+from lightning_quant.igq_vit.records import COST, ESTIMATE, GROUPS, OMEGA, groups_of, table, tables_of
 from lightning_quant.igq_vit.schemes import Candidates
+from lightning_quant.igq_vit.sensitivity import estimated_perturbations
 from lightning_quant.igq_vit.settings import Settings
+from lightning_quant.igq_vit.shortlist import combined, expected_gains, shortlist
 from lightning_quant.metrics.bops import measure_shapes
 from lightning_quant.nn import strip, swap
 from lightning_quant.nn.agreement import check_quantizers_agree
@@ -30,6 +33,8 @@ from lightning_quant.quantizers.base import quantizer_of_state
 from lightning_quant.tasks.records import begin_record
 
 INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
+# Forward passes' worth of replays, beside the 12 or so of the estimates: 60 together.
+REPLAYED_PASSES = 44
 
 
 @dataclass(frozen=True)
@@ -39,16 +44,23 @@ class Source:
     Attributes:
         network: attentions opened and layers swapped.
         plan: what to quantize.
-        forward: runs the network on the calibration images of this rank.
+        run: forward of the network, which lets gradients through where groups are allocated.
+        inputs: calibration images of this rank.
         posteriors: from its outputs to log-probabilities (items, classes).
         images: fingerprint of the calibration images of all ranks, where states of other images are to be refused.
     """
 
     network: nn.Module
     plan: VitPlan
-    forward: Callable[[], Any]
+    run: Callable[[Tensor], Any]
+    inputs: Tensor
     posteriors: Callable[[Any], Tensor]
     images: str = ""
+
+    def forward(self) -> Any:
+        """Outputs of all calibration images of this rank."""
+        with torch.no_grad():
+            return self.run(self.inputs)
 
 
 def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable[[Tensor], object]) -> VitPlan:
@@ -82,10 +94,16 @@ def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable
 
 
 class Calibration:
-    """Calibrates a network step by step: first all quantizers, then the perturbations of a layer each, then the groups.
+    """Calibrates a network step by step: all quantizers, estimates, perturbations of a layer each, then the groups.
 
     Args:
         source: network, plan and images.
+
+    Attributes:
+        candidates: quantizers of each slot, by number of groups.
+        estimates: of the perturbations; those of a slot are empty where the network has no gradients.
+        omega: the perturbations that were measured: all where there are no estimates, else those that may matter.
+        groups: that were allocated.
 
     >>> import timm
     >>> from lightning_quant.igq_vit.perturbation import log_posteriors
@@ -93,7 +111,7 @@ class Calibration:
     >>> images = torch.randn(4, 3, 32, 32)
     >>> settings = Settings(groups=4, allocate=False, calibration_images=4)
     >>> plan = prepare(network, settings, images[:1], network)
-    >>> calibration = Calibration(Source(network, plan, lambda: network(images), log_posteriors))
+    >>> calibration = Calibration(Source(network, plan, network, images, log_posteriors))
     >>> calibration.step(), calibration.finished
     ('quantizers', True)
     """
@@ -101,9 +119,11 @@ class Calibration:
     def __init__(self, source: Source) -> None:
         self.source = source
         self.candidates: dict[Slot, Candidates] = {}
+        self.estimates: dict[Slot, dict[int, float]] = {}
         self.omega: dict[Slot, dict[int, float]] = {}
         self.groups: dict[Slot, int] = {}
         self._replay: Replay | None = None
+        self._shortlist: dict[Slot, list[int]] = {}
 
     # -- steps ----------------------------------------------------------------------------------------------------
 
@@ -118,12 +138,12 @@ class Calibration:
     @property
     def total(self) -> int:
         """How many steps there are."""
-        return 1 + (len(self.allocated) + 1 if self.allocated else 0)
+        return 1 + (len(self.allocated) + 2 if self.allocated else 0)
 
     @property
     def done(self) -> int:
         """How many steps are done."""
-        return bool(self.candidates) + len(self.omega) + bool(self.allocated and self.groups)
+        return bool(self.candidates) + bool(self.estimates) + len(self.omega) + bool(self.allocated and self.groups)
 
     @property
     def finished(self) -> bool:
@@ -144,6 +164,9 @@ class Calibration:
                 self.candidates = calibrate(self.source.network, self.source.plan, self.source.forward, advance)
                 check_quantizers_agree(self.source.network)
                 return "quantizers"
+            if not self.estimates:
+                self._estimate()
+                return "estimates of perturbations"
             missing = [slot for slot in self.allocated if slot not in self.omega]
             if missing:
                 self.omega[missing[0]] = self._perturb(missing[0])
@@ -155,28 +178,54 @@ class Calibration:
         """Call the network on the images that it was calibrated on."""
         self.source.forward()
 
+    def _estimate(self) -> None:
+        source, candidates = self.source, {slot: self.candidates[slot] for slot in self.allocated}
+        with emptied(source.network, filled_slots(source.network)):
+            found = estimated_perturbations(source.network, source.run, source.inputs, candidates, source.posteriors)
+        if not found:
+            rank_zero_warn(
+                "The log-probabilities have no gradient, so that the perturbations of all numbers of groups are"
+                " measured, which takes several times longer: let run and log_posteriors of IGQViT pass gradients."
+            )
+        self.estimates = {slot: found.get(slot, {}) for slot in candidates}
+
     def _perturb(self, slot: Slot) -> dict[int, float]:
-        with emptied(self.source.network, filled_slots(self.source.network)):
+        source = self.source
+        with emptied(source.network, filled_slots(source.network)):
             if self._replay is None:
-                names = [name for name, _ in self.allocated]
-                self._replay = Replay(self.source.network, self.source.forward, names)
-            reference = self.source.posteriors(self._replay.outputs)
-            return perturbations(self._replay, reference, slot, self.candidates[slot], self.source.posteriors)
+                self._replay = Replay(source.network, source.forward, [name for name, _ in self.allocated])
+                self._shortlist = self._shortlisted(self._replay)
+            reference = source.posteriors(self._replay.outputs)
+            chosen = {groups: self.candidates[slot][groups] for groups in self._shortlist[slot]}
+            return perturbations(self._replay, reference, slot, chosen, source.posteriors)
+
+    def _shortlisted(self, replay: Replay) -> dict[Slot, list[int]]:
+        """The numbers of groups to measure, of each slot: all where there are no estimates."""
+        if not all(self.estimates.values()):
+            return {slot: list(self.candidates[slot]) for slot in self.allocated}
+        gains = []
+        for slots, costs, budget in self._problems():
+            gains += expected_gains([self.estimates[slot] for slot in slots], costs, budget)
+        passes = [replay.share(name) for name, _ in self.allocated]
+        return dict(zip(self.allocated, shortlist(gains, passes, REPLAYED_PASSES), strict=True))
 
     def _allocate(self) -> None:
         self._replay = None
+        for slots, costs, budget in self._problems():
+            omega = [combined(self.estimates[slot], self.omega[slot]) for slot in slots]
+            self.groups.update(zip(slots, allocate(omega, costs, budget), strict=True))
+        fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
+        check_quantizers_agree(self.source.network)
+
+    def _problems(self) -> Iterator[tuple[list[Slot], list[dict[int, int]], int]]:
+        """The slots of each kind that there are, their costs, and the budget of all."""
         settings = self.source.plan.settings
         for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
             slots, costs = self.costs(kind)
-            if not slots:
-                continue
-            budget = budget_at(costs, target)
-            if kind == INPUT and settings.budget is not None:
-                budget = self.source.plan.input_budget()
-            choice = allocate([self.omega[slot] for slot in slots], costs, budget)
-            self.groups.update(zip(slots, choice, strict=True))
-        fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
-        check_quantizers_agree(self.source.network)
+            if kind == INPUT and settings.budget is not None and slots:
+                yield slots, costs, self.source.plan.input_budget()
+            elif slots:
+                yield slots, costs, budget_at(costs, target)
 
     def costs(self, kind: str) -> tuple[list[Slot], list[dict[int, int]]]:
         """The slots of a kind, and what each number of groups costs there: BOPs for inputs, 1 a group for softmax."""
@@ -189,11 +238,11 @@ class Calibration:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Tensor]:
-        """What a report shows: the plan, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
+        """What a report shows: the plan, ``estimate/``, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
         plan = self.source.plan
         found = begin_record(self.done, self.total, plan, plan.settings.as_dict())
-        for (name, slot), values in self.omega.items():
-            found[f"{OMEGA}{name}.{slot}"] = table(values)
+        for kind, tables in ((ESTIMATE, self.estimates), (OMEGA, self.omega)):
+            found.update({f"{kind}{name}.{slot}": table(values) for (name, slot), values in tables.items()})
         for slots, costs in map(self.costs, (INPUT, SOFTMAX) if self.omega else ()):
             found.update({f"{COST}{name}.{slot}": table(each) for (name, slot), each in zip(slots, costs, strict=True)})
         for (name, slot), groups in self.groups.items():
@@ -227,11 +276,15 @@ class Calibration:
             path, _, groups = key.rpartition("/")
             self.candidates.setdefault(_slot(path), {})[int(groups)] = quantizer
         self.candidates = {slot: dict(sorted(quantizers.items())) for slot, quantizers in self.candidates.items()}
-        omega, chosen = tables_of(state, OMEGA), groups_of(state)
+        estimates, omega, chosen = tables_of(state, ESTIMATE), tables_of(state, OMEGA), groups_of(state)
         # A file may give names back in another order than that of the network.
         paths = {slot: f"{slot[0]}.{slot[1]}" for slot in self.allocated}
+        self.estimates = {slot: estimates[path] for slot, path in paths.items() if path in estimates}
         self.omega = {slot: omega[path] for slot, path in paths.items() if path in omega}
         self.groups = {slot: chosen[path] for slot, path in paths.items() if path in chosen}
+        if self.omega and not self.estimates:
+            # Of a version that measured all.
+            self.estimates = {slot: {} for slot in self.allocated}
 
     def fingerprint(self) -> str:
         """Hash of the settings, of what is quantized, and of the images."""
