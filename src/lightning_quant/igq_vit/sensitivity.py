@@ -115,7 +115,8 @@ def _change(quantizer: Quantizer, tap: Tap, images: int) -> Tensor:
     if isinstance(quantizer, InstanceQuantizer):
         quantizer.instances = tap.instances
     try:
-        return (quantizer(x).float() - x.float()).reshape(images, -1)
+        change: Tensor = quantizer(x).float() - x.float()
+        return change.reshape(images, -1)
     finally:
         if isinstance(quantizer, InstanceQuantizer):
             quantizer.instances = None
