@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_quant.functional import encode, symmetric_grid
+from lightning_quant.functional.blocks import SAMPLE, sampled
 from lightning_quant.nn import swap
 from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import LearnedQuantizer
@@ -243,7 +244,20 @@ def test_the_input_is_kept_in_one_byte_a_value_up_to_4_bits(kind: str, bits: int
     swapped, x = layer(kind, bits), sample(kind)
     kept = saved_bytes(swapped, x, [swapped.weight, swapped.bias])
     codes = swapped.weight.numel() + x.numel() * size
-    assert codes <= kept <= codes + SCALARS
+    # Beside a sample of the input, of at most 4 KiB.
+    assert codes <= kept - sampled(x).nbytes <= codes + SCALARS
+
+
+@pytest.mark.parametrize("bits", [4, 9])
+@kinds
+def test_backward_leaves_samples_of_what_the_ranges_are_for(kind: str, bits: int) -> None:
+    swapped, x = layer(kind, bits), sample(kind).requires_grad_()
+    y = swapped(x)
+    assert swapped.input_quantizer.sample is swapped.weight_quantizer.sample is None
+    y.sum().backward()
+    for quantizer, tensor in ((swapped.input_quantizer, x), (swapped.weight_quantizer, swapped.weight)):
+        assert torch.equal(quantizer.sample, sampled(tensor.detach()))
+        assert len(quantizer.sample) <= SAMPLE
 
 
 def test_above_8_bits_the_input_itself_is_kept() -> None:

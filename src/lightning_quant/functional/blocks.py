@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 BLOCK = 2**18
+SAMPLE = 2**10
 
 
 def is_dense(x: Tensor) -> bool:
@@ -36,6 +37,17 @@ def dense(x: Tensor) -> Tensor:
 def in_memory(x: Tensor) -> Tensor:
     """One-dimensional view of a dense tensor in the order of its memory."""
     return x.as_strided((x.numel(),), (1,))
+
+
+def sampled(x: Tensor) -> Tensor:
+    """Copy of about a thousand values at most, evenly spaced in memory, FP32.
+
+    >>> sampled(torch.arange(3)).tolist(), len(sampled(torch.zeros(100, 100)))
+    ([0.0, 1.0, 2.0], 910)
+    """
+    # Odd, so as not to run along one axis of a tensor whose sizes are powers of two.
+    stride = (-(-x.numel() // SAMPLE)) | 1
+    return in_memory(dense(x))[::stride].to(torch.float32, copy=True)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -106,6 +106,7 @@ class GradientQuantization(WhatRan):
         self._handles: list[RemovableHandle] = []
         self._restored: dict[str, Any] = {}
         self._warned = False
+        self._said: set[str] = set()
 
     def plan(self, module: torch.nn.Module) -> Plan:
         """What the callback would quantize in a module, without changing it; prints as a table."""
@@ -211,6 +212,7 @@ class GradientQuantization(WhatRan):
         _check_still_there(pl_module, self._layers)
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
+        self._said = set()
         self.batches = self._restored.get("batches", 0)
         self.noise = NoiseSource(seed, trainer.global_rank)
         for quantizer in self._gradient_quantizers().values():
@@ -253,8 +255,12 @@ class GradientQuantization(WhatRan):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop where ranks have come to train different networks; say once which layers no tensor reached."""
+        """Stop where ranks have come to train different networks; say once which layers no tensor reached.
+
+        Likewise, say once of each range that it had to keep up with a tensor that outgrew it.
+        """
         self._check_agreement()
+        self._say_followed()
         asleep = [name for name, layer in self._layers.items() if not _started(layer)]
         if asleep and not self._warned:
             self._warned = True
@@ -273,6 +279,13 @@ class GradientQuantization(WhatRan):
                 f" {_few(thawed)}. Name them in include= to quantize them from the start, or in exclude= if that is"
                 " meant."
             )
+
+    def _say_followed(self) -> None:
+        times = {name: count for ours in self._optimizers for name, count in ours.followed().items()}
+        new = [f"{name} ({count} times)" for name, count in times.items() if name not in self._said]
+        self._said |= times.keys()
+        if new:
+            rank_zero_info(f"Ranges lagged behind their tensors and were doubled or halved: {', '.join(new)}.")
 
     def _check_agreement(self) -> None:
         for optimizer in self._optimizers:

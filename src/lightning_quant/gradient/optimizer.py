@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_quant.errors import CheckpointError, QuantizationError
+from lightning_quant.gradient.following import factors, usual_size
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.ranks import Counts, own_counts, reduce_over_ranks
 from lightning_quant.nn import QuantizedLayer
@@ -46,6 +47,8 @@ class QuantizerOptimizer:
         self.steps = 0
         self.gradient_quantizers: dict[str, GradientQuantizer] = {}
         self.ranges: dict[str, Tensor] = {}
+        self._learned: list[LearnedQuantizer] = []
+        usual: list[float] = []
         for name, layer in layers.items():
             if isinstance(layer.gradient_quantizer, GradientQuantizer):
                 self.gradient_quantizers[name] = layer.gradient_quantizer
@@ -53,7 +56,12 @@ class QuantizerOptimizer:
                 quantizer = getattr(layer, kind)
                 if isinstance(quantizer, LearnedQuantizer):
                     self.ranges[f"{name}.{kind}"] = quantizer.range
+                    self._learned.append(quantizer)
+                    usual.append(usual_size(layer, kind))
         self.adam = torch.optim.Adam(list(self.ranges.values()), lr=lr, fused=True) if self.ranges else None
+        device = self._learned[0].range.device if self._learned else None
+        self._usual = torch.tensor(usual, device=device)
+        self._followed = torch.zeros(len(usual), dtype=torch.int64, device=device)
         self._apart: Tensor | None = None
 
     @torch.no_grad()
@@ -64,15 +72,18 @@ class QuantizerOptimizer:
             gradient_scale: what the loss was multiplied with (by a gradient scaler).
         """
         quantizers = list(self.gradient_quantizers.values())
-        counts = own_counts(quantizers)
+        counts = own_counts(quantizers, self._learned)
         if several_ranks():
             counts, apart = reduce_over_ranks(quantizers, list(self.ranges.values()), counts)
             self._apart = apart if self._apart is None else torch.maximum(self._apart, apart)
         self._move_intervals(quantizers, counts)
         self._move_ranges(gradient_scale)
+        self._follow(counts)
         self.steps += 1
         for quantizer in quantizers:
             quantizer.clipped = quantizer.total = None
+        for learned in self._learned:
+            learned.sample = None
         self._mark_restarts()
 
     def _mark_restarts(self) -> None:
@@ -109,6 +120,19 @@ class QuantizerOptimizer:
         # Momentum moves a range also where its gradient is NaN, infinite or, of an empty batch, 0: it says nothing.
         torch._foreach_copy_(learned, list(torch.where(usable, torch.stack(learned), before).unbind()))
 
+    def _follow(self, counts: Counts) -> None:
+        if not self.ranges:
+            return
+        ranges = list(self.ranges.values())
+        moved = factors(counts.values, torch.stack(ranges), self._usual)
+        torch._foreach_mul_(ranges, list(moved.unbind()))
+        self._followed += moved != 1
+
+    def followed(self) -> dict[str, int]:
+        """How often each range was doubled or halved to keep up with its tensor, without those that never were."""
+        times = zip(self.ranges, self._followed.tolist(), strict=True)
+        return {name: count for name, count in times if count}
+
     def check_agreement(self) -> None:
         """Stop where this rank's quantizers were not those of the others since the last check.
 
@@ -129,7 +153,13 @@ class QuantizerOptimizer:
     def state_dict(self) -> dict[str, Any]:
         """State of Adam, the base learning rate and the number of steps."""
         adam = None if self.adam is None else self.adam.state_dict()
-        return {"names": list(self.ranges), "adam": adam, "base_lrs": self.base_lrs, "steps": self.steps}
+        return {
+            "names": list(self.ranges),
+            "adam": adam,
+            "base_lrs": self.base_lrs,
+            "steps": self.steps,
+            "followed": self._followed.tolist(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state.
@@ -144,6 +174,8 @@ class QuantizerOptimizer:
             )
         self.base_lrs, self.steps = state["base_lrs"], state["steps"]
         self._mark_restarts()
+        # States of older versions do not have it.
+        self._followed.copy_(torch.tensor(state.get("followed", 0)))
         if self.adam is not None:
             self.adam.load_state_dict(state["adam"])
 

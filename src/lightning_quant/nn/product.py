@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lightning_quant.functional.blocks import sampled
 from lightning_quant.functional.clamp_gradient import quantized_backward
 from lightning_quant.functional.compression import codes_of, container, pack
 from lightning_quant.functional.grid import Grid, encode, exact_in, per_channel
@@ -132,16 +133,22 @@ class _QuantizedProduct(torch.autograd.Function):
         ctx.recipe, ctx.dtype, ctx.x_shape, ctx.x_dtype = recipe, dtype, x.shape, x.dtype
         kept, ctx.packed = _keep_input(x, inputs, keeps_output)
         weight_codes = None if weights.grid is None else shortest(weights.values, weights.grid)
-        ctx.save_for_backward(kept, weight, weight_codes, bias, inputs.scale, weights.scale)
+        # Where the input itself is kept there is no need of it.
+        sample = sampled(x) if ctx.packed and ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(kept, weight, weight_codes, bias, inputs.scale, weights.scale, sample)
         return output.to(output_dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, weight_codes, bias, input_scale, weight_scale = ctx.saved_tensors
+        kept, weight, weight_codes, bias, input_scale, weight_scale, sample = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         needs_x, needs_weight, needs_bias, learns_input, learns_weight = ctx.needs_input_grad[:5]
         _forget_stale(weight if recipe.source is None else recipe.source, recipe)
+        if recipe.input is not None and learns_input:
+            recipe.input.sample = sampled(kept) if sample is None else sample
+        if recipe.weight is not None and learns_weight:
+            recipe.weight.sample = sampled(weight)
 
         output = Codes(grad) if recipe.gradient is None else recipe.gradient.quantize(grad)
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None

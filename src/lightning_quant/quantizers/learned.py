@@ -47,6 +47,9 @@ class LearnedQuantizer(Quantizer, kind=1):
         bits: 2..16.
         signed: None decides on the first tensor: "has it a negative value?"
 
+    Attributes:
+        sample: Values of the tensor in the last backward pass since an optimizer stepped, None before.
+
     Shape:
         any input; the output has its shape and dtype.
 
@@ -64,6 +67,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         self._start = _Start(signed)
         self._start.waiting.add(self)
         self.decides_sign = signed is None
+        self.sample: Tensor | None = None
         self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
