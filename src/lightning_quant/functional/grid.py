@@ -196,9 +196,7 @@ def per_channel(parameter: Tensor, axis: int, ndim: int) -> Tensor:
     >>> per_channel(torch.ones(5), 0, 4).shape
     torch.Size([5, 1, 1, 1])
     """
-    shape = [1] * ndim
-    shape[axis] = -1
-    return parameter.reshape(shape)
+    return parameter.reshape([-1 if dim == axis % ndim else 1 for dim in range(ndim)])
 
 
 def split_groups(x: Tensor, group_size: int) -> Tensor:

@@ -108,7 +108,7 @@ class IntegerLinear(LinearProduct):
         return _real(integer_matmul(flat.t(), _codes(x).reshape(-1, x.shape[-1])), grad, x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class IntegerConvolution(ConvolutionProduct):
     """:class:`ConvolutionProduct` (groups 1, not transposed) of codes that fit int8, by unfold and int8 GEMM.
 
@@ -164,3 +164,7 @@ class IntegerConvolution(ConvolutionProduct):
         for view, part in zip(self._windows(padded, kernel, output_size), parts.unbind(-1), strict=True):
             view += part
         return _inner(padded, tuple(slice(p, p + n) for p, n in zip(self.padding, x_shape[2:], strict=True)))
+
+
+# For isinstance: PyTorch 2.6 does not trace one with a union of types.
+INTEGER_PRODUCTS = (IntegerLinear, IntegerConvolution)

@@ -44,7 +44,8 @@ class LinearProduct:
         return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-@dataclass(frozen=True)
+# Without a hash of its fields: the compiler of PyTorch 2.6 asks for it before they are set.
+@dataclass(frozen=True, eq=False)
 class ConvolutionProduct:
     """A convolution or transposed convolution in 1, 2 or 3 dimensions, arguments as in ``torch.convolution``.
 

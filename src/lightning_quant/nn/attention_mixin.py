@@ -36,7 +36,9 @@ class QuantizedAttention(QuantizedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the class does, with :meth:`attend` in place of the fused attention."""
-        with _Interception(self) as interception:
+        # Not `as`: to the compiler of PyTorch that name would be None.
+        interception = _Interception(self)
+        with interception:
             output = super().forward(*args, **kwargs)
         if interception.calls != 1:
             kind = self.float_class.__name__

@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -36,6 +40,31 @@ def left_as_written(hook: Callable[..., Any]) -> Callable[..., Any]:
     2
     """
     return torch.compiler.disable(hook) if _imported() else hook
+
+
+def untraced(function: Callable[P, R], when: Callable[..., bool] | None = None) -> Callable[P, R]:
+    """Decorate what sets state in a forward or a backward: a compiled network calls it and does not trace it.
+
+    Args:
+        function: Function or method.
+        when: Function of the same arguments, false for a call that sets no state and may be traced. Default: none may.
+
+    >>> untraced(len)([1, 2])
+    2
+    """
+    disabled: Callable[P, R] | None = None
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal disabled
+        if when is not None and not when(*args, **kwargs):
+            return function(*args, **kwargs)
+        if disabled is None:
+            # Not where it is defined: this imports the compiler, which takes seconds (every optimizer does).
+            disabled = torch.compiler.disable(function)
+        return disabled(*args, **kwargs)
+
+    return call
 
 
 def _imported() -> bool:

@@ -18,6 +18,7 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
+from lightning_quant.nn.compiled import untraced
 from lightning_quant.nn.forms import LAYERS, exchange, layer_form, obstacle, register
 from lightning_quant.nn.product import GradientQuantizerLike, Recipe, quantized_product
 from lightning_quant.nn.quantized_module import QuantizedModule
@@ -43,6 +44,12 @@ class QuantizedLayer(QuantizedModule):
     execution: Execution
     weight: Tensor
     bias: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "forward" in vars(cls):
+            forward = untraced(cls.forward, when=lambda module, *_, **__: module.sets_state())
+            cls.forward = forward  # type: ignore[method-assign]
 
     def product(self, output_padding: Sequence[int] = ()) -> Product:
         """The product of this layer with its arguments."""
@@ -74,6 +81,13 @@ class QuantizedLayer(QuantizedModule):
             quantizer.adopt(self.weight)
         return self
 
+    def sets_state(self) -> bool:
+        """Whether the next forward, or its backward, sets state: ranges that begin, gradients that are quantized."""
+        quantizers = (self.input_quantizer, self.weight_quantizer)
+        if any(q is not None and not q.ready for q in quantizers):
+            return True
+        return torch.is_grad_enabled() and all(q is None or isinstance(q, LearnedQuantizer) for q in quantizers)
+
     def quantized_forward(self, x: Tensor, product: Product) -> Tensor:
         """Output of the layer for a batched input."""
         # A frozen layer in evaluation mode must start too; a validation before training must not.
@@ -91,7 +105,8 @@ class QuantizedLayer(QuantizedModule):
         if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
             first, second = cast("list[LearnedQuantizer | None]", active)
             gradient = cast("GradientQuantizerLike | None", self.gradient_quantizer)
-            source = weight if weight.is_leaf else next((p for p in self.parameters() if p.requires_grad), weight)
+            leaf = not torch.is_grad_enabled() or weight.is_leaf
+            source = weight if leaf else next((p for p in self.parameters() if p.requires_grad), weight)
             return quantized_product(x, weight, self.bias, Recipe(product, first, second, gradient, source))
         of_input, of_weight = active
         if of_weight is not None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.functional.grid import Grid
-from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear
+from lightning_quant.functional.integer_products import INTEGER_PRODUCTS
 from lightning_quant.functional.products import Product
 
 
@@ -62,7 +62,7 @@ def with_weight(
     weight: Codes, other: Codes, fan: int, dtype: torch.dtype, product: Product
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """As :func:`operands`, with the scales in the weight where that does not round it: it is the smaller one."""
-    if dtype.itemsize < 4 or isinstance(product, IntegerLinear | IntegerConvolution):
+    if dtype.itemsize < 4 or isinstance(product, INTEGER_PRODUCTS):
         return operands(weight, other, fan, dtype)
     factor = joint([weight.scale, other.scale])
     values = weight.values if factor is None else weight.values * factor

@@ -28,8 +28,9 @@ from lightning_quant.functional.blocks import sampled
 from lightning_quant.functional.clamp_gradient import quantized_backward
 from lightning_quant.functional.compression import codes_of, container, pack
 from lightning_quant.functional.grid import Grid, encode, exact_in, per_channel
-from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear
+from lightning_quant.functional.integer_products import INTEGER_PRODUCTS
 from lightning_quant.functional.products import Product
+from lightning_quant.nn.compiled import untraced
 from lightning_quant.nn.operands import Codes, fan, inner, joint, operands, scaled, shortest, with_weight
 from lightning_quant.quantizers import LearnedQuantizer
 
@@ -122,7 +123,7 @@ class _QuantizedProduct(torch.autograd.Function):
         keeps_output: bool,
     ) -> Tensor:
         output_dtype = dtype
-        if isinstance(recipe.product, IntegerLinear | IntegerConvolution):
+        if isinstance(recipe.product, INTEGER_PRODUCTS):
             dtype = torch.float32  # int8 codes are made of whole numbers: no room for FP16 is needed
         inputs, weights = _encode(x, recipe.input), _encode(weight, recipe.weight)
         with torch.autocast(x.device.type, enabled=False):
@@ -140,6 +141,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, weight, weight_codes, bias, input_scale, weight_scale, sample = ctx.saved_tensors
         recipe: Recipe = ctx.recipe

@@ -69,7 +69,7 @@ def _is_timestep(value: Any) -> TypeGuard[float | Tensor]:
 
 
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    name, place = vars(module)[ARGUMENT]
+    name, place = getattr(module, ARGUMENT)
     timestep = kwargs.get(name, args[place] if place < len(args) else None)
     if not _is_timestep(timestep):
         return

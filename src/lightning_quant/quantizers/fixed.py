@@ -72,9 +72,10 @@ class FixedQuantizer(Quantizer, kind=2):
         """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
         if not self.ready:
             return x
-        if isinstance(x, nn.Parameter) and not torch.is_grad_enabled() and not x.is_inference():
-            return self._of_weight(x)
-        return self._of(x)
+        # A compiled network computes it anew, in its graph.
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, nn.Parameter):
+            return self._of(x)
+        return self._of(x) if x.is_inference() else self._of_weight(x)
 
     def _of(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())

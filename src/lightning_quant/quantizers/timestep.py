@@ -185,7 +185,8 @@ class TimestepQuantizer(Quantizer, kind=10):
 def group_of(starts: Sequence[int], timestep: float | Tensor) -> int | Tensor:
     """Index of the group of a timestep: group g is ``starts[g] >= t > starts[g + 1]``, the first has no upper end.
 
-    A tensor of timesteps that are not all in one group gives a tensor; one on an accelerator is not waited for.
+    A tensor of timesteps that are not all in one group gives a tensor; one on an accelerator is not waited for, and a
+    compiled network is one graph for all groups.
 
     >>> group_of((900, 400), 400), group_of((900, 400), torch.tensor([950, 3]))
     (1, tensor([0, 1]))
@@ -196,6 +197,7 @@ def group_of(starts: Sequence[int], timestep: float | Tensor) -> int | Tensor:
         return sum(timestep <= start for start in starts[1:])
     later = torch.tensor(starts[1:], device=timestep.device)
     index = (timestep.reshape(-1, 1) <= later).sum(1)
-    if index.device.type == "cpu" and bool((index == index[0]).all()):
+    waits = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if waits and bool((index == index[0]).all()):
         return int(index[0])
     return index[0] if len(index) == 1 else index
