@@ -51,6 +51,18 @@ def test_ci_runs_the_tools(tool: str) -> None:
     assert tool in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_ci_tests_the_releases_of_pytorch_that_the_readme_names_from_the_lowest_on() -> None:
+    matrix = (ROOT / ".ci" / "matrix").read_text(encoding="utf-8")
+    named = re.search(r"Tested with PyTorch ([\d.]+), ([\d.]+) and ([\d.]+):", README)
+    releases = re.findall(r"([\d.]+)/[\d.]+", matrix[matrix.index("releases=") :].splitlines()[0])
+    assert named is not None
+    assert releases == list(named.groups())
+    lowest = re.search(r'"torch>=([\d.]+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert lowest is not None
+    assert releases[0] == f"{lowest[1]}.0"
+    assert ".ci/matrix" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_what_a_page_names_exists(page: Path) -> None:
     """Configs, files that it links to, and what its code imports."""
