@@ -110,7 +110,7 @@ class QuantizedLayer(QuantizedModule):
             return quantized_product(x, weight, self.bias, Recipe(product, first, second, gradient, source))
         of_input, of_weight = active
         if of_weight is not None:
-            of_weight.check(self.weight)
+            of_weight.check(weight)
         inputs = x if of_input is None else of_input(x)
         weight = weight if of_weight is None else of_weight(weight)
         device = x.device.type
