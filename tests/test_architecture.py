@@ -11,7 +11,7 @@ import lightning_quant
 PACKAGE = Path(lightning_quant.__file__).parent
 
 # What each room may import besides itself. Rooms side by side do not know each other.
-_FILES = {"errors", "atomic"}
+_FILES = {"errors", "paths", "atomic"}
 _TENSORS = _FILES | {"functional"}
 _LAYERS = _TENSORS | {"quantizers"}
 _METHOD = _LAYERS | {"nn"}
@@ -19,13 +19,14 @@ _METHODS = {"gradient", "accuquant", "igq_vit"}
 _EVERYTHING = _METHOD | _METHODS | {"analysis", "export", "report", "metrics", "models", "data", "tasks"}
 MAY_IMPORT = {
     "errors": set[str](),
-    "atomic": set[str](),
+    "paths": {"errors"},
+    "atomic": {"errors", "paths"},
     "functional": {"errors"},
     "quantizers": _TENSORS,
     "nn": _LAYERS,
     "metrics": _METHOD,
     "models": {"errors"},
-    "data": {"errors"},
+    "data": {"errors", "paths"},
     "tasks": _METHOD | {"models", "data", "metrics"},
     **dict.fromkeys(_METHODS, _METHOD | {"models", "data", "metrics", "tasks"}),
     "export": _METHOD | _METHODS,

@@ -1,5 +1,6 @@
 """The command line: what it runs, and what it says when it cannot."""
 
+import os
 import re
 import subprocess
 import sys
@@ -238,9 +239,64 @@ def test_a_checkpoint_that_is_not_there_is_named_with_what_is(
     (elsewhere / "runs").mkdir()
     (elsewhere / "runs" / "last.ckpt").touch()
     said = mistake(capsys, verb, *QUICKSTART, "--ckpt_path", "runs/best.ckpt")
-    assert said.endswith("--ckpt_path runs/best.ckpt: there is no such file; the folder runs holds last.ckpt.")
+    runs = elsewhere / "runs"
+    assert said.endswith(f"--ckpt_path {runs}/best.ckpt: there is no such file; the folder {runs} holds last.ckpt.")
     said = mistake(capsys, verb, *QUICKSTART, "--ckpt_path", "other/best.ckpt")
-    assert said.endswith("other/best.ckpt: there is no such file; the folder . holds runs.")
+    assert said.endswith(f"other/best.ckpt: there is no such file; the folder {elsewhere} holds runs.")
+
+
+@pytest.mark.parametrize("verb", ["validate", "test", "analyze"])
+@pytest.mark.parametrize("name", ["best", "last", "hpc"])
+def test_checkpoints_by_name_are_those_of_the_process_that_trained(
+    verb: str, name: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    named = [verb, *QUICKSTART, *QUIET, "--ckpt_path", name]
+    assert mistake(capsys, *named).endswith("lightning_logs holds nothing. Write --ckpt_path FILE")
+    left = elsewhere / "lightning_logs" / "version_0" / "checkpoints"
+    left.mkdir(parents=True)
+    for file in ("epoch=0.ckpt", "epoch=1.ckpt"):
+        torch.save({"callbacks": {"ModelCheckpoint": {"best_model_path": str(left / "epoch=0.ckpt")}}}, left / file)
+    os.utime(left / "epoch=0.ckpt", (0, 0))
+    said = mistake(capsys, *named)
+    assert f"--ckpt_path {name}: " in said
+    assert "holds version_0/checkpoints/epoch=1.ckpt, version_0/checkpoints/epoch=0.ckpt" in said
+    assert said.endswith(f"Write --ckpt_path {left}/epoch={0 if name == 'best' else 1}.ckpt")
+
+
+@pytest.mark.parametrize("logger", ["true", "false"])
+def test_logs_that_cannot_be_written_are_refused_in_one_line(
+    logger: str, capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    (elsewhere / "file").touch()
+    root = ["--trainer.default_root_dir=file", f"--trainer.logger={logger}"]
+    said = mistake(capsys, "fit", *QUICKSTART, *QUIET, *root, code=1)
+    assert f"lightning-quant: {elsewhere}/file is a file, and " in said
+
+
+def test_the_last_checkpoint_is_found_in_the_folder_that_the_config_names(
+    capsys: pytest.CaptureFixture[str], elsewhere: Path
+) -> None:
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    saving = ["--trainer.callbacks=ModelCheckpoint", "--trainer.callbacks.dirpath=kept"]
+    common = [*QUICKSTART, *QUIET, *short, "--trainer.limit_test_batches=1", *saving, "--ckpt_path=last"]
+    said = mistake(capsys, "test", *common)
+    assert f"there is none in {elsewhere}/kept; the folder {elsewhere}/kept holds nothing." in said
+    # A training begins anew where there is none yet.
+    main(["fit", *common, "--trainer.callbacks.save_last=true"])
+    main(["test", *common])
+
+
+def test_files_below_the_home_folder_are_found_there(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(elsewhere / "home"))
+    (elsewhere / "home").mkdir()
+    (elsewhere / "home" / "mine.yaml").write_text((FOLDER / "quickstart.yaml").read_text(encoding="utf-8"))
+    (elsewhere / "home" / "last.ckpt").touch()
+    assert resolve(["fit", "--config=~/mine.yaml"]) == ["fit", f"--config={elsewhere}/home/mine.yaml"]
+    short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=1", "--trainer.limit_val_batches=0"]
+    main(["fit", "--config=~/mine.yaml", *QUIET, *short])
+    next(elsewhere.rglob("lightning_logs/**/last.ckpt")).replace(elsewhere / "home" / "last.ckpt")
+    main(["test", "--config=~/mine.yaml", *QUIET, "--ckpt_path=~/last.ckpt", "--trainer.limit_test_batches=1"])
+    assert not list(elsewhere.rglob("~"))
 
 
 def test_an_unknown_key_of_a_file_is_named(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -292,7 +348,7 @@ def test_an_error_of_the_package_is_one_message_and_exit_code_1(capsys: pytest.C
     with pytest.raises(SystemExit) as stopped:
         main(["fit", "--config", "int4_training/resnet20_cifar10.yaml", "--data.root", "nowhere", *QUIET])
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("lightning-quant: No CIFAR-10 in 'nowhere'")
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith("lightning-quant: No CIFAR-10 in '")
 
 
 def test_an_error_in_a_constructor_is_one_message_and_exit_code_1(capsys: pytest.CaptureFixture[str]) -> None:
@@ -320,7 +376,7 @@ def test_analyze_writes_a_report_of_what_was_not_trained_yet(elsewhere: Path, ca
     )
     assert (elsewhere / "plan" / "quantization_report.html").is_file()
     assert "Quantized, the outputs move by" in caplog.text
-    assert "Report: plan/quantization_report.html" in caplog.text
+    assert f"Report: {elsewhere}/plan/quantization_report.html" in caplog.text
 
 
 def test_analyze_of_a_float_model_says_what_to_add(capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,7 +401,7 @@ def test_a_packaged_config_is_found_from_any_folder(given: str) -> None:
 
 def test_a_local_file_goes_before_the_packaged_one(elsewhere: Path) -> None:
     (elsewhere / "quickstart.yaml").touch()
-    assert find("quickstart.yaml") == Path("quickstart.yaml")
+    assert find("quickstart.yaml") == Path("quickstart.yaml").absolute()
 
 
 def test_only_the_values_of_config_are_resolved() -> None:
@@ -569,7 +625,7 @@ def test_a_diffusion_pipeline_is_calibrated_measured_and_lets_generate(
     assert {"images.png", "error_curves.png", "last.ckpt"} < {path.name for path in left.iterdir()}
     caplog.clear()
     main(["calibrate", *command])
-    assert "Calibration of the same weights, data and settings taken from digits_ddim_4bit" in caplog.text
+    assert f"Calibration of the same weights, data and settings taken from {elsewhere}/digits_ddim_4bit" in caplog.text
     # All that is left lies in this folder and in the log.
     assert {path.name for path in elsewhere.iterdir()} == {"digits_ddim", "digits_ddim_4bit", "lightning_logs"}
 

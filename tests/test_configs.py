@@ -80,7 +80,7 @@ def test_every_config_is_instantiated(name: str, root: Path) -> None:
     assert isinstance(cli.config_init["quantization"].interval, LargeGradientInterval)
     assert cli.trainer.max_epochs
     if name != "quickstart.yaml":
-        assert cli.datamodule.root == str(root)
+        assert cli.datamodule.root == root
 
 
 @pytest.mark.parametrize("name", INT4)
@@ -194,7 +194,7 @@ def test_bits_and_allocation_of_igq_are_overrides(bits: int, allocate: bool, roo
 def test_igq_configs_are_instantiated(name: str, root: Path) -> None:
     cli = instantiate(f"igq_vit/{name}.yaml", root, "--model.pretrained=false")
     assert isinstance(cli.model, IGQViTModule)
-    assert cli.datamodule.root == str(root)
+    assert cli.datamodule.root == root
     assert not quantization(cli)
 
 
@@ -253,8 +253,8 @@ def test_accuquant_configs_leave_their_files_where_their_commands_look(name: str
     (drawn,) = [each for each in callbacks if isinstance(each, GenerationPictures)]
     folder = Path(saved.dirpath or "").relative_to(root).as_posix()
     assert saved.save_last
-    assert (drawn.folder, module.image_folder) == (folder, f"{folder}/images")
-    assert module.quantization.cache_dir == f"{folder}/calibration"
+    assert (drawn.folder, module.image_folder) == (root / folder, root / folder / "images")
+    assert module.quantization.cache_dir == root / folder / "calibration"
     command = f"--config accuquant/{name}.yaml"
     assert f"lightning-quant calibrate {command}\n" in text
     for verb in ("test", "predict"):

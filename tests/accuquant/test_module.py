@@ -102,7 +102,7 @@ def test_images_depend_on_their_numbers_alone(folder: Path, calibrated: tuple[Ac
 
 def test_images_are_written_by_their_numbers(calibrated: tuple[AccuQuantModule, Path], tmp_path: Path) -> None:
     module, root = calibrated
-    module.image_folder = str(tmp_path / "images")
+    module.image_folder = tmp_path / "images"
     try:
         quiet_trainer(root).predict(module)
     finally:
@@ -218,3 +218,14 @@ def test_a_pipeline_without_scheduler_is_refused(folder: Path, tmp_path: Path) -
     (copied / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigurationError, match="scheduler"):
         AccuQuantModule(str(copied))
+
+
+def test_an_image_folder_that_cannot_be_written_to_is_refused_before_the_first_image(
+    calibrated: tuple[AccuQuantModule, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, root = calibrated
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "image_folder", tmp_path / "file")
+    monkeypatch.setattr(module, "generate", lambda *_: pytest.fail("an image"))
+    with pytest.raises(ConfigurationError, match="file is a file"):
+        quiet_trainer(root).predict(module)

@@ -55,6 +55,45 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("name", ["~/keep", "$HOME/keep", "keep", "keep/", "./keep/.", "../home/keep", "link", "."])
+def test_a_folder_is_the_same_by_whatever_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = tmp_path / "home"
+    (home / "keep").mkdir(parents=True)
+    (home / "link").symlink_to("keep")
+    (home / "keep" / "thesis.tex").write_text("years of work")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "keep" if name == "." else home)
+    with pytest.raises(ConfigurationError, match=r"home/keep holds thesis\.tex, which saving would overwrite"):
+        save_quantized(quantized(mlp()), name)
+    assert [path.name for path in (home / "keep").iterdir()] == ["thesis.tex"]
+    assert sorted(path.name for path in home.iterdir()) == ["keep", "link"]
+
+
+def test_the_home_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".profile").touch()
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=r"holds \.profile|which cannot be replaced"):
+            save_quantized(quantized(mlp()), "~")
+        (tmp_path / ".profile").unlink(missing_ok=True)
+
+
+def test_what_is_saved_below_the_home_folder_is_loaded_from_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    model, x = quantized(mlp()), torch.randn(2, 9)
+    assert save_quantized(model, "~/mlp") == tmp_path / "mlp"
+    assert torch.equal(load_quantized("~/mlp", model=mlp())(x), model(x))
+
+
+def test_files_of_these_names_that_others_wrote_are_left_alone(tmp_path: Path) -> None:
+    for name in ("model.safetensors", "quantization.json"):
+        (tmp_path / name).write_text('{"format": "another"}')
+    with pytest.raises(ConfigurationError, match=r"holds model\.safetensors, quantization\.json"):
+        save_quantized(quantized(mlp()), tmp_path)
+
+
 def test_somebody_elses_safetensors_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
     with pytest.raises(ConfigurationError, match=r"holds model\.safetensors"):

@@ -153,7 +153,9 @@ def test_the_folder_is_as_diffusers_has_it_but_for_the_denoiser(tmp_path: Path, 
     indices = [json.loads((each / "model_index.json").read_text()) for each in (source, folder)]
     assert indices[1].pop(name) == ["lightning_quant.export.denoiser", "QuantizedDenoiser"]
     assert indices[0].pop(name)[0] == "diffusers"
+    listed = indices[1].pop("_lightning_quant")["files"]
     assert indices[0] == indices[1]
+    assert listed == sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     assert {path.name for path in (folder / name).iterdir()} == {
         "model.safetensors",
         "quantization.json",
@@ -266,9 +268,22 @@ def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="which saving would overwrite: give a new or an empty folder"):
         save_pipeline(model, source)
     folder = save_pipeline(model, tmp_path / "quantized")
-    (folder / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigurationError, match=r"holds notes\.txt, which saving would overwrite"):
-        save_pipeline(model, folder)
+    for notes in ("notes.txt", "unet/notes.txt"):
+        (folder / notes).write_text("mine")
+        with pytest.raises(ConfigurationError, match=rf"holds {notes}, which saving would overwrite"):
+            save_pipeline(model, folder)
+        (folder / notes).unlink()
+    save_pipeline(model, folder)
+
+
+def test_a_pipeline_below_the_home_folder_is_opened_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tiny_pipeline_folder("ddpm", tmp_path / "float")
+    model = load_pipeline("~/float")
+    quantize(model.network)
+    assert save_pipeline(model, "~/quantized") == tmp_path / "quantized"
+    assert torch.equal(sample(open_model("~/quantized")), sample(model))
+    assert type(open_pipeline("~/quantized")).__name__ == "DDPMPipeline"
 
 
 def test_a_float_denoiser_is_not_saved(tmp_path: Path) -> None:

@@ -8,14 +8,16 @@ from importlib import import_module
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from lightning_quant.functional import mse_search, percentile
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.nn import swap
+from lightning_quant.nn.strip import strip
 from lightning_quant.quantizers import (
     FixedQuantizer,
     LearnedQuantizer,
@@ -344,3 +346,11 @@ def test_the_input_is_not_written_to(make: Maker) -> None:
 def test_it_says_its_bits_and_whether_it_is_ready(make: Maker) -> None:
     assert "bits=4, ready=False" in repr(make(4))
     assert "bits=4, ready=True" in repr(started(make))
+
+
+def test_a_network_with_quantizers_is_not_scripted() -> None:
+    network = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
+    swap(network[0][0], weight_quantizer=FixedQuantizer(4))  # type: ignore[index, arg-type]
+    with pytest.raises(UnsupportedModelError, match=r"torch\.jit\.script does not compile .*FixedQuantizer .*strip"):
+        torch.jit.script(network)
+    torch.jit.script(strip(network))

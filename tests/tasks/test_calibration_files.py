@@ -82,7 +82,7 @@ def test_each_part_and_the_precision_have_files_of_their_own(tmp_path: Path) -> 
 def test_a_folder_of_the_users_is_taken(tmp_path: Path) -> None:
     trainer = quiet(default_root_dir=tmp_path / "root")
     StateFile(trainer, tmp_path / "mine", "count").save(Count(1))
-    assert loaded(StateFile(trainer, str(tmp_path / "mine"), "count")) == 1
+    assert loaded(StateFile(trainer, tmp_path / "mine", "count")) == 1
     assert not (tmp_path / "root").exists()
 
 

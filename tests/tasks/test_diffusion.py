@@ -235,7 +235,7 @@ def test_images_of_another_size_or_range_are_refused(tmp_path: Path) -> None:
         ({"scheduler": {"prediction_type": "flow"}}, "epsilon, sample, v_prediction, found 'flow'"),
         ({"scheduler": {"beta_min": 0.1}}, r"DDIMScheduler has no argument 'beta_min'\. It has num_train_timesteps"),
         ({"scheduler": {"beta_schedule": "cubic"}}, "DDIMScheduler cannot be built .* cubic"),
-        ({"scheduler": "nowhere"}, r"No scheduler_config\.json in 'nowhere' or 'nowhere/scheduler'"),
+        ({"scheduler": "nowhere"}, r"No scheduler_config\.json in '.*/nowhere' or '.*/nowhere/scheduler'"),
         ({"network": {"up_block_types": ["UpBlock2D"] * 2}}, "UNet2DModel cannot be built .* same number"),
         ({"sampling_steps": 1001}, r"sampling_steps in 1\.\.1000, the .* sampling_steps=1001"),
         ({"padding": -1}, "padding=-1"),
@@ -249,10 +249,19 @@ def test_other_arguments_are_refused(arguments: dict[str, Any], message: str) ->
         diffusion(**arguments)
 
 
+def test_another_pipeline_in_its_place_is_refused_before_the_training(tmp_path: Path) -> None:
+    module = diffusion(pipeline=str(tmp_path))
+    theirs = tmp_path / "model_index.json"
+    theirs.write_text("{}")
+    with pytest.raises(ConfigurationError, match=r"holds model_index\.json, which saving would overwrite"):
+        trainer(tmp_path / "logs").fit(module, loader())
+    assert theirs.read_text() == "{}"
+
+
 def test_other_networks_are_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="Expected a UNet2DModel of diffusers, found a Conv2d"):
         ImageDiffusion(nn.Conv2d(1, 1, 1))
-    with pytest.raises(ConfigurationError, match=r"No config\.json in 'nowhere' or 'nowhere/unet'"):
+    with pytest.raises(ConfigurationError, match=r"No config\.json in '.*/nowhere' or '.*/nowhere/unet'"):
         ImageDiffusion("nowhere")
 
 
@@ -274,7 +283,7 @@ def test_every_recipe_is_instantiated_with_images_from_minus_one_to_one(name: st
     assert isinstance(cli.model, ImageDiffusion)
     assert set(cli.datamodule.mean) == set(cli.datamodule.std) == {0.5}
     assert cli.model.image_shape[0] == len(cli.datamodule.mean)
-    assert cli.model.pipeline == config["model"]["init_args"]["pipeline"]
+    assert cli.model.pipeline == Path.cwd() / config["model"]["init_args"]["pipeline"]
     # 16 MB of float32 at most.
     assert sum(parameter.numel() for parameter in cli.model.parameters()) < 4e6
     averages = [each for each in cli.trainer.callbacks if isinstance(each, EMAWeightAveraging)]  # type: ignore[attr-defined]

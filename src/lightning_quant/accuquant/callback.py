@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import attrgetter
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.paths import user_path
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
 
@@ -106,7 +108,7 @@ class AccuQuant(CalibratingCallback):
         denoiser: str | None = None,
         scheduler: str | None = None,
         sample_shape: Sequence[int] | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__()
         self.settings = Settings(
@@ -137,7 +139,7 @@ class AccuQuant(CalibratingCallback):
         )
         self.denoiser, self.scheduler = denoiser, scheduler
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
-        self.cache_dir = cache_dir
+        self.cache_dir = None if cache_dir is None else user_path(cache_dir)
 
     # -- override points ----------------------------------------------------------------------------------------------
 

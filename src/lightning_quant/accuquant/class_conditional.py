@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.paths import user_path
 
 
 class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-call]
@@ -51,7 +52,7 @@ def class_embedding(source: str | Path | Tensor, width: int) -> ClassEmbedding:
     >>> class_embedding(torch.zeros(11, 4), 4)(torch.tensor([3, 10])).shape
     torch.Size([2, 1, 4])
     """
-    table = source if isinstance(source, Tensor) else _only_tensor(Path(source).expanduser())
+    table = source if isinstance(source, Tensor) else _only_tensor(user_path(source))
     if table.dim() != 2 or len(table) < 2 or table.shape[1] != width:
         raise ConfigurationError(
             f"class_embedding has shape {tuple(table.shape)}: expected (classes + 1, {width}), one row for each class"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.data.noise import drawn_number, numbers
 from lightning_quant.errors import ConfigurationError, QuantizationError
+from lightning_quant.paths import user_path
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning
@@ -71,7 +72,7 @@ def read_prompts(path: str | Path) -> list[str]:
     Raises:
         ConfigurationError: no such file, no prompts in it, or a line that is not text; names the line.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     if not file.is_file():
         raise ConfigurationError(f"There is no file of prompts {file}: write a text file, one prompt a line.")
     lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()

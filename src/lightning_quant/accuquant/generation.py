@@ -18,6 +18,7 @@ from lightning_quant.accuquant.text_encoding import read_embeddings, text_encode
 from lightning_quant.accuquant.trajectories import generate
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import user_path
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
@@ -121,7 +122,7 @@ def write_images(folder: str | Path, ids: Tensor, images: Tensor) -> None:
     """
     from torchvision.utils import save_image
 
-    target = Path(folder).expanduser()
+    target = user_path(folder)
     target.mkdir(parents=True, exist_ok=True)
     for number, image in zip(ids.tolist(), images, strict=True):
         save_image(image, target / f"{number:06d}.png")
@@ -135,7 +136,7 @@ def read_images(folder: str | Path, batch: int, rank: int = 0, ranks: int = 1) -
     """
     from torchvision.io import ImageReadMode, read_image
 
-    files = sorted(path for path in Path(folder).expanduser().rglob("*") if path.suffix.lower() in _SUFFIXES)
+    files = sorted(path for path in user_path(folder).rglob("*") if path.suffix.lower() in _SUFFIXES)
     if not files:
         raise ConfigurationError(f"real_images={str(folder)!r}: no images ({', '.join(_SUFFIXES)}) in it.")
     numbers = list(range(len(files)))[rank::ranks]

@@ -18,7 +18,9 @@ from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.trajectory_errors import accumulated_errors, single_step_errors
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics import GenerationMetrics
+from lightning_quant.nn.agreement import on_all_ranks
 from lightning_quant.nn.in_float import in_float
+from lightning_quant.paths import check_writable, user_path
 from lightning_quant.tasks.calibration import CalibratingModule
 from lightning_quant.tasks.calibration_files import StateFile
 
@@ -82,7 +84,7 @@ class AccuQuantModule(CalibratingModule):
         classes: int | None = None,
         images: int = 64,
         image_batch_size: int = 16,
-        image_folder: str | None = None,
+        image_folder: str | Path | None = None,
         real_images: str | None = None,
         metrics: GenerationMetrics | dict[str, Any] | None = None,
         quantization: AccuQuant | dict[str, Any] | None = None,
@@ -108,7 +110,8 @@ class AccuQuantModule(CalibratingModule):
         # In a tuple, or the autoencoder would be part of the checkpoint.
         self._model = (load_pipeline(model, scheduler=scheduler, class_embedding=class_embedding),)
         self.network = self._model[0].network.requires_grad_(False)
-        self.images, self.image_batch_size, self.image_folder = images, image_batch_size, image_folder
+        self.images, self.image_batch_size = images, image_batch_size
+        self.image_folder = None if image_folder is None else user_path(image_folder)
         self.real_images = real_images
         settings = self.quantization.settings
         self.conditions = Conditions(self.model, settings.guidance, settings.seed, classes, prompts)
@@ -217,6 +220,12 @@ class AccuQuantModule(CalibratingModule):
         """Numbers of images, which Lightning divides among ranks."""
         numbers = list(range(FIRST_GENERATED, FIRST_GENERATED + self.images))
         return DataLoader(numbers, batch_size=self.image_batch_size)  # type: ignore[arg-type]
+
+    def on_predict_start(self) -> None:
+        """Refuse a folder that a rank cannot write its images to."""
+        super().on_predict_start()
+        if (folder := self.image_folder) is not None:
+            on_all_ranks(lambda: check_writable(user_path(folder)), self.device, "write to image_folder")
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> GeneratedImages:
         """Images (n, C, H, W) in [0, 1] with their numbers, as files too where a folder is given."""

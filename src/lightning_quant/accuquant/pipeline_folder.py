@@ -15,6 +15,7 @@ from typing import Any
 
 from lightning_quant.accuquant.samplers import SUPPORTED as SCHEDULERS
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
+from lightning_quant.paths import user_path
 
 INDEX = "model_index.json"
 # In the place of a denoiser's weights where it is quantized; lightning_quant.export writes it.
@@ -185,7 +186,7 @@ def load_scheduler(folder: PipelineFolder, given: Any) -> Any:
         return given
     path, name = folder.components.get("scheduler", (folder.path / "scheduler", ""))
     if given is not None:
-        path = Path(given).expanduser()
+        path = user_path(given)
         path = path if (path / _CONFIGS[1]).is_file() else path / "scheduler"
     if not (path / _CONFIGS[1]).is_file():
         where = f"{folder.path} has no scheduler" if given is None else f"scheduler={str(given)!r} has none"

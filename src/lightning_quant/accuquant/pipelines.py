@@ -27,6 +27,7 @@ from lightning_quant.accuquant.pipeline_folder import (
     read_folder,
 )
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.paths import user_path
 
 Kind = Literal["ddpm", "ldm", "ldm_class", "sd", "dit"]
 # Those of the pipelines of diffusers; of the class-conditional LDM that of its paper.
@@ -168,7 +169,7 @@ def load_pipeline(
 
 
 def _local(source: str | Path, download: Mapping[str, Any]) -> Path:
-    path = Path(source).expanduser()
+    path = user_path(source)
     if path.is_dir():
         return path
     # A name on the hub is "owner/name"; anything else was meant to be a folder.
@@ -179,7 +180,7 @@ def _local(source: str | Path, download: Mapping[str, Any]) -> Path:
             " 'google/ddpm-cifar10-32'."
         )
     try:
-        return Path(import_module("diffusers").DiffusionPipeline.download(source, **download))
+        return user_path(import_module("diffusers").DiffusionPipeline.download(source, **download))
     except Exception as error:
         raise ConfigurationError(
             f"There is no folder {path}, and as a name on the hub {source!r} was not found or could not be"

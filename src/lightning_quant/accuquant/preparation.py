@@ -32,6 +32,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.strip import strip
+from lightning_quant.tasks.calibration_files import cache_folder
 from lightning_quant.tasks.calibration_progress import ProgressBar, duration
 
 # Measured in forwards of the float network (benchmarks/accuquant_adjoints.py): of a quantized forward, and of one with
@@ -77,7 +78,7 @@ def sampler_for(parts: Parts, settings: Settings) -> Sampler:
     return sampler
 
 
-def start(trainer: pl.Trainer, parts: Parts, settings: Settings, cache_dir: str | Path | None) -> Calibration:
+def start(trainer: pl.Trainer, parts: Parts, settings: Settings, cache_dir: Path | None) -> Calibration:
     """Print plan and estimate, make the float trajectories, and put empty quantizers into the network.
 
     Args:
@@ -112,7 +113,7 @@ def trajectories(
     parts: Parts,
     sampler: Sampler,
     settings: Settings,
-    cache_dir: str | Path | None,
+    cache_dir: Path | None,
     ids: range,
 ) -> TrajectoryCache:
     """The float trajectories of some images, made where they are not there yet; the network has to be in float.
@@ -120,8 +121,7 @@ def trajectories(
     A folder that was given holds those of one model and sampler; in the Trainer's each has a folder of its own, so that
     a module that was trained on begins anew.
     """
-    folder = Path(trainer.default_root_dir) / "accuquant" if cache_dir is None else Path(cache_dir)
-    folder /= "trajectories"
+    folder = cache_folder(trainer, cache_dir, "accuquant") / "trajectories"
     if cache_dir is None:
         described = json.dumps(describe(parts.denoiser, sampler, parts.shape, settings.seed), sort_keys=True)
         folder /= hashlib.sha256(described.encode()).hexdigest()[:12]

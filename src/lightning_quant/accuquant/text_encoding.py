@@ -18,6 +18,7 @@ from lightning_quant.accuquant.pipeline_folder import read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel
 from lightning_quant.data.noise import numbers
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.paths import user_path
 
 _HIDDEN, _EMPTY = "encoder_hidden_states", "uncond_encoder_hidden_states"
 
@@ -86,7 +87,7 @@ def read_embeddings(path: str | Path, ids: Iterable[int] | Tensor) -> Conditioni
         CheckpointError: no such file, or one that is cut off.
         ConfigurationError: tensors that are missing or of other shapes.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:

@@ -37,6 +37,7 @@ from lightning_quant.data.calibration import fingerprint
 from lightning_quant.data.noise import initial_noise, numbers
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.agreement import on_all_ranks
+from lightning_quant.paths import check_writable, user_path
 from lightning_quant.quantizers.statistics import several_ranks
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class TrajectoryCache:
     def __init__(self, folder: str | Path, chunk: int = 32) -> None:
         if chunk < 1:
             raise ConfigurationError(f"chunk={chunk}: expected at least one image in a file, as chunk=32.")
-        self.folder, self.chunk = Path(folder).expanduser(), chunk
+        self.folder, self.chunk = user_path(folder), chunk
         self._recipe: _Recipe | None = None
         # Where an image is: its file, its row there, and the conditioning of that file.
         self._rows: dict[int, tuple[_Chunk, int]] = {}
@@ -249,7 +250,9 @@ class TrajectoryCache:
         there = sum(len(chunk.ids) for chunk in chunks) - images
         if progress is not None and there:
             progress(there * len(recipe.sampler.timesteps))
-        self._check_space(recipe, images)
+        if missing:
+            check_writable(self.folder)
+            self._check_space(recipe, images)
         for chunk in missing:
             x = initial_noise(recipe.shape, chunk.ids, recipe.seed)
             made = generate(

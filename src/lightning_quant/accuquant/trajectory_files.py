@@ -19,6 +19,7 @@ from lightning_quant.atomic import whole_file
 from lightning_quant.data.calibration import fingerprint
 from lightning_quant.errors import CheckpointError
 from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.paths import check_writable
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Denoiser
@@ -59,11 +60,13 @@ def check_description(folder: Path, described: Mapping[str, Any]) -> None:
 
     Raises:
         CheckpointError: they were made otherwise, or the description is damaged; names what differs.
+        ConfigurationError: the folder cannot be written to.
     """
     path = folder / DESCRIPTION
     if path.is_file():
         _compare(path, described)
         return
+    check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,6 @@ import os
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
 from lightning_quant import __version__
 from lightning_quant.cli import packaged
@@ -88,7 +87,7 @@ def _configs(argv: Sequence[str]) -> None:
 
 def _demo(argv: Sequence[str]) -> None:
     parser = ArgumentParser("lightning-quant demo", description=VERBS["demo"])
-    parser.add_argument("--output", type=Path, default=Path("demo"), help="folder for the results (default: demo)")
+    parser.add_argument("--output", default="demo", help="folder for the results (default: demo)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the run (default: 0)")
     options = parser.parse_args(argv)
     from lightning_quant.demo import main as demo  # takes seconds: torch and Lightning

@@ -23,12 +23,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import lightning_quant
 from lightning_quant.cli.advice import EXAMPLES, VERBS, UsageError
+from lightning_quant.cli.checkpoints import NAMED, check_named, check_root, listed
 from lightning_quant.cli.explain import explain
 from lightning_quant.cli.in_float import InFloat
 from lightning_quant.cli.trainer import CalibratingTrainer
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization, IntervalStrategy
 from lightning_quant.nn.what_ran import WhatRan
+from lightning_quant.paths import trainer_path, user_path
 
 # Options that say something without a value too.
 _SWITCHES, _BOOLEANS = ("--compare_float",), ("true", "false")
@@ -124,8 +126,8 @@ class QuantizationCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         """Take the model from the checkpoint where it names its class; one written from Python does not."""
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
-        if path and Path(path).is_file():
-            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        if path and (file := trainer_path(path)).is_file():
+            checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
             if "_class_path" not in checkpoint.get("hyper_parameters", {}):
                 return
         super()._parse_ckpt_path()
@@ -138,6 +140,9 @@ class QuantizationCLI(LightningCLI):
             raise
         except Exception as error:
             raise ConfigurationError(self._refusal(error)) from error
+        if verb := self.config.get("subcommand"):
+            check_named(verb, self.config[verb].get("ckpt_path"), self.trainer)
+            check_root(self.trainer)
 
     def _refusal(self, error: Exception) -> str:
         """The option whose object could not be made, and why not."""
@@ -258,17 +263,18 @@ def _check_values(config: Any) -> None:
         raise UsageError(f"--seed_everything: {seed} is not in 0 .. 4294967295.")
     path = str(config.get("ckpt_path") or "best")
     # Others than files on this disk, Lightning finds.
-    if path not in ("best", "last", "hpc") and not path.startswith("registry") and "://" not in path:
-        _check_exists(Path(path))
+    if path not in NAMED and not path.startswith("registry") and "://" not in path:
+        config["ckpt_path"] = str(found := user_path(path))
+        _check_exists(found)
 
 
 def _check_exists(path: Path) -> None:
     if path.exists():
         return
     folder = next(parent for parent in path.parents if parent.is_dir())
-    held = sorted(each.name for each in folder.iterdir())
-    shown = ", ".join(held[:10]) + (", ..." if len(held) > 10 else "") if held else "nothing"
-    raise UsageError(f"--ckpt_path {path}: there is no such file; the folder {folder} holds {shown}.")
+    raise UsageError(
+        f"--ckpt_path {path}: there is no such file; the folder {folder} holds {listed(folder.iterdir())}."
+    )
 
 
 def object_alone(typehint: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lightning_quant.cli.advice import UsageError, did_you_mean
+from lightning_quant.paths import user_path
 
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -37,7 +38,7 @@ def find(given: str) -> Path:
     Raises:
         UsageError: Neither a local nor a packaged file has that name.
     """
-    if (local := Path(given)).is_file():
+    if (local := user_path(given)).is_file():
         return local
     inside = given.removeprefix("./").removeprefix("configs/")
     for name in (inside, f"{inside}.yaml"):
@@ -45,7 +46,9 @@ def find(given: str) -> Path:
             return FOLDER / name
     if local.is_dir():
         raise UsageError(f"--config {given} is a folder; name a YAML file in it.")
-    near = did_you_mean(inside, [*names(), *(str(path) for path in local.parent.glob("*.y*ml"))])
+    near = did_you_mean(
+        inside, [*names(), *(str(PurePath(given).with_name(path.name)) for path in local.parent.glob("*.y*ml"))]
+    )
     raise UsageError(
         f"There is no config file {given!r}, neither here nor among the packaged ones{near}; "
         "`lightning-quant configs` lists those."

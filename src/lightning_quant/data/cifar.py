@@ -13,6 +13,7 @@ from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplit
 from lightning_quant.data.folders import image_folder, listing
 from lightning_quant.data.tensor_images import RandomCropFlip, TensorImages
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import user_path
 
 _STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -52,12 +53,12 @@ class CIFARDataModule(ImageDataModule):
         >>> data.setup("fit")
         Traceback (most recent call last):
         ...
-        lightning_quant.errors.ConfigurationError: No CIFAR-100 in 'data': ...
+        lightning_quant.errors.ConfigurationError: No CIFAR-100 in '...data': ...
     """
 
     def __init__(
         self,
-        root: str = "data",
+        root: str | Path = "data",
         classes: Literal[10, 100] = 10,
         batch_size: int = 128,
         validation_images: int = 5000,
@@ -75,7 +76,7 @@ class CIFARDataModule(ImageDataModule):
             raise ConfigurationError(f"CIFAR has 10 or 100 classes, found classes={classes}.")
         if validation_images < 0:
             raise ConfigurationError(f"Expected validation_images >= 0, found {validation_images}.")
-        self.root = root
+        self.root = user_path(root)
         self.num_classes = classes
         self.validation_images = validation_images
         self.augment = augment
@@ -94,10 +95,10 @@ class CIFARDataModule(ImageDataModule):
     def check_files(self) -> None:
         if self._has_folders():
             for split in ("train", "test"):
-                _check_class_folders(Path(self.root, split), self.num_classes)
+                _check_class_folders(self.root / split, self.num_classes)
         elif not self._pickles().is_dir():
             raise ConfigurationError(
-                f"No CIFAR-{self.num_classes} in '{self.root}': found {listing(Path(self.root))}, expected "
+                f"No CIFAR-{self.num_classes} in '{self.root}': found {listing(self.root)}, expected "
                 f"either '{self._pickles().name}' or class folders of PNGs in 'train' and 'test'. "
                 "Write root=FOLDER for the folder that holds them, or download=True."
             )
@@ -113,19 +114,20 @@ class CIFARDataModule(ImageDataModule):
 
     def _decode(self, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
         if self._has_folders():
-            return _decode_folder(Path(self.root, split))
+            return _decode_folder(self.root / split)
         stored = self._torchvision_class()(self.root, train=split == "train")
         return torch.from_numpy(stored.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(stored.targets)
 
     def _has_folders(self) -> bool:
-        return Path(self.root, "train").is_dir() and Path(self.root, "test").is_dir()
+        return (self.root / "train").is_dir() and (self.root / "test").is_dir()
 
     def _torchvision_class(self) -> type[CIFAR10]:
         dataset: type[CIFAR10] = CIFAR10 if self.num_classes == 10 else CIFAR100
         return dataset
 
     def _pickles(self) -> Path:
-        return Path(self.root, self._torchvision_class().base_folder)
+        folder: Path = self.root / self._torchvision_class().base_folder
+        return folder
 
 
 def _check_class_folders(split: Path, expected: int) -> None:

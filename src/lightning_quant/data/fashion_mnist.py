@@ -10,6 +10,7 @@ from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplit
 from lightning_quant.data.folders import listing
 from lightning_quant.data.tensor_images import TensorImages
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import user_path
 
 _MEAN, _STD = (0.2860,), (0.3530,)
 
@@ -40,14 +41,14 @@ class FashionMNISTDataModule(ImageDataModule):
         >>> data.setup("fit")
         Traceback (most recent call last):
         ...
-        lightning_quant.errors.ConfigurationError: No Fashion-MNIST in 'data': ...
+        lightning_quant.errors.ConfigurationError: No Fashion-MNIST in '...data': ...
     """
 
     num_classes = 10
 
     def __init__(
         self,
-        root: str = "data",
+        root: str | Path = "data",
         batch_size: int = 128,
         validation_images: int = 5000,
         download: bool = False,
@@ -60,7 +61,7 @@ class FashionMNISTDataModule(ImageDataModule):
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if validation_images < 0:
             raise ConfigurationError(f"Expected validation_images >= 0, found {validation_images}.")
-        self.root = root
+        self.root = user_path(root)
         self.validation_images = validation_images
         self.download = download
         self.mean, self.std = tuple(mean), tuple(std)
@@ -71,13 +72,13 @@ class FashionMNISTDataModule(ImageDataModule):
         self.check_files()
 
     def check_files(self) -> None:
-        raw = Path(self.root, "FashionMNIST", "raw")
+        raw = self.root / "FashionMNIST" / "raw"
         missing = [
             name for file, _ in FashionMNIST.resources if not (raw / (name := file.removesuffix(".gz"))).is_file()
         ]
         if missing:
             raise ConfigurationError(
-                f"No Fashion-MNIST in '{self.root}': found {listing(Path(self.root))}, expected the four files of "
+                f"No Fashion-MNIST in '{self.root}': found {listing(self.root)}, expected the four files of "
                 f"torchvision in 'FashionMNIST/raw', of which are missing {', '.join(missing)}. "
                 "Write root=FOLDER for the folder that holds 'FashionMNIST', or download=True."
             )

@@ -11,6 +11,7 @@ from torchvision.datasets import ImageFolder
 from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplits
 from lightning_quant.data.folders import image_folder, listing
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import user_path
 
 
 class ImageFolderDataModule(ImageDataModule):
@@ -45,12 +46,12 @@ class ImageFolderDataModule(ImageDataModule):
         >>> data.prepare_data()
         Traceback (most recent call last):
         ...
-        lightning_quant.errors.ConfigurationError: No class folders in 'imagenet/train': ...
+        lightning_quant.errors.ConfigurationError: No class folders in '...imagenet/train': ...
     """
 
     def __init__(
         self,
-        root: str,
+        root: str | Path,
         image_size: int = 224,
         batch_size: int = 256,
         validation_fraction: float = 0.0,
@@ -75,7 +76,7 @@ class ImageFolderDataModule(ImageDataModule):
         ):
             if not inside:
                 raise ConfigurationError(f"Expected {name}, found {value}.")
-        self.root = root
+        self.root = user_path(root)
         self.image_size = image_size
         self.validation_fraction = validation_fraction
         self._common: dict[str, Any] = {
@@ -95,7 +96,7 @@ class ImageFolderDataModule(ImageDataModule):
     @property
     def num_classes(self) -> int:  # type: ignore[override]
         """Number of class folders in ``root/train``."""
-        return len(_class_names(Path(self.root, "train")))
+        return len(_class_names(self.root / "train"))
 
     def train_transform(self) -> Any:
         """The random transform of one training image (PIL to ``(3, image_size, image_size)``)."""
@@ -106,26 +107,26 @@ class ImageFolderDataModule(ImageDataModule):
         return create_transform(**self._common, **self._evaluation)
 
     def check_files(self) -> None:
-        expected = _class_names(Path(self.root, "train"))
+        expected = _class_names(self.root / "train")
         for split in ("val", "test"):
             required = split == "val" and self.validation_fraction == 0
-            if required or Path(self.root, split).is_dir():
+            if required or (self.root / split).is_dir():
                 self._check_same_classes(split, expected)
 
     def load_training(self) -> TrainingSplits:
-        plain = self._folder(Path(self.root, "train"))
+        plain = self._folder(self.root / "train")
         augmented = copy.copy(plain)
         augmented.transform = self.train_transform()
         if self.validation_fraction == 0:
-            return TrainingSplits(augmented, self._folder(Path(self.root, "val")), plain)
+            return TrainingSplits(augmented, self._folder(self.root / "val"), plain)
         held_out = round(self.validation_fraction * len(plain))
         return TrainingSplits.held_out(augmented, plain, plain.targets, held_out, self.seed)
 
     def load_test(self) -> AnyDataset:
-        test, validation = Path(self.root, "test"), Path(self.root, "val")
+        test, validation = self.root / "test", self.root / "val"
         if not test.is_dir() and not validation.is_dir():
             raise ConfigurationError(
-                f"Nothing to test on in '{self.root}': found {listing(Path(self.root))}, "
+                f"Nothing to test on in '{self.root}': found {listing(self.root)}, "
                 "expected class folders in 'test' or 'val'."
             )
         dataset: AnyDataset = self._folder(test if test.is_dir() else validation)
@@ -135,7 +136,7 @@ class ImageFolderDataModule(ImageDataModule):
         return image_folder(folder, self.evaluation_transform())
 
     def _check_same_classes(self, split: str, expected: set[str]) -> None:
-        differing = _class_names(Path(self.root, split)) ^ expected
+        differing = _class_names(self.root / split) ^ expected
         if differing:
             raise ConfigurationError(
                 f"'{self.root}/{split}' and '{self.root}/train' have different classes: only one of them has "

@@ -11,13 +11,13 @@ from rich.console import Console
 
 from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.demo.terminal import one_thread, quiet
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import check_writable, user_path
 from lightning_quant.report import RunReport, write_report
 
 METHODS = (int4_training, igq_vit, accuquant)
 
 
-def main(output: Path = Path("demo"), seed: int = 0) -> None:
+def main(output: str | Path = "demo", seed: int = 0) -> None:
     """Run each method on the digits, print what came out, and write it to ``report.json``.
 
     Args:
@@ -26,10 +26,10 @@ def main(output: Path = Path("demo"), seed: int = 0) -> None:
         seed: of the first run of each kind; the others follow it.
 
     Raises:
-        ConfigurationError: if ``output`` is a file.
+        ConfigurationError: if ``output`` is a file, or cannot be written to.
     """
-    if output.exists() and not output.is_dir():
-        raise ConfigurationError(f"{output} is a file: write --output FOLDER, a new folder or one to write into.")
+    output = user_path(output)
+    check_writable(output)
     console, reports = Console(), list[RunReport]()
     for method in METHODS:
         with quiet(), one_thread():

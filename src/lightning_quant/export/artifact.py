@@ -12,14 +12,16 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
+from lightning_quant.atomic import check_replaceable
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.export.build import check_build, construct, deduce
-from lightning_quant.export.folder import Description, check_folder, read_folder, write_folder
+from lightning_quant.export.folder import WRITER, Description, read_folder, write_folder
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.packing import pack_bits, unpack_bits
 from lightning_quant.nn.attention import opened_attentions
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import quantizers_of, rebuild
+from lightning_quant.paths import user_path
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer, RoundedQuantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
@@ -60,8 +62,8 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
     >>> torch.equal(loaded(x), network(x))
     True
     """
-    folder = Path(folder)
-    check_folder(folder)
+    folder = user_path(folder)
+    check_replaceable(folder, WRITER)
     _check_started(model)
     if getattr(rank_zero_only, "rank", 0):
         return folder
@@ -99,7 +101,7 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
         CheckpointError: files that are missing, cut off or changed, of an unknown version, or of another network than
             ``model``; no way to build the network.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     tensors, description = read_folder(folder)
     if model is None and description.build is None:
         raise CheckpointError(

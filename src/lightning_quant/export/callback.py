@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_quant.atomic import check_replaceable
 from lightning_quant.export.artifact import save_quantized
-from lightning_quant.export.folder import check_folder
+from lightning_quant.export.folder import WRITER
 from lightning_quant.nn.structure import is_quantized
+from lightning_quant.paths import check_on_first_rank, user_path
 
 
 class SaveQuantized(pl.Callback):
@@ -22,12 +25,13 @@ class SaveQuantized(pl.Callback):
     >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), SaveQuantized("vit_4bit")], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = user_path(folder)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder with other files before anything starts."""
-        check_folder(Path(self.folder))
+        """Refuse a folder with other files, or one that cannot be written to, before anything starts."""
+        if stage in ("fit", "test"):
+            check_on_first_rank(trainer, partial(check_replaceable, self.folder, WRITER))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save what was calibrated or trained."""

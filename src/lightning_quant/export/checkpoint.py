@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_quant.nn.structure import rebuild
+from lightning_quant.paths import local_path
 
 LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
 
@@ -46,7 +47,7 @@ def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Pat
     'QuantizedLinear'
     """
     with _rebuilding(cls):
-        return cls.load_from_checkpoint(checkpoint_path, **kwargs)
+        return cls.load_from_checkpoint(local_path(checkpoint_path), **kwargs)
 
 
 @contextmanager

@@ -14,11 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_quant.atomic import left_elsewhere, settle, whole_folder
-from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.atomic import Writer, left_elsewhere, settle, whole_folder
+from lightning_quant.errors import CheckpointError
 from lightning_quant.nn.hashing import file_hash
 
-VERSION = 2
+FORMAT, VERSION = "lightning_quant", 2
 # The first has no hash of the description.
 READ = (1, 2)
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
@@ -43,27 +43,28 @@ class Description:
     float32_bytes: int
 
 
-def check_folder(folder: Path) -> None:
-    """Raise a ConfigurationError where something else would be overwritten."""
-    settle(folder)
-    if not folder.exists():
-        return
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
-    ours = DESCRIPTION in found and found <= {TENSORS, DESCRIPTION}
-    if found and not ours:
-        others = sorted(found - {TENSORS, DESCRIPTION}) or sorted(found)
-        raise ConfigurationError(
-            f"{folder} holds {', '.join(others[:4])}, which saving would overwrite: give a new or an empty folder, or"
-            " one that save_quantized wrote."
-        )
+def written_files(folder: Path) -> tuple[str, ...]:
+    """Return the files of a folder that :func:`write_folder` wrote, by what its description says of itself.
+
+    >>> written_files(Path("no-such-folder"))
+    ()
+    """
+    try:
+        ours = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return ()
+    return (TENSORS, DESCRIPTION) if ours else ()
+
+
+WRITER = Writer("save_quantized", written_files)
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Description) -> None:
     """Write both files beside the folder, then put them in its place."""
-    with whole_folder(folder) as new:
+    with whole_folder(folder, WRITER) as new:
         save_file(dict(tensors), new / TENSORS)
         content = {
-            "format": "lightning_quant",
+            "format": FORMAT,
             "version": VERSION,
             "lightning_quant": import_module("lightning_quant").__version__,
             "sha256": file_hash(new / TENSORS),
@@ -82,7 +83,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
     Raises:
         CheckpointError: a file that is missing, cut off or changed, or of an unknown version.
     """
-    settle(folder)
+    settle(folder, WRITER)
     missing = [name for name in (TENSORS, DESCRIPTION) if not (folder / name).is_file()]
     if missing:
         left = left_elsewhere(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from torch import nn
 
 from lightning_quant.accuquant.pipeline_folder import INDEX, OWN_PIPELINE, QUANTIZED, PipelineFolder, read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
-from lightning_quant.atomic import settle, whole_folder
+from lightning_quant.atomic import Writer, check_replaceable, list_files, listed_files, settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.export.artifact import load_quantized, save_quantized
+from lightning_quant.paths import user_path
 
 # Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
 _HOME = "lightning_quant.export.denoiser"
+WRITER = Writer("save_pipeline", partial(listed_files, index=INDEX))
 # What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
 _OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 
@@ -59,14 +62,14 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
     >>> type(opened).__name__, opened.unet.conv_in.weight_quantizer
     ('DDIMPipeline', FixedQuantizer(bits=4, ready=True))
     """
-    target = Path(folder).expanduser()
-    _check_target(target)
+    target = user_path(folder)
+    check_replaceable(target, WRITER)
     if getattr(rank_zero_only, "rank", 0):
         return target
     model = source if isinstance(source, DiffusionModel) else load_pipeline(source, network=network)
     quantized: Any = model.network if network is None else network
     name = "transformer" if model.kind == "dit" else "unet"
-    with whole_folder(target) as new:
+    with whole_folder(target, WRITER) as new:
         save_quantized(quantized, new / name)
         quantized.save_config(new / name)
         saved = {"scheduler": model.scheduler, **model.components}
@@ -74,7 +77,8 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
             component.save_pretrained(new / key)
         index = {name: [_HOME, "QuantizedDenoiser"], **{key: _entry(component) for key, component in saved.items()}}
         content = {**_header(model), **_rest(model, new, index.keys()), **index}
-        (new / INDEX).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        (new / INDEX).write_text(json.dumps(content), encoding="utf-8")
+        list_files(new, INDEX)
     return target
 
 
@@ -93,7 +97,7 @@ def open_pipeline(folder: str | Path, **components: Any) -> Any:
     """
     from diffusers.utils.import_utils import is_accelerate_available
 
-    found = _quantized_folder(Path(folder).expanduser())
+    found = _quantized_folder(user_path(folder))
     library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
     kind: Any = getattr(import_module(library), found.pipeline)
     network = load_quantized(found.components[found.denoiser][0])
@@ -121,12 +125,12 @@ def open_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
     Raises:
         CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
     """
-    found = _quantized_folder(Path(folder).expanduser())
+    found = _quantized_folder(user_path(folder))
     return load_pipeline(found.path, network=load_quantized(found.components[found.denoiser][0]), **arguments)
 
 
 def _quantized_folder(path: Path) -> PipelineFolder:
-    settle(path)
+    settle(path, WRITER)
     if not (path / INDEX).is_file():
         raise CheckpointError(
             f"{path} has no {INDEX}: give a folder that save_pipeline(model, folder) wrote; a denoiser alone is loaded"
@@ -140,20 +144,6 @@ def _quantized_folder(path: Path) -> PipelineFolder:
             f" diffusers.{found.pipeline}.from_pretrained({str(path)!r}), or give a folder that save_pipeline wrote."
         )
     return found
-
-
-def _check_target(folder: Path) -> None:
-    """Raise a ConfigurationError where something else would be overwritten."""
-    settle(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    ours = (folder / INDEX).is_file() and any(folder.glob(f"*/{QUANTIZED}"))
-    foreign = sorted({path.name for path in folder.iterdir()} - {INDEX, *_index(folder)}) if ours else [folder.name]
-    if foreign:
-        raise ConfigurationError(
-            f"{folder} holds {', '.join(foreign[:4]) if ours else 'other files'}, which saving would overwrite: give a"
-            " new or an empty folder, or one that save_pipeline wrote."
-        )
 
 
 def _index(folder: Path | None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
@@ -15,7 +16,7 @@ from lightning_quant.quantizers.statistics import gather
 from lightning_quant.tasks.calibration_files import StateFile
 
 
-def state_file(trainer: pl.Trainer, folder: str | None, calibration: Calibration) -> StateFile:
+def state_file(trainer: pl.Trainer, folder: Path | None, calibration: Calibration) -> StateFile:
     """The file of a prepared calibration.
 
     Args:

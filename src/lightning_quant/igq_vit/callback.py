@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
@@ -23,6 +24,7 @@ from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Se
 from lightning_quant.igq_vit.summary import summarise
 from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
 from lightning_quant.nn.attention_check import check_attentions, find_attentions
+from lightning_quant.paths import user_path
 from lightning_quant.tasks.calibrating_callback import CalibratingCallback
 from lightning_quant.tasks.calibration_files import StateFile
 from lightning_quant.tasks.step_images import StepImages
@@ -93,7 +95,7 @@ class IGQViT(CalibratingCallback):
         exclude: Sequence[str] = (),
         seed: int = 0,
         calibration_data: CalibrationData | None = None,
-        cache_dir: str | None = None,
+        cache_dir: str | Path | None = None,
         # Of any result: in a config file a function without annotations is refused else.
         images: Callable[[Any], Any] | None = None,
     ) -> None:
@@ -115,7 +117,7 @@ class IGQViT(CalibratingCallback):
             seed=seed,
         )
         self.calibration_data = calibration_data
-        self.cache_dir = cache_dir
+        self.cache_dir = None if cache_dir is None else user_path(cache_dir)
         self.images = images
         self._network = ""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.metrics.unavailable import UnavailableError
+from lightning_quant.paths import user_path
 
 INCEPTION = "inception-v3-compat"
 TIMM = "timm:"
@@ -161,10 +162,11 @@ def with_weights(what: str, path: str | Path | None, build: Callable[[str | None
         CheckpointError: the file does not fit.
         UnavailableError: without a file, whatever a download fails with.
     """
-    if path is not None and not Path(path).is_file():
-        raise ConfigurationError(f"The weights of {what}: there is no file '{path}'.")
+    file = None if path is None else user_path(path)
+    if file is not None and not file.is_file():
+        raise ConfigurationError(f"The weights of {what}: there is no file '{file}'.")
     try:
-        return build(None if path is None else str(path))
+        return build(None if file is None else str(file))
     except Exception as error:
         if path is None:
             # Each library downloads with another client, each with errors of its own.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics.unavailable import UnavailableError
+from lightning_quant.paths import user_path
 
 # Mean (D,) and covariance (D, D), as arrays of float64.
 Statistics: TypeAlias = "tuple[Any, Any]"
@@ -118,7 +119,8 @@ def read_statistics(path: str | Path) -> dict[str, Statistics]:
     """
     import numpy as np
 
-    if not Path(path).is_file():
+    path = user_path(path)
+    if not path.is_file():
         raise ConfigurationError(f"real_statistics: there is no file '{path}'.")
     with np.load(path) as arrays:
         if missing := {"mu", "sigma"} - set(arrays):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics.features import to_bytes, with_weights
 from lightning_quant.metrics.unavailable import UnavailableError
+from lightning_quant.paths import local_path
 
 LpipsNet: TypeAlias = Literal["alex", "vgg", "squeeze"]
 
@@ -133,7 +134,8 @@ def clip_model(clip: str | Path | Callable[[], tuple[Any, Any]]) -> tuple[Any, A
     def load(path: str | None) -> tuple[Any, Any]:
         from transformers import CLIPModel, CLIPProcessor
 
-        return CLIPModel.from_pretrained(str(clip)).eval(), CLIPProcessor.from_pretrained(str(clip))
+        source = local_path(clip)
+        return CLIPModel.from_pretrained(source).eval(), CLIPProcessor.from_pretrained(source)
 
     found: tuple[Any, Any] = with_weights(f"CLIP '{clip}'", None, load)
     return found

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
+from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.functional.grid import Grid, check_bits
 
 UNDECIDED = -1
@@ -110,6 +110,13 @@ class Quantizer(nn.Module):
 
     def adopt(self, weight: Tensor) -> None:
         """Take a weight for the one that the state is of."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuse ``torch.jit.script``, which asks each module for what to compile in its place."""
+        raise UnsupportedModelError(
+            f"torch.jit.script does not compile quantized networks, found a {type(self).__name__} in this one: save it"
+            " with lightning_quant.save_quantized, or script the float network, lightning_quant.strip(network)."
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
         kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}

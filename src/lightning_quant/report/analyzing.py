@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_quant.analysis import Analysis, trained_quantized
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn.strip import quantized_layers
 from lightning_quant.nn.structure import is_quantized, quantizers_of
+from lightning_quant.paths import local_path
 from lightning_quant.report.comparing import float_metrics
 from lightning_quant.report.html import with_float, worst_layers, write_report
 from lightning_quant.report.quantization_report import QuantizationReport
 
+TestData: TypeAlias = pl.LightningDataModule | Iterable[Any]
+
 
 def analyze(
     module: pl.LightningModule,
-    datamodule: pl.LightningDataModule | None = None,
-    folder: str | None = None,
+    datamodule: TestData | None = None,
+    folder: str | Path | None = None,
     ckpt_path: str | None = None,
     sensitivity: bool = True,
     images: int = 32,
@@ -38,7 +43,8 @@ def analyze(
 
     Args:
         module: quantized, or to be quantized by a callback of the Trainer or by the checkpoint.
-        datamodule: of the test data; None where the module has its own.
+        datamodule: DataModule of the test data, one or several DataLoaders, or a list of batches; None where the module
+            has its own.
         folder: for the report; None takes the logger's, without logger the trainer's ``default_root_dir``.
         ckpt_path: of a quantized run.
         sensitivity: whether layers are measured one by one.
@@ -49,6 +55,7 @@ def analyze(
 
     Raises:
         QuantizationError: nothing that is quantized, or could be.
+        ConfigurationError: data that cannot be read twice, or is not in batches; a folder that cannot be written to.
 
     >>> from tempfile import TemporaryDirectory
     >>> from lightning_quant import DigitsDataModule, GradientQuantization, ImageClassifier
@@ -60,6 +67,8 @@ def analyze(
     >>> len(found.layers)
     18
     """
+    data = None if datamodule is None else _readable(datamodule)
+    ckpt_path = None if ckpt_path is None else local_path(ckpt_path)
     run = trainer or pl.Trainer(logger=False, enable_checkpointing=False)
     report = QuantizationReport(folder, sensitivity, images, float_ckpt_path=float_ckpt_path)
     others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
@@ -75,7 +84,7 @@ def analyze(
             report.starts_in_float = True
         others.append(report)
         try:
-            run.test(module, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False, **_unpickled(ckpt_path))
+            run.test(module, data, ckpt_path=ckpt_path, verbose=False, **_unpickled(ckpt_path))
         finally:
             others[:] = [each for each in others if not isinstance(each, _Start)]
             others.remove(report)
@@ -86,10 +95,28 @@ def analyze(
         )
     plain = report.starts_in_float or not trained_quantized(module) or float_ckpt_path is not None
     if plain and not getattr(module, "own_batches", False):
-        metrics = float_metrics(run, module, "test", float_ckpt_path, datamodule=datamodule)
+        metrics = float_metrics(run, module, "test", float_ckpt_path, dataloaders=data)
         write_report(report.written[0].parent, with_float(report.report, metrics))
     rank_zero_info(f"{_in_short(report.report.analysis)}\nReport: {report.written[0]}")
     return report.report.analysis
+
+
+def _readable(data: TestData) -> TestData:
+    """What Lightning takes, and can take a second time, in float."""
+    if isinstance(data, Iterator) or not isinstance(data, pl.LightningDataModule | Iterable):
+        raise ConfigurationError(
+            f"The test data is a {type(data).__name__}, which cannot be read twice, quantized and in float: give a"
+            " DataLoader, a DataModule or a list of batches."
+        )
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ConfigurationError(
+            f"The test data is a {type(data).__name__}, which has no batches: give DataLoader(dataset, batch_size=32)."
+        )
+    if isinstance(data, list | tuple) and not any(isinstance(each, DataLoader) for each in data):
+        # Of a list Lightning takes each element for a loader.
+        batches: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
+        return batches
+    return data
 
 
 class _Start(pl.Callback):

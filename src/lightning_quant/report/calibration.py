@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.groups import channel_groups, channel_ranges
 from lightning_quant.igq_vit.records import curve_of
 from lightning_quant.igq_vit.session import INPUT, Calibration
+from lightning_quant.paths import check_on_first_rank, check_writable, user_path
 from lightning_quant.quantizers.grouped import GroupQuantizer
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
 from lightning_quant.tasks.calibration import is_calibrated
@@ -32,8 +34,13 @@ class CalibrationPictures(pl.Callback):
     >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), CalibrationPictures("pictures")], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, folder: str, layer: str | None = None) -> None:
-        self.folder, self.layer = Path(folder), layer
+    def __init__(self, folder: str | Path, layer: str | None = None) -> None:
+        self.folder, self.layer = user_path(folder), layer
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be written to."""
+        if stage in ("fit", "test"):
+            check_on_first_rank(trainer, partial(check_writable, self.folder))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw after a module's calibration."""
@@ -56,14 +63,14 @@ class CalibrationPictures(pl.Callback):
             )
 
 
-def draw_calibration(calibration: Calibration, folder: Path, layer: str | None = None) -> list[Path]:
+def draw_calibration(calibration: Calibration, folder: str | Path, layer: str | None = None) -> list[Path]:
     """:func:`draw_groups` of a calibration that is finished, and of its images."""
     source = calibration.source
     return draw_groups(calibration.record(), source.network, source.forward, folder, layer)
 
 
 def draw_groups(
-    record: Record, network: nn.Module, forward: Callable[[], Any], folder: Path, layer: str | None = None
+    record: Record, network: nn.Module, forward: Callable[[], Any], folder: str | Path, layer: str | None = None
 ) -> list[Path]:
     """Draw the budget curve, where groups were allocated, and the ranges of one layer's channels in one image.
 
@@ -80,6 +87,7 @@ def draw_groups(
     Raises:
         ConfigurationError: a layer that has no groups.
     """
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings, written = settings_of(record), []
     if curve := curve_of(record, INPUT):

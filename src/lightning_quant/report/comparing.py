@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
@@ -18,6 +17,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.structure import is_quantized
 from lightning_quant.nn.tabled import Tabled
+from lightning_quant.paths import user_path
 
 Verb = Literal["validate", "test"]
 
@@ -165,7 +165,8 @@ def read_float_state(path: str) -> dict[str, Tensor]:
         CheckpointError: A file that is not there, cannot be read, or is of a quantized network.
     """
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+        file = user_path(path)
+        state = load_file(file) if file.suffix == ".safetensors" else torch.load(file, "cpu", weights_only=True)
     except Exception as error:
         raise CheckpointError(f"float_ckpt_path={path!r} cannot be read: {type(error).__name__}: {error}") from error
     state = state.get("state_dict", state)

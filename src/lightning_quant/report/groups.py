@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.allocation import BudgetPoint
+from lightning_quant.report.saving import save_figure
 
 # Of Okabe and Ito's colours, as in the other pictures.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
@@ -207,5 +208,4 @@ def _save(figure: Figure, path: Path, title: str) -> None:
         axes.autoscale_view(scalex=False)
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)

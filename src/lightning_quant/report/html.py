@@ -10,8 +10,11 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
+
 from lightning_quant.analysis import Analysis, LayerAnalysis
 from lightning_quant.atomic import whole_file
+from lightning_quant.paths import trainer_path, user_path
 from lightning_quant.report.remedies import Finding, joint_line
 
 PAGE = Path(__file__).parent / "page"
@@ -88,12 +91,18 @@ def with_float(report: RunReport, metrics: Mapping[str, float]) -> RunReport:
     return replace(report, summary=rows)
 
 
-def write_report(folder: Path, *reports: RunReport) -> list[Path]:
+def report_folder(trainer: pl.Trainer, folder: Path | None) -> Path:
+    """The folder that was given, or the logger's, or without logger the Trainer's; all ranks have to ask."""
+    return folder or trainer_path(trainer.log_dir or trainer.default_root_dir)
+
+
+def write_report(folder: str | Path, *reports: RunReport) -> list[Path]:
     """Write ``quantization_report.html`` and ``quantization_report.json`` of one run or several into a folder.
 
     Returns:
         both paths.
     """
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     content = {"format": "lightning_quant report", "version": FORMAT, "runs": [as_json(each) for each in reports]}
     texts = {f"{NAME}.html": render(*reports), f"{NAME}.json": json.dumps(content, indent=1) + "\n"}

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics.similarity import HIGHEST_PSNR, psnr
+from lightning_quant.report.saving import save_figure
 
 _GREY = "#555555"
 _DPI = 100
@@ -76,8 +77,7 @@ def draw_image_pairs(
     if title:
         axes.text(_MARGIN, _MARGIN, title, fontsize=_TITLE_SIZE, va="top")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        save_figure(figure, path)
     return figure
 
 

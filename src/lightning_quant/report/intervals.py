@@ -15,6 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.gradient.logs import PREFIX
+from lightning_quant.paths import user_path
+from lightning_quant.report.saving import save_figure
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -117,12 +119,13 @@ def parse_layer_metrics(rows: Iterable[Mapping[str, str]]) -> LayerMetrics:
     return LayerMetrics(ordered)
 
 
-def read_layer_metrics(path: Path) -> LayerMetrics:
+def read_layer_metrics(path: str | Path) -> LayerMetrics:
     """:func:`parse_layer_metrics` of the ``metrics.csv`` of Lightning's CSVLogger.
 
     Raises:
         ConfigurationError: where there is no such file, or no measure in it.
     """
+    path = user_path(path)
     if not path.is_file():
         raise ConfigurationError(f"No file '{path}': give the metrics.csv that Lightning's CSVLogger wrote.")
     with path.open(newline="", encoding="utf-8") as file:
@@ -165,8 +168,7 @@ def draw_intervals(
         handles, list(runs), loc="outside upper left", ncols=4, frameon=False, fontsize=10, title=title or None
     )
     legend.set_alignment("left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    save_figure(figure, path)
 
 
 def _curve(at: Mapping[int, float]) -> Curve:

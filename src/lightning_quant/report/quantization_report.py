@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import lightning.pytorch as pl
@@ -27,8 +27,9 @@ from lightning_quant.nn.compiled import as_written
 from lightning_quant.nn.evaluation import evaluating
 from lightning_quant.nn.hashing import file_hash, weights_hash
 from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.paths import check_on_first_rank, check_writable, trainer_path, user_path
 from lightning_quant.report.comparing import float_network, read_float_state
-from lightning_quant.report.html import Figures, RunReport, write_report
+from lightning_quant.report.html import Figures, RunReport, report_folder, write_report
 from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
 from lightning_quant.report.methods import Method, method_of
 from lightning_quant.report.remedies import Finding, effect, in_float
@@ -62,7 +63,7 @@ class QuantizationReport(pl.Callback):
 
     def __init__(
         self,
-        folder: str | None = None,
+        folder: str | Path | None = None,
         sensitivity: bool = True,
         images: int = 32,
         float_metrics: Mapping[str, float] | None = None,
@@ -70,7 +71,8 @@ class QuantizationReport(pl.Callback):
     ) -> None:
         if images < 1:
             raise ConfigurationError(f"images={images}: expected at least one.")
-        self.folder, self.sensitivity, self.images = folder, sensitivity, images
+        self.folder = None if folder is None else user_path(folder)
+        self.sensitivity, self.images = sensitivity, images
         self.float_metrics = dict(float_metrics or {})
         self.float_ckpt_path = float_ckpt_path
         # Weights that were given ranges only to be measured are those of a float network.
@@ -89,10 +91,11 @@ class QuantizationReport(pl.Callback):
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Begin to count the time; refuse a float checkpoint that cannot be read."""
+        """Refuse a folder that cannot be written to and a float checkpoint that cannot be read; count the time."""
         if self.float_ckpt_path is not None:
             read_float_state(self.float_ckpt_path)
         self._forget()
+        check_on_first_rank(trainer, partial(check_writable, report_folder(trainer, self.folder)))
         self._start = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,7 +156,7 @@ class QuantizationReport(pl.Callback):
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         seconds = time.perf_counter() - self._start
         # Asked on all ranks: the logger's folder is broadcast.
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        folder = report_folder(trainer, self.folder)
         recorder = self._recorder
         self._forget()
         if not trainer.is_global_zero:
@@ -186,7 +189,7 @@ class QuantizationReport(pl.Callback):
                 return
             # As ``exclude`` takes them.
             analysis = analysis if method.names_are_of_the_denoiser else _below(self._root, analysis)
-            self.report = self._report(trainer, pl_module, method, recorder, analysis, stage, seconds, Path(drawn))
+            self.report = self._report(trainer, pl_module, method, recorder, analysis, stage, seconds, user_path(drawn))
         self.written = write_report(folder, self.report)
         rank_zero_info(f"Report: {self.written[0]}")
         metrics = _logged(analysis)
@@ -331,7 +334,7 @@ def _environment(trainer: pl.Trainer, network: nn.Module, stage: str) -> dict[st
             libraries.append(f"{name} {version(name)}")
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(Path(word).name if at == 0 else word for at, word in enumerate(sys.argv)),
+        "command": " ".join(PurePath(word).name if at == 0 else word for at, word in enumerate(sys.argv)),
         "device": f"{device.type}, {hardware}, {torch.get_num_threads()} threads, {trainer.world_size} processes",
         "precision": str(trainer.precision),
         "seed": os.environ.get("PL_GLOBAL_SEED", "none was set"),
@@ -348,7 +351,8 @@ def _artefacts(trainer: pl.Trainer, written: bool) -> dict[str, str]:
         for name in ("best_model_path", "last_model_path"):
             found.setdefault(getattr(callback, name, None), "written")
     # Others are on another machine's disk, or somewhere in a cloud.
-    files = {Path(path): what for path, what in found.items() if path and Path(path).is_file()}
+    local = {trainer_path(path): what for path, what in found.items() if path and "://" not in str(path)}
+    files = {path: what for path, what in local.items() if path.is_file()}
     return {f"SHA-256 of {path}": f"{file_hash(path)}, {what}" for path, what in files.items()}
 
 

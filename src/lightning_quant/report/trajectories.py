@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.paths import check_on_first_rank, check_writable, user_path
+from lightning_quant.report.html import report_folder
 from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.windows import (
     GREY,
@@ -75,15 +78,21 @@ class GenerationPictures(pl.Callback):
     >>> trainer = pl.Trainer(callbacks=[GenerationPictures("pictures")], logger=False, accelerator="cpu")
     """
 
-    def __init__(self, folder: str | None = None, images: int = 8, amplify: float | None = 4.0) -> None:
+    def __init__(self, folder: str | Path | None = None, images: int = 8, amplify: float | None = 4.0) -> None:
         if images < 1:
             raise ConfigurationError(f"images={images}: expected at least one.")
-        self.folder, self.images, self.amplify = folder, images, amplify
+        self.folder = None if folder is None else user_path(folder)
+        self.images, self.amplify = images, amplify
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be written to."""
+        if stage == "test":
+            check_on_first_rank(trainer, partial(check_writable, report_folder(trainer, self.folder)))
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw what the module found."""
         # Asked on all ranks: the logger's folder is broadcast.
-        folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        folder = report_folder(trainer, self.folder)
         if not trainer.is_global_zero:
             return
         holders: list[Any] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
@@ -99,7 +108,7 @@ class GenerationPictures(pl.Callback):
 
 
 def draw_generation(
-    report: GenerationReport, folder: Path, images: int = 8, amplify: float | None = None
+    report: GenerationReport, folder: str | Path, images: int = 8, amplify: float | None = None
 ) -> list[Path]:
     """Draw what a report has: ``images.png``, ``error_curves.png`` and ``window_sweep.png``.
 
@@ -118,7 +127,7 @@ def draw_generation(
     >>> draw_generation({}, Path("pictures"))
     []
     """
-    written = []
+    folder, written = user_path(folder), []
     pictures = {name: each[:images] for name, each in (report.get("images") or {}).items()}
     if pictures and FLOAT not in pictures:
         raise ConfigurationError(f"Images of {', '.join(pictures)}, but none to compare with: add '{FLOAT}'.")

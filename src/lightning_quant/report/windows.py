@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report.saving import save_figure
 
 Values = float | Tensor | Sequence[float]
 """One number, or one for each seed or position."""
@@ -277,8 +278,7 @@ def finish(figure: Figure, path: Path | None, title: str) -> Figure:
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
+        save_figure(figure, path)
     return figure
 
 

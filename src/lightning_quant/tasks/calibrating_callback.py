@@ -78,6 +78,7 @@ class CalibratingCallback(WhatRan):
         file = self.state_file(trainer, calibration)
         if file is not None:
             file.load(calibration)
+            file.check_writable(calibration)
         with ProgressBar(trainer, self.units(calibration), "Calibrating") as bar:
             while not calibration.finished:
                 parts: list[str] = []

@@ -165,6 +165,8 @@ class CalibratingModule(pl.LightningModule):
             self.calibration.load_state_dict({key: value.to(self.device) for key, value in self._resumed.items()})
         elif self._file is not None:
             self._file.load(self.calibration)
+        if self._file is not None:
+            self._file.check_writable(self.calibration)
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The steps that are left."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,13 @@ from torch import Tensor
 
 from lightning_quant.atomic import whole_file
 from lightning_quant.errors import CheckpointError
+from lightning_quant.paths import check_on_first_rank, check_writable, trainer_path
 from lightning_quant.tasks.calibration import StepwiseCalibration
+
+
+def cache_folder(trainer: pl.Trainer, folder: Path | None, name: str) -> Path:
+    """The folder that was given for what a calibration keeps, or ``name`` in the Trainer's ``default_root_dir``."""
+    return folder or trainer_path(trainer.default_root_dir) / name
 
 
 class StateFile:
@@ -30,16 +37,16 @@ class StateFile:
         active: False neither reads nor writes, where a state is not enough to go on from.
 
     >>> trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    >>> first, second = (StateFile(trainer, "states", "igq_vit", "settings", weights).path for weights in ("a", "b"))
+    >>> first, second = (StateFile(trainer, None, "igq_vit", "settings", weights).path for weights in ("a", "b"))
     >>> first.parent.name, first.suffix, first == second
-    ('states', '.safetensors', False)
+    ('igq_vit', '.safetensors', False)
     """
 
     def __init__(
-        self, trainer: pl.Trainer, folder: str | Path | None, name: str, *parts: object, active: bool = True
+        self, trainer: pl.Trainer, folder: Path | None, name: str, *parts: object, active: bool = True
     ) -> None:
         self.trainer, self.active = trainer, active
-        home = Path(trainer.default_root_dir) / name if folder is None else Path(folder)
+        home = cache_folder(trainer, folder, name)
         key = repr((*parts, str(trainer.precision)))
         self.path = home / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 
@@ -76,6 +83,15 @@ class StateFile:
             raise CheckpointError(f"{self.path} is damaged ({damage}): delete it, and calibrate anew.")
         # One after the other: a large state would otherwise be in memory once more, in one piece.
         return None if names is None else {name: broadcast(state.get(name)) for name in names}
+
+    def check_writable(self, calibration: StepwiseCalibration) -> None:
+        """Refuse a folder that cannot be written to before a calibration goes on; one that is finished writes nothing.
+
+        Raises:
+            ConfigurationError: on all ranks, where the first one cannot write.
+        """
+        if self.active and not calibration.finished:
+            check_on_first_rank(self.trainer, partial(check_writable, self.path.parent))
 
     def save(self, calibration: StepwiseCalibration) -> None:
         """Write the state, under a temporary name first.

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
+from lightning_quant.paths import user_path
 
 _SCHEDULERS = ("DDIMScheduler", "DDPMScheduler")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")
@@ -121,11 +122,12 @@ def described(configured: Any) -> dict[str, Any]:
 
 def _folder_with(folder: str, inside: str, name: str) -> Path:
     """The folder itself, or the one inside a pipeline's, that holds the file of that name."""
-    for each in (Path(folder), Path(folder, inside)):
+    whole = user_path(folder)
+    for each in (whole, whole / inside):
         if (each / name).is_file():
             return each
     raise ConfigurationError(
-        f"No {name} in '{folder}' or '{Path(folder, inside)}'. Write the folder of a diffusers pipeline, or arguments."
+        f"No {name} in '{whole}' or '{whole / inside}'. Write the folder of a diffusers pipeline, or arguments."
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,18 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
+from lightning_quant.atomic import Writer, check_replaceable, list_files, listed_files, whole_folder
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.structure import rebuild
+from lightning_quant.paths import check_on_first_rank, user_path
 from lightning_quant.tasks.denoisers import described, learned_target, noise_scheduler, unet
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 
 Batch = Tensor | Sequence[Tensor]
 
+INDEX = "model_index.json"
+WRITER = Writer("ImageDiffusion.save_pipeline", partial(listed_files, index=INDEX))
 # Multiples of the golden ratio spread over [0, 1) evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 # Network and scheduler are there as diffusers describes them; the rest belongs to the run.
@@ -98,14 +103,14 @@ class ImageDiffusion(LightningModule):
                 f"Expected padding and seed >= 0 and sampling_steps in 1..{steps}, the scheduler's "
                 f"num_train_timesteps, found padding={padding}, seed={seed} and sampling_steps={sampling_steps}."
             )
+        self.pipeline = None if pipeline is None else user_path(pipeline)
+        if self.pipeline is not None and self.pipeline.is_file():
+            raise ConfigurationError(f"pipeline='{self.pipeline}' is a file. Write pipeline=FOLDER.")
         if self.network.config.sample_size is None:
             raise ConfigurationError("The network has no sample_size. Write the height of the images, with padding.")
-        if pipeline is not None and Path(pipeline).is_file():
-            raise ConfigurationError(f"pipeline='{pipeline}' is a file. Write pipeline=FOLDER.")
         self.padding = padding
         self.sampling_steps = sampling_steps
         self.seed = seed
-        self.pipeline = pipeline
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
         self._scheduler_interval = scheduler_interval
@@ -125,6 +130,8 @@ class ImageDiffusion(LightningModule):
         return prediction
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.pipeline is not None:
+            check_on_first_rank(self.trainer, partial(check_replaceable, self.pipeline, WRITER))
         self._checked = False
         classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         embedded = self.network.config.num_class_embeds
@@ -200,12 +207,18 @@ class ImageDiffusion(LightningModule):
         The weights are the module's: after a fit with ``EMAWeightAveraging``, and out of its checkpoints, averaged.
 
         Args:
-            folder: What ``DDIMPipeline.from_pretrained(folder)`` opens.
+            folder: What ``DDIMPipeline.from_pretrained(folder)`` opens; one that was written before is replaced once
+                the new one is complete.
+
+        Raises:
+            ConfigurationError: A folder with files that this did not write, or one that cannot be written to.
         """
         import diffusers
 
         pipeline = getattr(diffusers, type(self.scheduler).__name__.replace("Scheduler", "Pipeline"))
-        pipeline(unet=self.network, scheduler=self.scheduler).save_pretrained(folder)
+        with whole_folder(user_path(folder), WRITER) as new:
+            pipeline(unet=self.network, scheduler=self.scheduler).save_pretrained(new)
+            list_files(new, INDEX)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._optimizer(self.parameters())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with timm)
 from lightning_quant.errors import CheckpointError, ConfigurationError
+from lightning_quant.paths import user_path
 
 _TORCHVISION = "torchvision/"
 
@@ -19,7 +20,7 @@ def create_network(
     model: str | nn.Module,
     num_classes: int,
     pretrained: bool = False,
-    checkpoint_path: str | None = None,
+    checkpoint_path: str | Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
     """A classification network with its first weights.
@@ -42,9 +43,10 @@ def create_network(
         ...
         lightning_quant.errors.ConfigurationError: torchvision knows no network 'vit_b16'. Near: torchvision/vit_b_16...
     """
-    if checkpoint_path is not None and not Path(checkpoint_path).is_file():
+    path = None if checkpoint_path is None else user_path(checkpoint_path)
+    if path is not None and not path.is_file():
         raise ConfigurationError(
-            f"No file '{checkpoint_path}'. Write checkpoint_path=FILE, a .safetensors, .pth or .ckpt file, "
+            f"No file '{path}'. Write checkpoint_path=FILE, a .safetensors, .pth or .ckpt file, "
             "or leave it out to start from random weights."
         )
     match model:
@@ -60,8 +62,8 @@ def create_network(
             network = _from_torchvision(name, num_classes, pretrained, model_kwargs or {})
         case _:
             network = _from_timm(model, num_classes, pretrained, model_kwargs or {})
-    if checkpoint_path is not None:
-        _load_weights(network, model if isinstance(model, str) else type(model).__name__, checkpoint_path)
+    if path is not None:
+        _load_weights(network, model if isinstance(model, str) else type(model).__name__, str(path))
     return network
 
 
