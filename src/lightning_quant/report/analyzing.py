@@ -103,14 +103,14 @@ def analyze(
 
 def _readable(data: TestData) -> TestData:
     """What Lightning takes, and can take a second time, in float."""
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        raise ConfigurationError(
+            f"The test data is a {type(data).__name__}, which has no batches: give DataLoader(dataset, batch_size=32)."
+        )
     if isinstance(data, Iterator) or not isinstance(data, pl.LightningDataModule | Iterable):
         raise ConfigurationError(
             f"The test data is a {type(data).__name__}, which cannot be read twice, quantized and in float: give a"
             " DataLoader, a DataModule or a list of batches."
-        )
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise ConfigurationError(
-            f"The test data is a {type(data).__name__}, which has no batches: give DataLoader(dataset, batch_size=32)."
         )
     if isinstance(data, list | tuple) and not any(isinstance(each, DataLoader) for each in data):
         # Of a list Lightning takes each element for a loader.
