@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_quant import IGQViT, SaveQuantized, load_quantized
+from artifacts import mlp, quantized
+from lightning_quant import IGQViT, SaveQuantized, load_quantized, save_quantized
 from lightning_quant.errors import ConfigurationError
+from networks import SmallNet, quantization, trainer
 from vits import VitData, VitModule, images, quiet
 
 
@@ -20,6 +22,15 @@ def test_a_test_and_a_float_fit(tmp_path: Path) -> None:
     quiet(tmp_path, settings, SaveQuantized(str(folder))).test(module, VitData())
     loaded = load_quantized(folder, model=VitModule())
     assert torch.equal(loaded(images(3)), module.eval()(images(3)))
+
+
+def test_a_trial_run_replaces_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    save_quantized(quantized(mlp()), tmp_path / "saved")
+    before = (tmp_path / "saved" / "quantization.json").read_text(encoding="utf-8")
+    trial = trainer(quantization(), SaveQuantized(tmp_path / "saved"), fast_dev_run=1, default_root_dir=tmp_path)
+    trial.fit(SmallNet())
+    assert (tmp_path / "saved" / "quantization.json").read_text(encoding="utf-8") == before
+    assert "is not replaced" in caplog.text
 
 
 def test_a_folder_with_other_files_is_refused_before_the_run(tmp_path: Path) -> None:

@@ -44,5 +44,8 @@ class SaveQuantized(pl.Callback):
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_quantized(pl_module):
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info(f"A trial run, fast_dev_run: what is in {self.folder} is not replaced.")
+            return
         folder = save_quantized(pl_module, self.folder)
         rank_zero_info(f"The quantized module is in {folder}; lightning_quant.load_quantized reads it.")
