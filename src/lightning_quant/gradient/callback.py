@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.hooks import RemovableHandle
 
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.functional.grid import check_bits
@@ -22,6 +21,7 @@ from lightning_quant.gradient.logs import layer_metrics
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
 from lightning_quant.gradient.quantizer import GradientQuantizer
+from lightning_quant.gradient.steps import StepListener
 from lightning_quant.gradient.structure import layer_bits, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.late import after_setup, cancel_after_setup
@@ -103,7 +103,7 @@ class GradientQuantization(WhatRan):
         self._layers: dict[str, QuantizedLayer] = {}
         self._frozen: dict[str, torch.nn.Module] = {}
         self._optimizers: list[QuantizerOptimizer] = []
-        self._handles: list[RemovableHandle] = []
+        self._listener: StepListener | None = None
         self._restored: dict[str, Any] = {}
         self._warned = False
         self._said: set[str] = set()
@@ -220,9 +220,9 @@ class GradientQuantization(WhatRan):
             quantizer.clipped = quantizer.total = None
         self._optimizers = []
         for optimizer, layers in _owners(trainer.optimizers, self._layers):
-            ours = QuantizerOptimizer(layers, optimizer, self.quantizer_lr)
-            self._optimizers.append(ours)
-            self._handles.append(optimizer.register_step_post_hook(_stepper(ours, trainer)))
+            self._optimizers.append(QuantizerOptimizer(layers, optimizer, self.quantizer_lr))
+        self._stop_listening()
+        self._listener = StepListener(self._optimizers, partial(_step, trainer))
         for ours, state in zip(self._optimizers, self._restored.get("optimizers", []), strict=False):
             ours.load_state_dict(state)
         self._restored = {}
@@ -232,7 +232,9 @@ class GradientQuantization(WhatRan):
     ) -> None:
         """Begin the rounding noise of this batch, and ask for errors where they will be logged."""
         assert self.noise is not None
+        assert self._listener is not None
         self._check_frozen()
+        self._listener.begin_batch()
         self.noise.restart(self.batches)
         self.batches += 1
         every = trainer.log_every_n_steps if self.log_every_n_steps is None else self.log_every_n_steps  # type: ignore[attr-defined]
@@ -245,6 +247,8 @@ class GradientQuantization(WhatRan):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what was observed; after the first batch, say which path ran where integers were asked for."""
+        assert self._listener is not None
+        self._listener.end_batch()
         if self.execution == "integer" and self.batches == 1:
             rank_zero_info(_paths(self._layers))
         metrics = layer_metrics(self._gradient_quantizers())
@@ -294,17 +298,21 @@ class GradientQuantization(WhatRan):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
         cancel_after_setup(pl_module)
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._stop_listening()
         # Without the callback nobody moves the intervals; training on without it must say so.
         for quantizer in self._gradient_quantizers().values():
             quantizer.noise = None
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of a module whose ``setup`` was not reached."""
+        """Let go of a module whose ``setup`` was not reached, and of the user's optimizers."""
         cancel_after_setup(pl_module)
+        self._stop_listening()
+
+    def _stop_listening(self) -> None:
+        if self._listener is not None:
+            self._listener.stop()
+        self._listener = None
 
     # -- evaluation --------------------------------------------------------------------------------------------
 
@@ -356,13 +364,10 @@ class GradientQuantization(WhatRan):
         mark(checkpoint["state_dict"], "GradientQuantization")
 
 
-def _stepper(ours: QuantizerOptimizer, trainer: pl.Trainer) -> Any:
-    def step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
-        # As a tensor: get_scale() would wait for the device.
-        ours.step(1.0 if scaler is None else scaler._scale)
-
-    return step
+def _step(trainer: pl.Trainer, ours: QuantizerOptimizer) -> None:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    # As a tensor: get_scale() would wait for the device.
+    ours.step(1.0 if scaler is None else scaler._scale)
 
 
 def _owners(

@@ -92,10 +92,15 @@ class QuantizerOptimizer:
             quantizer.restarts = every is not None and self.steps > 0 and self.steps % every == 0
 
     def _schedule(self) -> float:
-        """Where the user's schedule stands: the first parameter group's that is not switched off."""
+        """Where the user's schedule stands: the first parameter group's that is not switched off.
+
+        An optimizer without a learning rate (Adafactor) has no schedule that could be followed.
+        """
         groups = self.optimizer.param_groups
         bases = self.base_lrs + [_base_lr(group) for group in groups[len(self.base_lrs) :]]
-        return next((group["lr"] / base for group, base in zip(groups, bases, strict=False) if base > 0), 0.0)
+        if None in bases:
+            return 1.0
+        return next((float(group["lr"]) / base for group, base in zip(groups, bases, strict=False) if base), 0.0)
 
     def _move_intervals(self, quantizers: list[GradientQuantizer], counts: Counts) -> None:
         if not quantizers or not quantizers[0].interval.counts:
@@ -180,6 +185,10 @@ class QuantizerOptimizer:
             self.adam.load_state_dict(state["adam"])
 
 
-def _base_lr(group: dict[str, Any]) -> float:
-    """The learning rate that a schedule is a multiple of: the peak of a one-cycle, else what it started from."""
-    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
+def _base_lr(group: dict[str, Any]) -> float | None:
+    """The learning rate that a schedule is a multiple of: the peak of a one-cycle, else what it started from.
+
+    None where the optimizer finds its own.
+    """
+    rate = group.get("max_lr", group.get("initial_lr", group.get("lr")))
+    return None if rate is None else float(rate)
