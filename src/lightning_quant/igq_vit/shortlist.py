@@ -9,7 +9,7 @@ from scipy.stats import norm
 
 from lightning_quant.igq_vit.allocation import Costs, Table
 
-# Relative error of an estimate, which is of second order (benchmarks/igq_allocation.py).
+# Relative error of an estimate, which is of second order.
 SPREAD = 0.2
 
 
