@@ -13,7 +13,7 @@ from lightning_quant import atomic
 from lightning_quant.atomic import Writer, left_elsewhere, settle, whole_file, whole_folder
 from lightning_quant.errors import ConfigurationError
 
-WRITER = Writer("save", lambda folder: ["weights"])
+WRITER = Writer("save", lambda folder: ["weights"], "weights")
 
 
 def write(folder: Path, text: str, meanwhile: Callable[[], object] = lambda: None) -> None:

@@ -58,10 +58,12 @@ class Writer:
     Attributes:
         name: Name of the function, for messages.
         written: Returns the files that the function wrote into a folder, relative to it, as the folder itself says.
+        index: Name of the file by which the folder says so.
     """
 
     name: str
     written: Callable[[Path], Iterable[str]]
+    index: str
 
     def foreign(self, folder: Path) -> list[str]:
         """Files in a folder, or below it, that the function did not write, and folders without any of its files."""
@@ -141,7 +143,7 @@ def whole_folder(path: Path, writer: Writer) -> Iterator[Path]:
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole_folder(Path(folder) / "model", Writer("save", lambda folder: ["weights"])) as new:
+    ...     with whole_folder(Path(folder) / "model", Writer("save", lambda folder: ["weights"], "weights")) as new:
     ...         _ = (new / "weights").write_text("...")
     ...     [path.name for path in Path(folder).rglob("*")]
     ['model', 'weights']
@@ -203,13 +205,18 @@ def _remove(old: Path, writer: Writer) -> None:
     """Take away what the writer wrote, file by file: what somebody put there since then stays."""
     if not os.path.lexists(old):
         return
-    names = [] if writer.foreign(old) else [PurePath(name) for name in writer.written(old)]
-    folders = {PurePath(), *(parent for name in names for parent in name.parents)}
+    names = set() if writer.foreign(old) else {PurePath(name) for name in writer.written(old)}
+    folders = {parent for name in names for parent in name.parents} - {PurePath()}
     with suppress(OSError):
-        for name in names:
+        for name in sorted(names - {PurePath(writer.index)}):
             (old / name).unlink(missing_ok=True)
         for name in sorted(folders, key=lambda each: -len(each.parts)):
-            (old / name).rmdir()
+            with suppress(FileNotFoundError):
+                (old / name).rmdir()
+        # Last, so that the next start can go on where this one is killed.
+        if names:
+            (old / writer.index).unlink(missing_ok=True)
+        old.rmdir()
     if os.path.lexists(old):
         rank_zero_warn(f"{old} is left of a folder that {writer.name} replaced: it holds files of somebody else.")
 

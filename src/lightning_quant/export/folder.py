@@ -56,7 +56,7 @@ def written_files(folder: Path) -> tuple[str, ...]:
     return (TENSORS, DESCRIPTION) if ours else ()
 
 
-WRITER = Writer("save_quantized", written_files)
+WRITER = Writer("save_quantized", written_files, DESCRIPTION)
 
 
 def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Description) -> None:

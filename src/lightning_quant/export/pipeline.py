@@ -21,7 +21,7 @@ from lightning_quant.paths import user_path
 
 # Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
 _HOME = "lightning_quant.export.denoiser"
-WRITER = Writer("save_pipeline", partial(listed_files, index=INDEX))
+WRITER = Writer("save_pipeline", partial(listed_files, index=INDEX), INDEX)
 # What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
 _OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 

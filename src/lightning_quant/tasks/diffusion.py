@@ -25,7 +25,7 @@ from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
 Batch = Tensor | Sequence[Tensor]
 
 INDEX = "model_index.json"
-WRITER = Writer("ImageDiffusion.save_pipeline", partial(listed_files, index=INDEX))
+WRITER = Writer("ImageDiffusion.save_pipeline", partial(listed_files, index=INDEX), INDEX)
 # Multiples of the golden ratio spread over [0, 1) evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 # Network and scheduler are there as diffusers describes them; the rest belongs to the run.
