@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-import timm.optim
+from timm.optim._optim_factory import create_optimizer_v2
 import torch
 from torch import Tensor, nn
 
@@ -83,8 +83,8 @@ OPTIMIZERS: dict[str, Callable[[Any], Any]] = {
     "SGD": sgd,
     "LBFGS": lambda params: torch.optim.LBFGS(params, lr=0.05, max_iter=2),
     "a learning rate that is a tensor": lambda params: torch.optim.Adam(params, lr=torch.tensor(1e-3)),
-    "no learning rate": lambda params: timm.optim.create_optimizer_v2(list(params), opt="adafactor", lr=None),
-    "lookahead": lambda params: timm.optim.create_optimizer_v2(list(params), opt="lookahead_sgd", lr=0.05),
+    "no learning rate": lambda params: create_optimizer_v2(list(params), opt="adafactor", lr=None),
+    "lookahead": lambda params: create_optimizer_v2(list(params), opt="lookahead_sgd", lr=0.05),
     "sharpness with a closure": lambda params: Sharpness(list(params), lr=0.05),
     "no constructor": lambda params: Delegating(sgd(params)),
     "no hook": lambda params: Unheard(sgd(params)),
