@@ -343,7 +343,8 @@ def test_ranks_agree_and_find_what_one_finds_on_the_union(kind: str, ranks: int,
         assert all(np.array_equal(value, found[0][1][key], equal_nan=True) for key, value in state.items())
     errors_there, state = found[0]
     assert errors_there["before"] == pytest.approx(errors["before"], rel=1e-5)
-    assert errors_there["after"] == pytest.approx(errors["after"], rel=2e-2)
+    # The order of a sum may turn a code, on some processors and not on others.
+    assert errors_there["after"] == pytest.approx(errors["after"], rel=5e-2)
     assert errors_there["after"] < errors_there["before"]
     for key, value in whole.items():
         if key.endswith("codes"):
