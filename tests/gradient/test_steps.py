@@ -8,8 +8,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import pytest
-from timm.optim._optim_factory import create_optimizer_v2
 import torch
+from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
 from lightning_quant.gradient.callback import GradientQuantization
