@@ -33,7 +33,7 @@ def in_float(name: str, settings: Settings) -> Remedy:
     >>> in_float("head", {"exclude": ["stem"]}).line
     "exclude=['stem', 'head']"
     """
-    return Remedy("leave it in float", f"exclude={[*_excluded(settings), name]}")
+    return Remedy("leave it in float", joint_line([name], settings))
 
 
 def of_training(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
@@ -102,12 +102,8 @@ def effect(layer: LayerAnalysis, analysis: Analysis) -> str:
 
 def joint_line(layers: Sequence[str], settings: Settings) -> str:
     """The line that leaves several layers in float."""
-    return f"exclude={[*_excluded(settings), *layers]}"
-
-
-def _excluded(settings: Settings) -> list[str]:
     known = settings.get("exclude") or []
-    return [known] if isinstance(known, str) else list(known)
+    return f"exclude={[*([known] if isinstance(known, str) else known), *layers]}"
 
 
 def _doubled(name: str, settings: Settings, usual: int) -> str:
