@@ -387,12 +387,12 @@ LOOK = """
 const heads = Array.from(document.querySelectorAll("table.layers th"));
 const column = (at) => Array.from(document.querySelectorAll("table.layers tbody tr:not([hidden])"))
   .map((row) => row.cells[at].dataset.value);
-const only = heads.findIndex((head) => head.textContent === "only this");
-const found = {names: column(0), before: column(only)};
-heads[only].querySelector("button").click();
-found.down = column(only);
-heads[only].querySelector("button").click();
-found.up = column(only);
+const measured = heads.findIndex((head) => ["only this", "moves"].includes(head.textContent));
+const found = {names: column(0), before: column(measured)};
+heads[measured].querySelector("button").click();
+found.down = column(measured);
+heads[measured].querySelector("button").click();
+found.up = column(measured);
 const filter = document.querySelector(".filter");
 filter.value = found.names[1];
 filter.dispatchEvent(new Event("input"));
