@@ -8,7 +8,9 @@ from pathlib import Path, PurePath
 from lightning_quant.cli.advice import UsageError, did_you_mean
 from lightning_quant.paths import user_path
 
-FOLDER = Path(__file__).resolve().parent.parent / "configs"
+_PACKAGE = Path(__file__).resolve().parent.parent
+# A wheel holds the configs within the package; in a checkout they lie beside it.
+FOLDER = next(filter(Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "configs")), _PACKAGE / "configs")
 
 
 def names() -> list[str]:
