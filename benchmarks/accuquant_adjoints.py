@@ -21,10 +21,10 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.learning import Learner
 from lightning_quant.accuquant.pipelines import load_pipeline
 from lightning_quant.accuquant.preparation import Parts, start
-from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.windows import Adjoint, Window, window_loss
 from lightning_quant.metrics.saved_bytes import peak_saved_bytes

@@ -28,11 +28,11 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.pipelines import load_pipeline
 from lightning_quant.accuquant.preparation import Parts, sampler_for, start, trajectories
-from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings
-from lightning_quant.accuquant.trajectory_errors import single_step_errors
+from lightning_quant.accuquant.source import single_step_errors
 from lightning_quant.accuquant.windows import network_calls, roll
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.nn import strip

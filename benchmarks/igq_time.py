@@ -17,8 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.igq_vit.calibration import Calibration, Source
 from lightning_quant.igq_vit.perturbation import log_posteriors
-from lightning_quant.igq_vit.session import Calibration, Source, prepare
+from lightning_quant.igq_vit.preparation import prepare
 from lightning_quant.igq_vit.settings import Settings
 
 

@@ -32,8 +32,8 @@ import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with 
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn import Bits, plan_layers
 from lightning_quant.nn.layers import Execution
 

@@ -15,3 +15,10 @@ class UnsupportedModelError(QuantizationError, TypeError):
 
 class CheckpointError(QuantizationError, RuntimeError):
     """A checkpoint does not fit the quantizers of the module it is loaded into."""
+
+
+class UnavailableError(QuantizationError):
+    """What a measure needs is not here: weights that cannot be had, images that were not given.
+
+    :class:`~lightning_quant.metrics.GenerationMetrics` names the measures it stands for, and computes the others.
+    """

@@ -11,27 +11,27 @@ import lightning_quant
 PACKAGE = Path(lightning_quant.__file__).parent
 
 # What each room may import besides itself. Rooms side by side do not know each other.
-_FILES = {"errors", "paths", "atomic"}
-_TENSORS = _FILES | {"functional"}
+_TENSORS = {"errors", "utilities", "functional"}
 _LAYERS = _TENSORS | {"quantizers"}
-_METHOD = _LAYERS | {"nn"}
+_NETWORKS = _LAYERS | {"nn"}
+_TASKS = _NETWORKS | {"models", "data", "metrics", "calibration", "tasks"}
 _METHODS = {"gradient", "accuquant", "igq_vit"}
-_EVERYTHING = _METHOD | _METHODS | {"analysis", "export", "report", "metrics", "models", "data", "tasks"}
+_EVERYTHING = _TASKS | _METHODS | {"analysis", "export", "report"}
 MAY_IMPORT = {
     "errors": set[str](),
-    "paths": {"errors"},
-    "atomic": {"errors", "paths"},
+    "utilities": {"errors"},
     "functional": {"errors"},
     "quantizers": _TENSORS,
     "nn": _LAYERS,
-    "metrics": _METHOD,
+    "metrics": _NETWORKS,
     "models": {"errors"},
-    "data": {"errors", "paths"},
-    "tasks": _METHOD | {"models", "data", "metrics"},
-    **dict.fromkeys(_METHODS, _METHOD | {"models", "data", "metrics", "tasks"}),
-    "export": _METHOD | _METHODS,
-    "analysis": _METHOD | {"metrics"},
-    "report": _METHOD | _METHODS | {"metrics", "analysis", "tasks"},
+    "data": {"errors", "utilities"},
+    "calibration": _NETWORKS,
+    "tasks": _NETWORKS | {"models", "data", "metrics"},
+    **dict.fromkeys(_METHODS, _TASKS),
+    "export": _NETWORKS | _METHODS,
+    "analysis": _NETWORKS | {"metrics"},
+    "report": _NETWORKS | _METHODS | {"metrics", "analysis", "calibration", "tasks"},
     # On top: they put the rooms together, and the lazy public names may be used there.
     "demo": _EVERYTHING | {""},
     "cli": _EVERYTHING | {"", "demo"},

@@ -14,7 +14,7 @@ import yaml
 from lightning.pytorch import Callback
 from torch import nn
 
-from diffusion import tiny_pipeline_folder
+from helpers.diffusion import tiny_pipeline_folder
 from lightning_quant import ImageClassifier
 from lightning_quant.cli import main
 from lightning_quant.cli.advice import EXAMPLES, VERBS

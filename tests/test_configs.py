@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from safetensors.torch import save_file
 
-from diffusion import CLASSES, WIDTH, Kind, tiny_pipeline_folder
+from helpers.diffusion import CLASSES, WIDTH, Kind, tiny_pipeline_folder
 from lightning_quant import (
     AccuQuantModule,
     GenerationPictures,

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from browser import needs_chromium, visit
+from helpers.browser import needs_chromium, visit
 from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized, open_pipeline
 from lightning_quant.cli import main as cli
 from lightning_quant.demo import accuquant, igq_vit, int4_training

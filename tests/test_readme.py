@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.networks import SmallNet, quantization, trainer
 from lightning_quant import load_quantized, save_quantized
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.quantizers.base import KINDS
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import SmallNet, quantization, trainer
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

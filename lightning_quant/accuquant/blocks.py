@@ -18,9 +18,9 @@ from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.trajectories import device_of
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.nn.attention import QuantizedAttention, attention_form
-from lightning_quant.nn.in_float import in_float
-from lightning_quant.quantizers.statistics import all_reduce_max, all_reduce_sum, several_ranks
+from lightning_quant.nn.structure import in_float
 from lightning_quant.quantizers.timestep import TimestepQuantizer
+from lightning_quant.utilities.distributed import all_reduce_max, all_reduce_sum, several_ranks
 
 # Classes of diffusers that are one block, whatever they are derived from or made of; and all attentions outside them.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")

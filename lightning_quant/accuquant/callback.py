@@ -10,19 +10,19 @@ from typing import Any, ClassVar, Literal
 import lightning.pytorch as pl
 from torch import nn
 
+from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_denoiser
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.samplers import SUPPORTED
-from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import ActivationParameters, Learn, Settings, Start
 from lightning_quant.accuquant.summary import summarise
 from lightning_quant.accuquant.windows import Adjoint
+from lightning_quant.calibration.callback import CalibratingCallback
+from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.nn.hashing import weights_hash
-from lightning_quant.paths import user_path
-from lightning_quant.tasks.calibrating_callback import CalibratingCallback
-from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.nn.structure import weights_hash
+from lightning_quant.utilities.paths import user_path
 
 
 class AccuQuant(CalibratingCallback):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 
 class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-call]

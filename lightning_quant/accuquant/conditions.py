@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_quant.data.noise import drawn_number, numbers
 from lightning_quant.errors import ConfigurationError, QuantizationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning

@@ -18,7 +18,7 @@ from lightning_quant.accuquant.text_encoding import read_embeddings, text_encode
 from lightning_quant.accuquant.trajectories import generate
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 

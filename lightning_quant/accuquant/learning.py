@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lightning_quant.accuquant.ranges import activation_quantizers
 from lightning_quant.accuquant.settings import Settings
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers.rounded import RoundedQuantizer
-from lightning_quant.quantizers.statistics import all_reduce_sum
 from lightning_quant.quantizers.timestep import TimestepQuantizer
+from lightning_quant.utilities.distributed import all_reduce_sum
 
 _BEST, _ADAM = "best", "adam"
 

@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.callback import AccuQuant
 from lightning_quant.accuquant.generation import Conditions, GeneratedImages, generate_images, read_images, write_images
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
 from lightning_quant.accuquant.preparation import Parts, image_numbers, sampler_for, trajectories
-from lightning_quant.accuquant.session import Calibration
-from lightning_quant.accuquant.trajectory_errors import accumulated_errors, single_step_errors
+from lightning_quant.accuquant.source import accumulated_errors, single_step_errors
+from lightning_quant.calibration.module import CalibratingModule
+from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics import GenerationMetrics
-from lightning_quant.nn.agreement import on_all_ranks
-from lightning_quant.nn.in_float import in_float
-from lightning_quant.paths import check_writable, user_path
-from lightning_quant.tasks.calibration import CalibratingModule
-from lightning_quant.tasks.calibration_files import StateFile
+from lightning_quant.nn.structure import in_float
+from lightning_quant.utilities.distributed import on_all_ranks
+from lightning_quant.utilities.paths import check_writable, user_path
 
 # Generated images are others than those that it was calibrated on.
 FIRST_GENERATED = 1_000_000

@@ -15,7 +15,7 @@ from typing import Any
 
 from lightning_quant.accuquant.samplers import SUPPORTED as SCHEDULERS
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 INDEX = "model_index.json"
 # In the place of a denoiser's weights where it is quantized; lightning_quant.export writes it.

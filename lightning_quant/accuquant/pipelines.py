@@ -27,7 +27,7 @@ from lightning_quant.accuquant.pipeline_folder import (
     read_folder,
 )
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 Kind = Literal["ddpm", "ldm", "ldm_class", "sd", "dit"]
 # Those of the pipelines of diffusers; of the class-conditional LDM that of its paper.

@@ -16,7 +16,7 @@ from lightning_quant.nn.attention import attention_form
 from lightning_quant.nn.forms import obstacle
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns, matches
-from lightning_quant.nn.tabled import Tabled
+from lightning_quant.utilities.table import Tabled
 
 FIRST_AND_LAST = "first or last"
 

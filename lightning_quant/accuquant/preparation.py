@@ -15,25 +15,26 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
+from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_call
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import prepare
 from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.samplers import Sampler, sampler_of
-from lightning_quant.accuquant.session import Calibration
 from lightning_quant.accuquant.settings import Settings, usual_window, windows_of
 from lightning_quant.accuquant.source import Source
 from lightning_quant.accuquant.trajectories import check_finite, device_of, rows_to, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
 from lightning_quant.accuquant.trajectory_files import describe
 from lightning_quant.accuquant.windows import network_calls
+from lightning_quant.calibration.state_file import cache_folder
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.agreement import check_weights_agree
-from lightning_quant.nn.evaluation import evaluating
-from lightning_quant.nn.strip import strip
-from lightning_quant.tasks.calibration_files import cache_folder
-from lightning_quant.tasks.calibration_progress import ProgressBar, duration
+from lightning_quant.nn.modes import evaluating
+from lightning_quant.nn.structure import strip
+from lightning_quant.utilities.progress import ProgressBar
+from lightning_quant.utilities.text import duration
 
 # Measured in forwards of the float network (benchmarks/accuquant_adjoints.py): of a quantized forward, and of one with
 # its backward.

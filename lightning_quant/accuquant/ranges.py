@@ -15,11 +15,11 @@ from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.ranges import mse_search, scale_and_zero_point
 from lightning_quant.nn.attention import SLOTS, open_attention, opened_attentions
 from lightning_quant.nn.layers import swap
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers.rounded import RoundedQuantizer
-from lightning_quant.quantizers.statistics import all_reduce_max, all_reduce_sum
 from lightning_quant.quantizers.timestep import TimestepQuantizer
+from lightning_quant.utilities.distributed import all_reduce_max, all_reduce_sum
 
 BINS = 2048
 # Shares of the widest range that are tried for each end.

@@ -18,13 +18,13 @@ from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.ranges import activation_quantizers
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.functional.soft_rounding import rounding_penalty
-from lightning_quant.nn.evaluation import evaluating
+from lightning_quant.functional.rounding import rounding_penalty
 from lightning_quant.nn.layers import QuantizedLayer
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.modes import evaluating
+from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers.rounded import RoundedQuantizer
-from lightning_quant.quantizers.statistics import all_reduce_sum, several_ranks
 from lightning_quant.quantizers.timestep import TimestepQuantizer
+from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
 
 # Weight of the penalty, its exponent at first and at last, and the share of the iterations that go without it: BRECQ's.
 PENALTY, FIRST_BETA, LAST_BETA, WARM_UP = 0.01, 20.0, 2.0, 0.2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lightning_quant.accuquant.session import STAGES, Calibration
+from lightning_quant.accuquant.calibration import STAGES, Calibration
 
 
 def summarise(calibration: Calibration, seconds: float | None = None) -> str:

@@ -18,7 +18,7 @@ from lightning_quant.accuquant.pipeline_folder import read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel
 from lightning_quant.data.noise import numbers
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _HIDDEN, _EMPTY = "encoder_hidden_states", "uncond_encoder_hidden_states"
 

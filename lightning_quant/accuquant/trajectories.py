@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_quant.accuquant.windows import History, Window
 from lightning_quant.data.noise import numbers, step_noise
 from lightning_quant.errors import ConfigurationError, QuantizationError
-from lightning_quant.nn.evaluation import evaluating
+from lightning_quant.nn.modes import evaluating
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning, Denoiser

@@ -33,12 +33,11 @@ from lightning_quant.accuquant.trajectory_files import (
     read_row,
     write,
 )
-from lightning_quant.data.calibration import fingerprint
 from lightning_quant.data.noise import initial_noise, numbers
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.nn.agreement import on_all_ranks
-from lightning_quant.paths import check_writable, user_path
-from lightning_quant.quantizers.statistics import several_ranks
+from lightning_quant.utilities.distributed import on_all_ranks, several_ranks
+from lightning_quant.utilities.hashing import fingerprint
+from lightning_quant.utilities.paths import check_writable, user_path
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning, Denoiser

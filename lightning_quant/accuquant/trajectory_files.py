@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_quant.accuquant.trajectories import Trajectories
-from lightning_quant.atomic import whole_file
-from lightning_quant.data.calibration import fingerprint
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn.hashing import weights_hash
-from lightning_quant.paths import check_writable
+from lightning_quant.nn.structure import weights_hash
+from lightning_quant.utilities.files import whole_file
+from lightning_quant.utilities.hashing import fingerprint
+from lightning_quant.utilities.paths import check_writable
 
 if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Denoiser

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lightning_quant.errors import QuantizationError
 from lightning_quant.metrics.tensor_error import TensorError, TensorFigures
 from lightning_quant.nn.attention_mixin import SLOTS
-from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.layers import QuantizedLayer
-from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.nn.structure import in_float, quantizers_of
 from lightning_quant.quantizers import Quantizer
 
 INPUT, WEIGHT = "input", "weight"

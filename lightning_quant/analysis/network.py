@@ -17,11 +17,9 @@ from lightning_quant.analysis.recording import Call
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.functional.grid import FLOAT_BITS
 from lightning_quant.metrics.bops import LayerShape, measure_shapes, model_bops
-from lightning_quant.nn.evaluation import evaluating
-from lightning_quant.nn.in_float import in_float
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.nn.modes import evaluating
+from lightning_quant.nn.structure import in_float, quantized_layers, quantizers_of
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer
 
 _TIMED = 3

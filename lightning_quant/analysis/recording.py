@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_quant.nn.compiled import left_as_written
+from lightning_quant.nn.modes import left_as_written
 from lightning_quant.nn.structure import quantizers_of
 
 

@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_quant.cli.advice import UsageError
-from lightning_quant.paths import check_writable, trainer_path
+from lightning_quant.utilities.paths import check_writable, trainer_path
 
 NAMED = ("best", "last", "hpc")
 # These begin anew where there is no last checkpoint yet.

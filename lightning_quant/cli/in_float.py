@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import lightning.pytorch as pl
 
-from lightning_quant.nn.strip import strip
-from lightning_quant.nn.structure import rebuild_when_loading
+from lightning_quant.nn.structure import rebuild_when_loading, strip
 
 
 class InFloat(pl.Callback):

@@ -30,7 +30,7 @@ from lightning_quant.cli.trainer import CalibratingTrainer
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization, IntervalStrategy
 from lightning_quant.nn.what_ran import WhatRan
-from lightning_quant.paths import trainer_path, user_path
+from lightning_quant.utilities.paths import trainer_path, user_path
 
 # Options that say something without a value too.
 _SWITCHES, _BOOLEANS = ("--compare_float",), ("true", "false")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from lightning_quant.cli.advice import UsageError, did_you_mean
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 # A wheel holds the configs within the package; in a checkout they lie beside it.

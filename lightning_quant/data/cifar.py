@@ -13,7 +13,7 @@ from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplit
 from lightning_quant.data.folders import image_folder, listing
 from lightning_quant.data.tensor_images import RandomCropFlip, TensorImages
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _STATISTICS = {
     10: ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),

@@ -10,7 +10,7 @@ from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplit
 from lightning_quant.data.folders import listing
 from lightning_quant.data.tensor_images import TensorImages
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _MEAN, _STD = (0.2860,), (0.3530,)
 

@@ -11,7 +11,7 @@ from torchvision.datasets import ImageFolder
 from lightning_quant.data.base import AnyDataset, ImageDataModule, TrainingSplits
 from lightning_quant.data.folders import image_folder, listing
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 
 class ImageFolderDataModule(ImageDataModule):

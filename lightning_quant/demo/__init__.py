@@ -11,8 +11,8 @@ from rich.console import Console
 
 from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.demo.terminal import one_thread, quiet
-from lightning_quant.paths import check_writable, user_path
 from lightning_quant.report import RunReport, write_report
+from lightning_quant.utilities.paths import check_writable, user_path
 
 METHODS = (int4_training, igq_vit, accuquant)
 

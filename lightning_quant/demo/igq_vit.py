@@ -21,7 +21,7 @@ from lightning_quant.demo.runs import TEST_IMAGES, Outcome, cpu_trainer
 from lightning_quant.demo.terminal import RunBar, counted
 from lightning_quant.export import load_quantized, save_quantized
 from lightning_quant.igq_vit import IGQViT
-from lightning_quant.igq_vit.session import INPUT, Calibration
+from lightning_quant.igq_vit.calibration import INPUT, Calibration
 from lightning_quant.report import QuantizationReport, RunReport, draw_calibration, with_float
 from lightning_quant.tasks import ImageClassifier
 

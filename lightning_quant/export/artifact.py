@@ -12,18 +12,17 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor, nn
 
-from lightning_quant.atomic import check_replaceable
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.export.build import check_build, construct, deduce
 from lightning_quant.export.folder import WRITER, Description, read_folder, write_folder
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.packing import pack_bits, unpack_bits
 from lightning_quant.nn.attention import opened_attentions
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import quantizers_of, rebuild
-from lightning_quant.paths import user_path
+from lightning_quant.nn.structure import quantized_layers, quantizers_of, rebuild
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer, RoundedQuantizer
 from lightning_quant.quantizers.base import quantizer_of_state
+from lightning_quant.utilities.files import check_replaceable
+from lightning_quant.utilities.paths import user_path
 
 _STATE = "_extra_state"
 

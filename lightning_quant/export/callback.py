@@ -8,11 +8,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_quant.atomic import check_replaceable
 from lightning_quant.export.artifact import save_quantized
 from lightning_quant.export.folder import WRITER
 from lightning_quant.nn.structure import is_quantized
-from lightning_quant.paths import check_on_first_rank, user_path
+from lightning_quant.utilities.files import check_replaceable
+from lightning_quant.utilities.paths import check_on_first_rank, user_path
 
 
 class SaveQuantized(pl.Callback):

@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_quant.nn.structure import rebuild
-from lightning_quant.paths import local_path
+from lightning_quant.utilities.paths import local_path
 
 LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
 

@@ -14,9 +14,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lightning_quant.atomic import Writer, left_elsewhere, settle, whole_folder
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn.hashing import file_hash
+from lightning_quant.utilities.files import Writer, left_elsewhere, settle, whole_folder
+from lightning_quant.utilities.hashing import file_hash
 
 FORMAT, VERSION = "lightning_quant", 2
 # The first has no hash of the description.

@@ -14,10 +14,10 @@ from torch import nn
 
 from lightning_quant.accuquant.pipeline_folder import INDEX, OWN_PIPELINE, QUANTIZED, PipelineFolder, read_folder
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
-from lightning_quant.atomic import Writer, check_replaceable, list_files, listed_files, settle, whole_folder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.export.artifact import load_quantized, save_quantized
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.files import Writer, check_replaceable, list_files, listed_files, settle, whole_folder
+from lightning_quant.utilities.paths import user_path
 
 # Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
 _HOME = "lightning_quant.export.denoiser"

@@ -15,20 +15,18 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.functional.grid import check_bits
-from lightning_quant.gradient.history import History
+from lightning_quant.gradient.history import History, layer_metrics
 from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
-from lightning_quant.gradient.logs import layer_metrics
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.preparation import layer_bits, quantize_layers
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.steps import StepListener
-from lightning_quant.gradient.structure import layer_bits, quantize_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.late import after_setup, cancel_after_setup
 from lightning_quant.nn.layers import LAYERS, Execution, QuantizedLayer
 from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns, matches
-from lightning_quant.nn.strip import quantized_layers, strip
-from lightning_quant.nn.structure import mark
+from lightning_quant.nn.structure import mark, quantized_layers, strip
 from lightning_quant.nn.what_ran import WhatRan
 
 

@@ -26,7 +26,7 @@ class StepListener:
 
     >>> import torch
     >>> from lightning_quant.gradient import LargeGradientInterval
-    >>> from lightning_quant.gradient.structure import quantize_layers
+    >>> from lightning_quant.gradient.preparation import quantize_layers
     >>> from lightning_quant.nn import Bits
     >>> network = torch.nn.Sequential(torch.nn.Linear(4, 4))
     >>> layers = quantize_layers(network, {"0": Bits(4, 4, 4)}, LargeGradientInterval())

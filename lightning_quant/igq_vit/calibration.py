@@ -1,255 +1,284 @@
-"""One pass over the calibration images in which each layer gets its quantizers as its input arrives.
-
-All images of a rank go through the network as one batch. A layer's hook sees the input of all of them, already
-quantized upstream, fits the quantizers, and lets the layer run with them: in order, in the cost of one pass.
-"""
+"""A calibration as steps, any of which may be the last of a process: quantizers, perturbations, allocation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_quant.errors import QuantizationError
-from lightning_quant.igq_vit.allocation import candidates
-from lightning_quant.igq_vit.fitting import gram_matrix, weight_range
+from lightning_quant.calibration.record import begin_record
+from lightning_quant.errors import CheckpointError
+from lightning_quant.igq_vit.allocation import allocate, budget_at
+from lightning_quant.igq_vit.calibration_pass import Advance, Slot, calibrate, emptied, fill, filled_slots
+from lightning_quant.igq_vit.perturbation import Replay, perturbations
 from lightning_quant.igq_vit.plan import VitPlan
-from lightning_quant.igq_vit.reparameterization import Reparameterization
-from lightning_quant.igq_vit.schemes import (
-    OPERAND_POWER,
-    PATCH_BITS,
-    UNGROUPED,
-    WEIGHT_TAILS,
-    Candidates,
-    fit_input,
-    fit_softmax,
-    fixed,
-    layer_wise,
-)
-from lightning_quant.igq_vit.settings import Settings
-from lightning_quant.nn.attention import QuantizedAttention
+from lightning_quant.igq_vit.records import COST, ESTIMATE, GROUPS, OMEGA, groups_of, table, tables_of
+from lightning_quant.igq_vit.schemes import Candidates
+from lightning_quant.igq_vit.sensitivity import estimated_perturbations
+from lightning_quant.igq_vit.shortlist import combined, expected_gains, shortlist
+from lightning_quant.nn.agreement import check_quantizers_agree
+from lightning_quant.nn.modes import evaluating
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers import Quantizer
-from lightning_quant.quantizers.grouped import InstanceQuantizer
-from lightning_quant.quantizers.statistics import all_reduce_sum
+from lightning_quant.quantizers.base import quantizer_of_state
 
-Slot = tuple[str, str]
-Advance = Callable[[str], None]
+INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
+# Forward passes' worth of replays, beside the 12 or so of the estimates: 60 together.
+REPLAYED_PASSES = 44
 
 
-def calibrate(
-    network: nn.Module, plan: VitPlan, forward: Callable[[], object], advance: Advance = lambda name: None
-) -> dict[Slot, Candidates]:
-    """Fit all quantizers and put them in their slots.
+@dataclass(frozen=True)
+class Source:
+    """What a calibration works on.
+
+    Attributes:
+        network: attentions opened and layers swapped.
+        plan: what to quantize.
+        run: forward of the network, which lets gradients through where groups are allocated.
+        inputs: calibration images of this rank.
+        posteriors: from its outputs to log-probabilities (items, classes).
+        images: fingerprint of the calibration images of all ranks, where states of other images are to be refused.
+    """
+
+    network: nn.Module
+    plan: VitPlan
+    run: Callable[[Tensor], Any]
+    inputs: Tensor
+    posteriors: Callable[[Any], Tensor]
+    images: str = ""
+
+    def forward(self) -> Any:
+        """Outputs of all calibration images of this rank."""
+        with torch.no_grad():
+            return self.run(self.inputs)
+
+
+class Calibration:
+    """Calibrates a network step by step: all quantizers, estimates, perturbations of a layer each, then the groups.
 
     Args:
-        network: attentions opened and layers swapped, all slots empty.
-        plan: what to quantize.
-        forward: runs the network on the calibration images of this rank, once.
-        advance: called with the name of each module that is done.
+        source: network, plan and images.
 
-    Returns:
-        for each input and softmax, the quantizers by number of groups; those of ``settings.groups`` are in the slots.
+    Attributes:
+        candidates: quantizers of each slot, by number of groups.
+        estimates: of the perturbations; those of a slot are empty where the network has no gradients.
+        omega: the perturbations that were measured: all where there are no estimates, else those that may matter.
+        groups: that were allocated.
 
-    Raises:
-        QuantizationError: NaN or infinite activations.
+    >>> import timm
+    >>> from lightning_quant.igq_vit.perturbation import log_posteriors
+    >>> network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+    >>> images = torch.randn(4, 3, 32, 32)
+    >>> settings = Settings(groups=4, allocate=False, calibration_images=4)
+    >>> plan = prepare(network, settings, images[:1], network)
+    >>> calibration = Calibration(Source(network, plan, network, images, log_posteriors))
+    >>> calibration.step(), calibration.finished
+    ('quantizers', True)
     """
-    found: dict[Slot, Candidates] = {}
-    pending: dict[Slot, Quantizer] = {}
-    with torch.no_grad():
-        norms = None
-        if plan.settings.scheme == "repq":
-            norms = Reparameterization(network, plan.names("grouped", "one token"), forward)
-        with _Pass(network, plan, found, pending, advance, norms).hooks():
-            forward()
-        if norms is not None:
-            with emptied(network, filled_slots(network)):
-                norms.check()
-    fill(network, pending)
-    return found
 
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.candidates: dict[Slot, Candidates] = {}
+        self.estimates: dict[Slot, dict[int, float]] = {}
+        self.omega: dict[Slot, dict[int, float]] = {}
+        self.groups: dict[Slot, int] = {}
+        self._replay: Replay | None = None
+        self._shortlist: dict[Slot, list[int]] = {}
 
-def filled_slots(network: nn.Module) -> list[Slot]:
-    """The slots of a network that have a quantizer."""
-    paths = [name.rpartition(".") for name, _ in quantizers_of(network)]
-    return [(name, slot) for name, _, slot in paths]
-
-
-@contextmanager
-def emptied(network: nn.Module, slots: Iterable[Slot]) -> Iterator[None]:
-    """The network in float: these slots empty within this context."""
-    quantizers = {(name, slot): getattr(network.get_submodule(name), slot) for name, slot in slots}
-    try:
-        fill(network, dict.fromkeys(quantizers))
-        yield
-    finally:
-        fill(network, quantizers)
-
-
-def fill(network: nn.Module, quantizers: Mapping[Slot, Quantizer | None]) -> None:
-    """Put quantizers in the slots of modules; None empties a slot."""
-    for (name, slot), quantizer in quantizers.items():
-        setattr(network.get_submodule(name), slot, quantizer)
-
-
-class _Pass:
-    """The state of one calibration pass."""
-
-    def __init__(
-        self,
-        network: nn.Module,
-        plan: VitPlan,
-        found: dict[Slot, Candidates],
-        pending: dict[Slot, Quantizer],
-        advance: Advance,
-        norms: Reparameterization | None,
-    ) -> None:
-        self.network, self.plan, self.found, self.pending, self.advance = network, plan, found, pending, advance
-        self.norms = norms
+    # -- steps ----------------------------------------------------------------------------------------------------
 
     @property
-    def settings(self) -> Settings:
-        return self.plan.settings
-
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = []
-        layers = {row.name: row.role for row in self.plan.rows if row.role in ("grouped", "one token", "patch")}
-        for name, role in layers.items():
-            fit = self._fit_convolution if role == "patch" else self._fit_linear
-            handles.append(self.network.get_submodule(name).register_forward_pre_hook(_hook(fit, name)))
-        attentions = self.plan.names("attention")
-        for name in attentions:
-            self._attention(name).observer = self._observer(name)
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            for name in attentions:
-                self._attention(name).observer = None
-            for quantizer in (q for quantizers in self.found.values() for q in quantizers.values()):
-                if isinstance(quantizer, InstanceQuantizer):
-                    # The number of this pass; windowed attention says it anew in each forward.
-                    quantizer.instances = None
-
-    def _attention(self, name: str) -> QuantizedAttention:
-        module = self.network.get_submodule(name)
-        assert isinstance(module, QuantizedAttention)
-        return module
-
-    def _fit_linear(self, name: str, layer: nn.Linear, x: Tensor) -> Tensor:
-        check_finite(x, name)
-        shape = self.plan.shape(name)
-        images = x.numel() // (shape.tokens * shape.in_features)
-        if self.norms is not None:
-            x, quantizer = self.norms.apply(name, layer, x, self.settings)
-            self._put(
-                (name, "input_quantizer"), {UNGROUPED: quantizer or layer_wise(x, self._bits, self.settings, images)}
-            )
-        elif shape.tokens == 1:
-            self._put((name, "input_quantizer"), {UNGROUPED: layer_wise(x, self._bits, self.settings, images)})
-        else:
-            sizes = self._sizes(self.settings.groups, shape.in_features)
-            tokens = x.reshape(images, -1, shape.in_features)
-            self._put((name, "input_quantizer"), fit_input(tokens, layer.weight, self.settings, sizes), images)
-        low, high = weight_range(layer.weight, gram_matrix(x), self.settings.weight_bits, WEIGHT_TAILS)
-        self._finish(name, fixed(low, high, self.settings.weight_bits, 0, self.settings.literal_zero_point))
-        return x
-
-    def _fit_convolution(self, name: str, layer: Any, x: Tensor) -> Tensor:
-        check_finite(x, name)
-        self._put((name, "input_quantizer"), {UNGROUPED: layer_wise(x, PATCH_BITS, self.settings, len(x))})
-        gram = None
-        if isinstance(layer, nn.Conv2d) and layer.groups == 1 and layer.padding in ((0, 0), 0):
-            patches = F.unfold(x.float(), layer.kernel_size, layer.dilation, 0, layer.stride)
-            gram = gram_matrix(patches.transpose(1, 2))
-        low, high = weight_range(layer.weight, gram, self.settings.weight_bits, WEIGHT_TAILS)
-        self._finish(name, fixed(low, high, self.settings.weight_bits, 0, self.settings.literal_zero_point))
-        return x
-
-    def _observer(self, name: str) -> Callable[[str, Tensor], None]:
-        def observe(slot: str, tensor: Tensor) -> None:
-            with full_precision(tensor.device.type):
-                fit(slot, tensor)
-
-        def fit(slot: str, tensor: Tensor) -> None:
-            check_finite(tensor, f"{slot.removesuffix('_quantizer')} of {name}")
-            shape = self.plan.shape(name)
-            images = len(tensor) // shape.windows
-            if slot == "softmax_quantizer":
-                sizes = self._sizes(self.settings.row_groups, self.plan.softmax_rows(name))
-                self._put((name, slot), fit_softmax(tensor, self.settings, sizes, images))
-                self.advance(name)
-            else:
-                self._put(
-                    (name, slot), {UNGROUPED: layer_wise(tensor, self._bits, self.settings, images, OPERAND_POWER)}
-                )
-
-        return observe
+    def allocated(self) -> list[Slot]:
+        """The slots whose groups are chosen under the budget, in order."""
+        if not self.source.plan.settings.allocates:
+            return []
+        inputs = [(name, INPUT) for name in self.source.plan.names("grouped")]
+        return [*inputs, *((name, SOFTMAX) for name in self.source.plan.names("attention"))]
 
     @property
-    def _bits(self) -> int:
-        return self.settings.activation_bits
+    def total(self) -> int:
+        """How many steps there are."""
+        return 1 + (len(self.allocated) + 2 if self.allocated else 0)
 
-    def _sizes(self, groups: int, limit: int) -> list[int]:
-        return list(candidates(limit, also=groups)) if self.settings.allocates else [groups]
+    @property
+    def done(self) -> int:
+        """How many steps are done."""
+        return bool(self.candidates) + bool(self.estimates) + len(self.omega) + bool(self.allocated and self.groups)
 
-    def _put(self, slot: Slot, quantizers: Candidates, images: int | None = None) -> None:
-        if slot in self.found:
-            raise QuantizationError(
-                f"{slot[0]} is called more than once in one forward, or is shared: leave it in float with"
-                f" exclude=[{slot[0]!r}]."
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.done == self.total
+
+    def step(self, advance: Advance = lambda name: None) -> str:
+        """Do the next step.
+
+        Args:
+            advance: called with the name of each module that the first step is done with.
+
+        Returns:
+            what was done, in a few words.
+        """
+        with evaluating(self.source.network):
+            if not self.candidates:
+                self.candidates = calibrate(self.source.network, self.source.plan, self.source.forward, advance)
+                check_quantizers_agree(self.source.network)
+                return "quantizers"
+            if not self.estimates:
+                self._estimate()
+                return "estimates of perturbations"
+            missing = [slot for slot in self.allocated if slot not in self.omega]
+            if missing:
+                self.omega[missing[0]] = self._perturb(missing[0])
+                return f"perturbation of {missing[0][0]}"
+            self._allocate()
+            return "allocation"
+
+    def replay(self) -> None:
+        """Call the network on the images that it was calibrated on."""
+        self.source.forward()
+
+    def _estimate(self) -> None:
+        source, candidates = self.source, {slot: self.candidates[slot] for slot in self.allocated}
+        with emptied(source.network, filled_slots(source.network)):
+            found = estimated_perturbations(source.network, source.run, source.inputs, candidates, source.posteriors)
+        if not found:
+            rank_zero_warn(
+                "The log-probabilities have no gradient, so that the perturbations of all numbers of groups are"
+                " measured, which takes several times longer: let run and log_posteriors of IGQViT pass gradients."
             )
-        self.found[slot] = quantizers
-        default = self.settings.groups if slot[1] == "input_quantizer" else self.settings.row_groups
-        chosen = quantizers.get(default, next(iter(quantizers.values())))
-        if isinstance(chosen, InstanceQuantizer):
-            chosen.instances = images
-        self._fill(slot, chosen)
+        self.estimates = {slot: found.get(slot, {}) for slot in candidates}
 
-    def _fill(self, slot: Slot, quantizer: Quantizer) -> None:
-        if self.settings.sequential:
-            fill(self.network, {slot: quantizer})
-        else:
-            self.pending[slot] = quantizer
+    def _perturb(self, slot: Slot) -> dict[int, float]:
+        source = self.source
+        with emptied(source.network, filled_slots(source.network)):
+            if self._replay is None:
+                self._replay = Replay(source.network, source.forward, [name for name, _ in self.allocated])
+                self._shortlist = self._shortlisted(self._replay)
+            reference = source.posteriors(self._replay.outputs)
+            chosen = {groups: self.candidates[slot][groups] for groups in self._shortlist[slot]}
+            return perturbations(self._replay, reference, slot, chosen, source.posteriors)
 
-    def _finish(self, name: str, weight_quantizer: Quantizer) -> None:
-        self._fill((name, "weight_quantizer"), weight_quantizer)
-        self.advance(name)
+    def _shortlisted(self, replay: Replay) -> dict[Slot, list[int]]:
+        """The numbers of groups to measure, of each slot: all where there are no estimates."""
+        if not all(self.estimates.values()):
+            return {slot: list(self.candidates[slot]) for slot in self.allocated}
+        gains = []
+        for slots, costs, budget in self._problems():
+            gains += expected_gains([self.estimates[slot] for slot in slots], costs, budget)
+        passes = [replay.share(name) for name, _ in self.allocated]
+        return dict(zip(self.allocated, shortlist(gains, passes, REPLAYED_PASSES), strict=True))
+
+    def _allocate(self) -> None:
+        self._replay = None
+        for slots, costs, budget in self._problems():
+            omega = [combined(self.estimates[slot], self.omega[slot]) for slot in slots]
+            self.groups.update(zip(slots, allocate(omega, costs, budget), strict=True))
+        fill(self.source.network, {slot: self.candidates[slot][groups] for slot, groups in self.groups.items()})
+        check_quantizers_agree(self.source.network)
+
+    def _problems(self) -> Iterator[tuple[list[Slot], list[dict[int, int]], int]]:
+        """The slots of each kind that there are, their costs, and the budget of all."""
+        settings = self.source.plan.settings
+        for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
+            slots, costs = self.costs(kind)
+            if kind == INPUT and settings.budget is not None and slots:
+                yield slots, costs, self.source.plan.input_budget()
+            elif slots:
+                yield slots, costs, budget_at(costs, target)
+
+    def costs(self, kind: str) -> tuple[list[Slot], list[dict[int, int]]]:
+        """The slots of a kind, and what each number of groups costs there: BOPs for inputs, 1 a group for softmax."""
+        slots = [slot for slot in self.allocated if slot[1] == kind]
+        if kind == SOFTMAX:
+            return slots, [{groups: groups for groups in self.candidates[slot]} for slot in slots]
+        plan = self.source.plan
+        return slots, [{g: plan.layer_bops(name, g) for g in self.candidates[name, INPUT]} for name, _ in slots]
+
+    # -- state ----------------------------------------------------------------------------------------------------
+
+    def record(self) -> dict[str, Tensor]:
+        """What a report shows: the plan, ``estimate/``, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
+        plan = self.source.plan
+        found = begin_record(self.done, self.total, plan, plan.settings.as_dict())
+        for kind, tables in ((ESTIMATE, self.estimates), (OMEGA, self.omega)):
+            found.update({f"{kind}{name}.{slot}": table(values) for (name, slot), values in tables.items()})
+        for slots, costs in map(self.costs, (INPUT, SOFTMAX) if self.omega else ()):
+            found.update({f"{COST}{name}.{slot}": table(each) for (name, slot), each in zip(slots, costs, strict=True)})
+        for (name, slot), groups in self.groups.items():
+            found[f"{GROUPS}{name}.{slot}"] = torch.tensor(groups)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All that was computed, as tensors by flat names."""
+        state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True), **self.record()}
+        for name, quantizer in quantizers_of(self.source.network):
+            state.update(_write(f"filled/{name}", quantizer))
+        for (name, slot), quantizers in self.candidates.items():
+            for groups, quantizer in quantizers.items():
+                state.update(_write(f"candidate/{name}.{slot}/{groups}", quantizer))
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a state.
+
+        Raises:
+            CheckpointError: of another network, other settings or other images.
+        """
+        if f"fingerprint/{self.fingerprint()}" not in state:
+            raise CheckpointError(
+                "The calibration that is to be continued was of another network, other settings or other images:"
+                " calibrate anew, without ckpt_path or with another cache_dir."
+            )
+        for key, quantizer in _read(state, "filled/").items():
+            fill(self.source.network, {_slot(key): quantizer})
+        for key, quantizer in _read(state, "candidate/").items():
+            path, _, groups = key.rpartition("/")
+            self.candidates.setdefault(_slot(path), {})[int(groups)] = quantizer
+        self.candidates = {slot: dict(sorted(quantizers.items())) for slot, quantizers in self.candidates.items()}
+        estimates, omega, chosen = tables_of(state, ESTIMATE), tables_of(state, OMEGA), groups_of(state)
+        # A file may give names back in another order than that of the network.
+        paths = {slot: f"{slot[0]}.{slot[1]}" for slot in self.allocated}
+        self.estimates = {slot: estimates[path] for slot, path in paths.items() if path in estimates}
+        self.omega = {slot: omega[path] for slot, path in paths.items() if path in omega}
+        self.groups = {slot: chosen[path] for slot, path in paths.items() if path in chosen}
+        if self.omega and not self.estimates:
+            # Of a version that measured all.
+            self.estimates = {slot: {} for slot in self.allocated}
+
+    def fingerprint(self) -> str:
+        """Hash of the settings, of what is quantized, and of the images."""
+        rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
+        parts = (sorted(self.source.plan.settings.as_dict().items()), rows, self.source.images)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _hook(
-    fit: Callable[[str, Any, Tensor], Tensor], name: str
-) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        with full_precision(args[0].device.type):
-            return (fit(name, layer, args[0]), *args[1:])
-
-    return hook
+def _slot(path: str) -> Slot:
+    name, _, slot = path.rpartition(".")
+    return name, slot
 
 
-@contextmanager
-def full_precision(device: str) -> Iterator[None]:
-    """Fit in FP32 whatever precision the network runs in: no autocast, and FP32 for tensors that are made anew."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.autocast(device, enabled=False):
-            yield
-    finally:
-        torch.set_default_dtype(default)
+def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
+    # Copies: one quantizer may stand in a slot and among the candidates, and a file holds no tensor twice.
+    return {f"{prefix}/{key}": value.detach().clone() for key, value in quantizer.state_dict().items()}
 
 
-def check_finite(x: Tensor, name: str) -> None:
-    """Raise on all ranks where any has NaN or Inf in the input of a module."""
-    bad = all_reduce_sum((~x.isfinite()).sum())
-    if int(bad):
-        raise QuantizationError(
-            f"{int(bad)} values that go into {name} are NaN or infinite: ranges cannot be fitted. Look at the images"
-            " and at the weights of the layers before it; under 16-mixed precision try bf16-mixed or 32-true."
-        )
+def _read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Quantizer]:
+    """Quantizers by path, of keys ``prefix path / buffer``."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith(prefix):
+            path, _, buffer = key.removeprefix(prefix).rpartition("/")
+            parts.setdefault(path, {})[buffer] = value
+    quantizers = {}
+    for path, tensors in parts.items():
+        quantizer = quantizer_of_state(tensors["_extra_state"])
+        device = next((t.device for k, t in tensors.items() if k != "_extra_state"), None)
+        quantizer.to(device).load_state_dict(tensors)
+        quantizers[path] = quantizer
+    return quantizers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,21 +14,23 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from lightning_quant.data.calibration import calibration_images
-from lightning_quant.data.calibration_source import CalibrationData, CalibrationSource, from_trainer
-from lightning_quant.igq_vit.agreement import check_agrees
-from lightning_quant.igq_vit.cache import images_hash, state_file
+from lightning_quant.calibration.callback import CalibratingCallback
+from lightning_quant.calibration.image_source import CalibrationData, CalibrationSource, from_trainer
+from lightning_quant.calibration.images import calibration_images
+from lightning_quant.calibration.state_file import StateFile
+from lightning_quant.calibration.step_images import StepImages
+from lightning_quant.igq_vit.calibration import Calibration, Source
 from lightning_quant.igq_vit.perturbation import log_posteriors
-from lightning_quant.igq_vit.progress import estimate, units
-from lightning_quant.igq_vit.session import Calibration, Source, prepare
+from lightning_quant.igq_vit.plan import check_agrees
+from lightning_quant.igq_vit.preparation import prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
-from lightning_quant.igq_vit.summary import summarise
-from lightning_quant.nn.agreement import check_weights_agree, on_all_ranks
+from lightning_quant.igq_vit.summary import estimate, summarise, units
+from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.attention_check import check_attentions, find_attentions
-from lightning_quant.paths import user_path
-from lightning_quant.tasks.calibrating_callback import CalibratingCallback
-from lightning_quant.tasks.calibration_files import StateFile
-from lightning_quant.tasks.step_images import StepImages
+from lightning_quant.nn.structure import weights_hash
+from lightning_quant.utilities.distributed import gather, on_all_ranks
+from lightning_quant.utilities.hashing import fingerprint
+from lightning_quant.utilities.paths import user_path
 
 # One image alone takes longer than its share of a batch.
 TIMED_IMAGES = 8
@@ -208,3 +211,29 @@ class IGQViT(CalibratingCallback):
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
         """Where the calibration is written to, and taken from."""
         return state_file(trainer, self.cache_dir, calibration)
+
+
+def state_file(trainer: pl.Trainer, folder: Path | None, calibration: Calibration) -> StateFile:
+    """The file of a prepared calibration.
+
+    Args:
+        trainer: says which rank writes and where.
+        folder: None is ``igq_vit`` in ``default_root_dir``.
+        calibration: to save and load.
+    """
+    source = calibration.source
+    # "repq" changes weights, and has one step: there is nothing to go on from.
+    active = source.plan.settings.scheme != "repq"
+    parts = calibration.fingerprint(), weights_hash(source.network)
+    return StateFile(trainer, folder, "igq_vit", *parts, active=active)
+
+
+def images_hash(images: Tensor, device: torch.device) -> str:
+    """SHA-256 over the calibration images of all ranks, the same however they are divided.
+
+    Args:
+        images: this rank's.
+        device: where ranks exchange tensors.
+    """
+    own = torch.tensor([list(bytes.fromhex(fingerprint(image))) for image in images], device=device)
+    return hashlib.sha256(repr(sorted(gather(own).tolist())).encode()).hexdigest()

@@ -7,15 +7,15 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lightning_quant.data.calibration_source import calibration_source, with_hooks
+from lightning_quant.calibration.image_source import calibration_source, with_hooks
+from lightning_quant.calibration.module import CalibratingModule
+from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.igq_vit.calibration import Calibration
 from lightning_quant.igq_vit.callback import IGQViT
-from lightning_quant.igq_vit.session import Calibration
 from lightning_quant.igq_vit.shortlist import combined
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.tasks import ImageClassifier
-from lightning_quant.tasks.calibration import CalibratingModule
-from lightning_quant.tasks.calibration_files import StateFile
 
 
 class IGQViTModule(CalibratingModule, ImageClassifier):

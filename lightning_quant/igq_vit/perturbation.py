@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.igq_vit.calibration import Slot, fill
+from lightning_quant.igq_vit.calibration_pass import Slot, fill
 from lightning_quant.igq_vit.schemes import Candidates
-from lightning_quant.quantizers.statistics import all_reduce_sum
+from lightning_quant.utilities.distributed import all_reduce_sum
 
 
 def log_posteriors(outputs: Any) -> Tensor:

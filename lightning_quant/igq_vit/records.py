@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from lightning_quant.calibration.record import Record, below
 from lightning_quant.igq_vit.allocation import BudgetPoint, budget_curve
 from lightning_quant.igq_vit.shortlist import combined
-from lightning_quant.tasks.records import Record, below
 
 # Kinds of entries. Each ends with the name of a layer and of its slot.
 ESTIMATE, OMEGA, COST, GROUPS = "estimate/", "omega/", "cost/", "groups/"

@@ -17,7 +17,7 @@ from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.functional.groups import affine_parameters
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer
-from lightning_quant.quantizers.statistics import gather
+from lightning_quant.utilities.distributed import gather
 
 # A channel whose values differ by less than this share of their size is a constant: its own step would be noise.
 CONSTANT = 1e-4

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.functional.groups import SMALLEST_SCALE, affine_parameters
-from lightning_quant.igq_vit.fitting import fit_channel_groups, fit_row_groups, layer_wise_range
+from lightning_quant.igq_vit.ranges import fit_channel_groups, fit_row_groups, layer_wise_range
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer, Quantizer
 from lightning_quant.quantizers.dynamic import ChannelQuantizer, LogQuantizer, TokenQuantizer

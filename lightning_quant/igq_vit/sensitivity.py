@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.igq_vit.calibration import Slot, fill
+from lightning_quant.igq_vit.calibration_pass import Slot, fill
 from lightning_quant.igq_vit.schemes import Candidates
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.grouped import InstanceQuantizer
-from lightning_quant.quantizers.statistics import all_reduce_sum
+from lightning_quant.utilities.distributed import all_reduce_sum
 
 # Backward passes. One for each of the likeliest classes of an image, the last for all other classes together.
 PROBES = 8

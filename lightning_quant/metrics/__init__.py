@@ -1,5 +1,6 @@
 """What quantization costs and what it loses."""
 
+from lightning_quant.errors import UnavailableError
 from lightning_quant.metrics.bops import (
     LayerShape,
     ModelBops,
@@ -11,7 +12,6 @@ from lightning_quant.metrics.bops import (
 )
 from lightning_quant.metrics.generation import GenerationMetrics
 from lightning_quant.metrics.trajectory import accumulated_error, single_step_error
-from lightning_quant.metrics.unavailable import UnavailableError
 
 __all__ = [
     "GenerationMetrics",

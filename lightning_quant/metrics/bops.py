@@ -24,7 +24,7 @@ from lightning_quant.nn import (
     open_attention,
     opened_attentions,
 )
-from lightning_quant.nn.evaluation import evaluating
+from lightning_quant.nn.modes import evaluating
 
 # Bits of an operation in float.
 F = 32

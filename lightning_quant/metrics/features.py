@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
-from lightning_quant.metrics.unavailable import UnavailableError
-from lightning_quant.paths import user_path
+from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnavailableError
+from lightning_quant.utilities.paths import user_path
 
 INCEPTION = "inception-v3-compat"
 TIMM = "timm:"

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_quant.errors import ConfigurationError
-from lightning_quant.metrics.unavailable import UnavailableError
-from lightning_quant.paths import user_path
+from lightning_quant.errors import ConfigurationError, UnavailableError
+from lightning_quant.utilities.paths import user_path
 
 # Mean (D,) and covariance (D, D), as arrays of float64.
 Statistics: TypeAlias = "tuple[Any, Any]"

@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import ConfigurationError, UnavailableError
 from lightning_quant.metrics.features import feature_network, rows_of
 from lightning_quant.metrics.fidelity import Statistics, read_statistics
-from lightning_quant.metrics.image_table import ImageTable, agree, gather, merge
+from lightning_quant.metrics.image_table import ImageTable, merge
 from lightning_quant.metrics.measures import Columns, Of, numbers
 from lightning_quant.metrics.similarity import LpipsNet, clip_model, clip_scores, lpips, lpips_network, psnr, ssim
-from lightning_quant.metrics.unavailable import UnavailableError
+from lightning_quant.utilities.distributed import gather_objects, on_first_rank
 
 _T = TypeVar("_T")
 
@@ -131,8 +131,8 @@ class GenerationMetrics:
         Raises:
             ConfigurationError: before any images.
         """
-        everybody = gather((self._pairs.joined(), self._real.joined(), self._reasons))
-        values, self.missing, notes = agree(lambda: self._numbers(of, everybody))
+        everybody = gather_objects((self._pairs.joined(), self._real.joined(), self._reasons))
+        values, self.missing, notes = on_first_rank(lambda: self._numbers(of, everybody))
         for note in notes:
             self._tell(note)
         if self.missing:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
@@ -91,32 +90,3 @@ def _by_value(columns: Mapping[str, Tensor]) -> Tensor:
     """By the sum of each row: equal only for equal images."""
     sums = [column.double().reshape(len(column), -1).sum(1).numpy() for column in columns.values()]
     return torch.from_numpy(np.lexsort(sums))
-
-
-def gather(mine: _T) -> list[_T]:
-    """What each rank has, on rank 0; nothing elsewhere. As objects: a rank may have no images, and no columns."""
-    if not _several():
-        return [mine]
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, found, dst=0)
-    return found or []
-
-
-def agree(work: Callable[[], _T]) -> _T:
-    """What the work gives, or raises, on rank 0, on every rank; the others wait."""
-    if not _several():
-        return work()
-    answer: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            answer[0] = work()
-        except Exception as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer, src=0)
-    if answer[1] is not None:
-        raise answer[1]
-    return answer[0]  # type: ignore[no-any-return]
-
-
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias
 
 from torch import Tensor
 
+from lightning_quant.errors import UnavailableError
 from lightning_quant.metrics.fidelity import Statistics, frechet_distance, inception_score, kernel_distance
-from lightning_quant.metrics.unavailable import UnavailableError
 
 Of: TypeAlias = Literal["quantized", "float"]
 

@@ -10,10 +10,9 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import ConfigurationError
+from lightning_quant.errors import ConfigurationError, UnavailableError
 from lightning_quant.metrics.features import to_bytes, with_weights
-from lightning_quant.metrics.unavailable import UnavailableError
-from lightning_quant.paths import local_path
+from lightning_quant.utilities.paths import local_path
 
 LpipsNet: TypeAlias = Literal["alex", "vgg", "squeeze"]
 

@@ -14,7 +14,7 @@ from lightning_quant.nn.attention_mixin import SLOTS, QuantizedAttention
 from lightning_quant.nn.layers import QuantizedLayer, register, restore, swap
 from lightning_quant.nn.product import quantized_product
 from lightning_quant.nn.selection import Bits, Plan, plan_layers
-from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import strip
 
 __all__ = [
     "ATTENTIONS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.quantizers import Quantizer
-from lightning_quant.quantizers.statistics import all_reduce_max, all_reduce_sum, several_ranks
+from lightning_quant.utilities.distributed import all_reduce_max, several_ranks
 
 T = TypeVar("T")
 
@@ -68,33 +68,6 @@ def check_quantizers_agree(network: nn.Module) -> None:
     _check(
         buffers, SAME_RANGES, "Give all ranks the same settings, and calibrate anew: delete the states in cache_dir."
     )
-
-
-def on_all_ranks(job: Callable[[], T], device: torch.device, what: str) -> T:
-    """What a job returns, when it is done on all ranks: one that fails does not leave the others waiting.
-
-    Args:
-        job: of this rank, in which ranks do not wait for one another.
-        device: where ranks exchange tensors.
-        what: the job, in words that follow "could not".
-
-    Raises:
-        QuantizationError: another rank failed; this one's own failure is raised as it is.
-
-    >>> on_all_ranks(lambda: 3, torch.device("cpu"), "count")
-    3
-    """
-    failure: Exception | None = None
-    try:
-        result = job()
-    except Exception as error:
-        failure = error
-    failed = int(all_reduce_sum(torch.tensor([int(failure is not None)], device=device)))
-    if failure is not None:
-        raise failure
-    if failed:
-        raise QuantizationError(f"{failed} other ranks could not {what}: see their errors.")
-    return result
 
 
 @torch.no_grad()

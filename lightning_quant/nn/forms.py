@@ -13,7 +13,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from lightning_quant.errors import UnsupportedModelError
-from lightning_quant.nn.evaluation import evaluating
+from lightning_quant.nn.modes import evaluating
 from lightning_quant.nn.quantized_module import QuantizedModule
 
 Form = TypeVar("Form", bound=QuantizedModule)

@@ -18,8 +18,8 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional.grid import Grid
 from lightning_quant.functional.integer_products import IntegerConvolution, IntegerLinear, fits_int8
 from lightning_quant.functional.products import ConvolutionProduct, LinearProduct, Product
-from lightning_quant.nn.compiled import untraced
 from lightning_quant.nn.forms import LAYERS, exchange, layer_form, obstacle, register
+from lightning_quant.nn.modes import untraced
 from lightning_quant.nn.product import GradientQuantizerLike, Recipe, quantized_product
 from lightning_quant.nn.quantized_module import QuantizedModule
 from lightning_quant.quantizers import LearnedQuantizer, Quantizer

@@ -30,7 +30,7 @@ from lightning_quant.functional.compression import codes_of, container, pack
 from lightning_quant.functional.grid import Grid, encode, exact_in, per_channel
 from lightning_quant.functional.integer_products import INTEGER_PRODUCTS
 from lightning_quant.functional.products import Product
-from lightning_quant.nn.compiled import untraced
+from lightning_quant.nn.modes import untraced
 from lightning_quant.nn.operands import Codes, fan, inner, joint, operands, scaled, shortest, with_weight
 from lightning_quant.quantizers import LearnedQuantizer
 

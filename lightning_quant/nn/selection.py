@@ -20,7 +20,7 @@ from lightning_quant.nn.forms import obstacle, weight_of
 from lightning_quant.nn.late import builds_late
 from lightning_quant.nn.layers import LAYERS, QuantizedLayer
 from lightning_quant.nn.networks import Networks, networks_of
-from lightning_quant.nn.tabled import Tabled
+from lightning_quant.utilities.table import Tabled
 
 FirstAndLast = Literal["float", "8bit", "same"]
 Patterns = str | Sequence[str] | None

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn.attention import attention_form, open_attention, opened_attentions
+from lightning_quant.nn.attention import attention_form, close_attention, open_attention, opened_attentions
 from lightning_quant.nn.attention_mixin import SLOTS
 from lightning_quant.nn.forms import obstacle
-from lightning_quant.nn.layers import QUANTIZERS, swap
+from lightning_quant.nn.layers import QUANTIZERS, QuantizedLayer, restore, swap
 from lightning_quant.nn.quantized_module import HINT
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.timesteps import watch_timesteps
+from lightning_quant.nn.timesteps import unwatch_timesteps, watch_timesteps
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
+from lightning_quant.utilities.hashing import tensors_hash
 
 _STATE = "._extra_state"
 REBUILDING_HOOK = "_rebuilds_when_loading"
@@ -123,3 +124,87 @@ def rebuild_when_loading(module: nn.Module) -> None:
 def _rebuild_first(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     if not prefix:
         rebuild(module, state_dict)
+
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Name and layer of each quantized layer, each layer once."""
+    for name, child in module.named_modules():
+        if isinstance(child, QuantizedLayer):
+            yield name, child
+
+
+def strip(module: Module) -> Module:
+    """Turn all quantized layers and opened attentions of a module back into float ones, in place, and return it.
+
+    The weights are the float master weights that were trained; the state dict is that of the float network.
+
+    >>> from lightning_quant.nn import Bits, plan_layers, swap
+    >>> from lightning_quant.quantizers import LearnedQuantizer
+    >>> network = nn.Sequential(nn.Linear(2, 2))
+    >>> _ = swap(network[0], LearnedQuantizer(4))
+    >>> list(strip(network).state_dict())
+    ['0.weight', '0.bias']
+    """
+    unwatch_timesteps(module)
+    for _, layer in list(quantized_layers(module)):
+        restore(layer)
+    for _, attention in list(opened_attentions(module)):
+        close_attention(attention)
+    return module
+
+
+@contextmanager
+def in_float(module: nn.Module, owners: Collection[str] | None = None) -> Iterator[None]:
+    """Take the quantizers of a module out of their slots; afterwards each is back in its own.
+
+    Args:
+        module: quantized.
+        owners: names of the layers and attentions whose quantizers are taken; None takes all.
+
+    >>> import torch
+    >>> from lightning_quant.nn import swap
+    >>> from lightning_quant.quantizers import FixedQuantizer
+    >>> network = nn.Sequential(nn.Linear(4, 4)).eval()
+    >>> x = torch.randn(2, 4)
+    >>> expected = network(x)
+    >>> _ = swap(network[0], FixedQuantizer(4), FixedQuantizer(4))
+    >>> with in_float(network):
+    ...     torch.equal(network(x), expected)
+    True
+    """
+    taken = []
+    for name, quantizer in list(quantizers_of(module)):
+        owner, _, slot = name.rpartition(".")
+        if owners is not None and owner not in owners:
+            continue
+        taken.append((module.get_submodule(owner), slot, quantizer))
+    for parent, slot, _ in taken:
+        parent._modules[slot] = None
+    try:
+        yield
+    finally:
+        for parent, slot, quantizer in taken:
+            parent._modules[slot] = quantizer
+
+
+def weights_hash(network: nn.Module) -> str:
+    """Compute the SHA-256 over the parameters and buffers of a network, quantizers left out.
+
+    Args:
+        network: Float or quantized network, whose hash is the same.
+
+    Example:
+        >>> from lightning_quant.nn import swap
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> network = nn.Sequential(nn.Linear(2, 2))
+        >>> in_float = weights_hash(network)
+        >>> _ = swap(network[0], weight_quantizer=FixedQuantizer(4, axis=0))
+        >>> weights_hash(network) == in_float
+        True
+    """
+    quantizers = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
+    named = [*network.named_parameters(), *network.named_buffers()]
+    return tensors_hash((name, tensor) for name, tensor in named if not name.startswith(quantizers))

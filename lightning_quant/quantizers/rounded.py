@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.grid import decode, encode
-from lightning_quant.functional.soft_rounding import from_fraction, hard_rounding, soft_rounding
+from lightning_quant.functional.rounding import from_fraction, hard_rounding, soft_rounding
 from lightning_quant.quantizers.fixed import FixedQuantizer
 from lightning_quant.quantizers.identity import Mark, fingerprint, mark
 

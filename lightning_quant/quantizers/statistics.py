@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
+
 
 class Moments(NamedTuple):
     """Mean, population standard deviation, largest magnitude, and whether any is < 0."""
@@ -17,43 +19,6 @@ class Moments(NamedTuple):
     std: float
     largest: float
     has_negative: bool
-
-
-def several_ranks() -> bool:
-    """Whether there is anybody to agree with."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place; the tensor itself where there is one process."""
-    if several_ranks():
-        dist.all_reduce(values)
-    return values
-
-
-def all_reduce_max(values: Tensor) -> Tensor:
-    """Maximum over all ranks, in place; the tensor itself where there is one process."""
-    if several_ranks():
-        dist.all_reduce(values, dist.ReduceOp.MAX)
-    return values
-
-
-def gather(values: Tensor) -> Tensor:
-    """Concatenation of all ranks' tensors along the first dimension, whose length may differ from rank to rank.
-
-    >>> gather(torch.arange(3))
-    tensor([0, 1, 2])
-    """
-    if not several_ranks():
-        return values
-    lengths = [torch.zeros(1, dtype=torch.int64, device=values.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(values)], device=values.device))
-    counts = [int(length) for length in lengths]
-    padded = values.new_zeros(max(counts), *values.shape[1:])
-    padded[: len(values)] = values
-    parts = [torch.empty_like(padded) for _ in counts]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
 
 
 def moments(x: Tensor) -> Moments:

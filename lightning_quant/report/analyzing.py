@@ -14,13 +14,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from lightning_quant.analysis import Analysis, trained_quantized
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization
-from lightning_quant.gradient.structure import quantize_layers
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import is_quantized, quantizers_of
-from lightning_quant.paths import local_path
+from lightning_quant.gradient.preparation import quantize_layers
+from lightning_quant.nn.structure import is_quantized, quantized_layers, quantizers_of
 from lightning_quant.report.comparing import float_metrics
 from lightning_quant.report.html import with_float, worst_layers, write_report
 from lightning_quant.report.quantization_report import QuantizationReport
+from lightning_quant.utilities.paths import local_path
 
 TestData: TypeAlias = pl.LightningDataModule | Iterable[Any]
 

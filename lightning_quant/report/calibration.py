@@ -12,15 +12,15 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from lightning_quant.calibration.module import is_calibrated
+from lightning_quant.calibration.record import Record, settings_of
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.groups import channel_groups, channel_ranges
+from lightning_quant.igq_vit.calibration import INPUT, Calibration
 from lightning_quant.igq_vit.records import curve_of
-from lightning_quant.igq_vit.session import INPUT, Calibration
-from lightning_quant.paths import check_on_first_rank, check_writable, user_path
 from lightning_quant.quantizers.grouped import GroupQuantizer
 from lightning_quant.report.groups import draw_budget_curve, draw_channel_ranges
-from lightning_quant.tasks.calibration import is_calibrated
-from lightning_quant.tasks.records import Record, settings_of
+from lightning_quant.utilities.paths import check_on_first_rank, check_writable, user_path
 
 
 class CalibrationPictures(pl.Callback):

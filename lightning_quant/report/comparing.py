@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from lightning_quant.analysis import trained_quantized
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.nn.in_float import in_float
-from lightning_quant.nn.structure import is_quantized
-from lightning_quant.nn.tabled import Tabled
-from lightning_quant.paths import user_path
+from lightning_quant.nn.structure import in_float, is_quantized
+from lightning_quant.utilities.paths import user_path
+from lightning_quant.utilities.table import Tabled
 
 Verb = Literal["validate", "test"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_quant.analysis import Analysis, LayerAnalysis
-from lightning_quant.atomic import whole_file
-from lightning_quant.paths import trainer_path, user_path
 from lightning_quant.report.remedies import Finding, joint_line
+from lightning_quant.utilities.files import whole_file
+from lightning_quant.utilities.paths import trainer_path, user_path
 
 PAGE = Path(__file__).parent / "page"
 NAME = "quantization_report"

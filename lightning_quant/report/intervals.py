@@ -14,9 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.gradient.logs import PREFIX
-from lightning_quant.paths import user_path
+from lightning_quant.gradient.history import PREFIX
 from lightning_quant.report.saving import save_figure
+from lightning_quant.utilities.paths import user_path
 
 # Okabe and Ito's colours, which colour-blind readers tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")

@@ -10,8 +10,9 @@ from typing import Any, cast
 import lightning.pytorch as pl
 from torch import nn
 
-from lightning_quant.accuquant.session import STAGES, staged
+from lightning_quant.accuquant.calibration import STAGES, staged
 from lightning_quant.analysis import Analysis, Cause, LayerAnalysis, find_causes
+from lightning_quant.calibration.record import Record, is_finished, numbered, plan_of, settings_of
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.igq_vit.records import OMEGA, groups_of, tables_of
 from lightning_quant.report import remedies
@@ -19,7 +20,6 @@ from lightning_quant.report.calibration import draw_groups
 from lightning_quant.report.intervals import LayerMetrics, draw_intervals, parse_layer_metrics
 from lightning_quant.report.remedies import Finding, Remedy, Settings
 from lightning_quant.report.trajectories import GenerationReport, draw_generation
-from lightning_quant.tasks.records import Record, is_finished, numbered, plan_of, settings_of
 
 # An error that piles up to more than this many times that of single steps asks for longer windows.
 _PILES_UP = 3.0

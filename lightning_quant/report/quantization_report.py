@@ -7,7 +7,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -23,17 +23,17 @@ from torch import nn
 from lightning_quant.analysis import Analysis, Recorder, analyze_network, quantized_root, trained_quantized
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
-from lightning_quant.nn.compiled import as_written
-from lightning_quant.nn.evaluation import evaluating
-from lightning_quant.nn.hashing import file_hash, weights_hash
-from lightning_quant.nn.structure import quantizers_of
-from lightning_quant.paths import check_on_first_rank, check_writable, trainer_path, user_path
+from lightning_quant.nn.modes import as_written, evaluating
+from lightning_quant.nn.structure import quantizers_of, weights_hash
 from lightning_quant.report.comparing import float_network, read_float_state
 from lightning_quant.report.html import Figures, RunReport, report_folder, write_report
 from lightning_quant.report.layer_charts import draw_noise, draw_sensitivity
 from lightning_quant.report.methods import Method, method_of
 from lightning_quant.report.remedies import Finding, effect, in_float
-from lightning_quant.tasks.calibration_progress import ProgressBar
+from lightning_quant.utilities.hashing import file_hash
+from lightning_quant.utilities.paths import check_on_first_rank, check_writable, trainer_path, user_path
+from lightning_quant.utilities.progress import ProgressBar
+from lightning_quant.utilities.text import byte_size, large_number, listed
 
 _LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "diffusers", "torchmetrics")
 
@@ -233,7 +233,7 @@ class QuantizationReport(pl.Callback):
         bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
         lead = (
             f"{method.detail}{len(analysis.layers)} layers and attentions of {type(pl_module).__name__} in"
-            f" {_listed(bits)} bits, after {stage}. {method.execution}"
+            f" {listed(bits)} bits, after {stage}. {method.execution}"
         )
         return RunReport(
             title=f"{method.name}: {type(pl_module).__name__}",
@@ -264,18 +264,18 @@ class QuantizationReport(pl.Callback):
         if analysis.agreement is not None:
             rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "of the recorded calls"))
         share = analysis.quantized_bytes / analysis.float_bytes
-        size = f"{_bytes(analysis.quantized_bytes)} ({share:.1%})"
-        rows.append(Figures("size of the parameters", _bytes(analysis.float_bytes), size, "codes packed"))
+        size = f"{byte_size(analysis.quantized_bytes)} ({share:.1%})"
+        rows.append(Figures("size of the parameters", byte_size(analysis.float_bytes), size, "codes packed"))
         if analysis.float_bops and analysis.quantized_bops:
             share = analysis.quantized_bops / analysis.float_bops
-            bops = f"{_large(analysis.quantized_bops)} ({share:.2%})"
+            bops = f"{large_number(analysis.quantized_bops)} ({share:.2%})"
             note = "groups included" if any(layer.groups for layer in analysis.layers) else ""
-            rows.append(Figures("bit operations an image", _large(analysis.float_bops), bops, note))
+            rows.append(Figures("bit operations an image", large_number(analysis.float_bops), bops, note))
         slower = analysis.quantized_seconds / analysis.float_seconds if analysis.float_seconds else 0.0
         note = f"of the recorded calls, {slower:.1f} times: simulated, which says nothing of low-bit units"
         took = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]
         rows.append(Figures("time here", took[0], took[1], note))
-        rows.append(Figures(f"the {stage}", "", f"{seconds:.0f} s", f"{_bytes(_peak_memory())} of memory at most"))
+        rows.append(Figures(f"the {stage}", "", f"{seconds:.0f} s", f"{byte_size(_peak_memory())} of memory at most"))
         return rows
 
 
@@ -375,29 +375,3 @@ def _peak_memory() -> int:
     # Kilobytes, but on a Mac bytes.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    """As a person says them.
-
-    >>> _listed([4]), _listed([2, 4, 8])
-    ('4', '2, 4 and 8')
-    """
-    *first, last = map(str, numbers)
-    return f"{', '.join(first)} and {last}" if first else last
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def _large(count: float) -> str:
-    for unit in ("", " K", " M", " G"):
-        if count < 1000:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} T"

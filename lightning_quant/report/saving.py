@@ -6,7 +6,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:

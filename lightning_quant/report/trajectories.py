@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.paths import check_on_first_rank, check_writable, user_path
 from lightning_quant.report.html import report_folder
 from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.windows import (
@@ -34,6 +33,7 @@ from lightning_quant.report.windows import (
     short,
     wrapped,
 )
+from lightning_quant.utilities.paths import check_on_first_rank, check_writable, user_path
 
 FLOAT = "float"
 """Name of the float model's images among those of a report."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _SCHEDULERS = ("DDIMScheduler", "DDPMScheduler")
 _PREDICTIONS = ("epsilon", "sample", "v_prediction")

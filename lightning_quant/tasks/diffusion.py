@@ -14,13 +14,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from lightning_quant.atomic import Writer, check_replaceable, list_files, listed_files, whole_folder
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.structure import rebuild
-from lightning_quant.paths import check_on_first_rank, user_path
 from lightning_quant.tasks.denoisers import described, learned_target, noise_scheduler, unet
 from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
+from lightning_quant.utilities.files import Writer, check_replaceable, list_files, listed_files, whole_folder
+from lightning_quant.utilities.paths import check_on_first_rank, user_path
 
 Batch = Tensor | Sequence[Tensor]
 

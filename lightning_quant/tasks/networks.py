@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import lightning_quant.models  # noqa: F401  (registers the CIFAR networks with timm)
 from lightning_quant.errors import CheckpointError, ConfigurationError
-from lightning_quant.paths import user_path
+from lightning_quant.utilities.paths import user_path
 
 _TORCHVISION = "torchvision/"
 

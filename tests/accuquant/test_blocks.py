@@ -11,15 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import tiny_unet
+from helpers.diffusion import tiny_unet
+from helpers.prepared import GUIDANCE, NETWORKS, call, calls_of, prepared
+from helpers.processes import on_ranks
 from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, call_with, gather
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.nn.attention import opened_attentions
-from lightning_quant.nn.in_float import in_float
-from lightning_quant.nn.strip import quantized_layers
-from prepared import GUIDANCE, NETWORKS, call, calls_of, prepared
-from processes import on_ranks
+from lightning_quant.nn.structure import in_float, quantized_layers
 
 
 def first_calls(network: nn.Module, names: list[str], run: Callable[[], object]) -> list[str]:

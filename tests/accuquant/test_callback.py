@@ -12,11 +12,11 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
+from helpers.small_diffusion import SHAPE, SMALL, Project, SmallDenoiser, batches, quiet_trainer
 from lightning_quant import AccuQuant, load_from_checkpoint
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.nn import strip
-from lightning_quant.tasks.calibration import is_calibrated
-from small_diffusion import SHAPE, SMALL, Project, SmallDenoiser, batches, quiet_trainer
 
 
 def callback(**arguments: Any) -> AccuQuant:
@@ -64,7 +64,7 @@ def test_a_finished_calibration_is_taken_from_its_file(tmp_path: Path, caplog: p
 def test_stopped_it_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, module = Project(), Project()
     quiet_trainer(tmp_path / "whole", callbacks=[callback()]).test(whole, batches(), verbose=False)
-    from lightning_quant.accuquant.session import Calibration
+    from lightning_quant.accuquant.calibration import Calibration
 
     steps: list[int] = []
     step = Calibration.step
@@ -111,7 +111,7 @@ def test_stripped_it_is_the_float_module_again(tmp_path: Path) -> None:
 
 
 def test_denoiser_and_scheduler_are_found(tmp_path: Path) -> None:
-    from diffusion import tiny_unet
+    from helpers.diffusion import tiny_unet
 
     class Own(Project):
         def __init__(self) -> None:
@@ -179,7 +179,7 @@ class Wider(SmallDenoiser):
 
 
 def tiny(**options: Any) -> Any:
-    from diffusion import tiny_condition_unet, tiny_unet
+    from helpers.diffusion import tiny_condition_unet, tiny_unet
 
     return tiny_condition_unet() if not options else tiny_unet(**options)
 

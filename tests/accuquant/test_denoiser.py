@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
+from helpers.diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
 from lightning_quant.accuquant.denoiser import Denoiser, denoiser_of
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 

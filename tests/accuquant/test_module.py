@@ -12,11 +12,11 @@ from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
+from helpers.small_diffusion import SMALL, quiet_trainer
 from lightning_quant import AccuQuant, AccuQuantModule, GenerationMetrics, open_pipeline, save_pipeline
 from lightning_quant.accuquant.module import FIRST_GENERATED
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
-from small_diffusion import SMALL, quiet_trainer
 
 SIZES: dict[str, Any] = {
     "sample_size": 8,

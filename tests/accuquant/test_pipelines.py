@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from diffusion import (
+from helpers.diffusion import (
     CLASSES,
     TOKENS,
     WIDTH,

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import tiny_condition_unet
+from helpers.diffusion import tiny_condition_unet
+from helpers.ranged import call, network_of, plan_of
 from lightning_quant.accuquant.plan import FIRST_AND_LAST, DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.layers import LAYERS
-from ranged import call, network_of, plan_of
 
 KINDS = ("ddpm", "sd", "dit")
 every = pytest.mark.parametrize("kind", KINDS)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from helpers.small_diffusion import SHAPE, SMALL, parts, started
 from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.accuquant.preparation import BACKWARD, FORWARD, estimate, image_numbers, sampler_for
 from lightning_quant.accuquant.reconstruction import BATCH as BLOCK_BATCH
 from lightning_quant.accuquant.settings import Settings
-from small_diffusion import SHAPE, SMALL, parts, started
 
 # A float call of a batch takes as long as makes minutes of it all.
 SECONDS = 100.0

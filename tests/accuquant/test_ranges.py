@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from diffusion import tiny_inputs
+from helpers.diffusion import tiny_inputs
+from helpers.processes import on_ranks
+from helpers.ranged import TIMESTEPS, call, network_of, plan_of, ranged
 from lightning_quant.accuquant.denoiser import denoiser_of
 from lightning_quant.accuquant.plan import plan_denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers, activation_ranges, prepare, weight_ranges
@@ -20,10 +22,8 @@ from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional import decode, encode, mse_search, scale_and_zero_point
 from lightning_quant.nn.attention import opened_attentions
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers import RoundedQuantizer, TimestepQuantizer
-from processes import on_ranks
-from ranged import TIMESTEPS, call, network_of, plan_of, ranged
 
 Call = Callable[[], object]
 

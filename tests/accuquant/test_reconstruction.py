@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.prepared import NETWORKS, calls_of, prepared
+from helpers.processes import on_ranks
 from lightning_quant.accuquant.blocks import BlockData, gather
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers
@@ -24,14 +26,11 @@ from lightning_quant.accuquant.reconstruction import (
 )
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.functional.soft_rounding import rounding_penalty
+from lightning_quant.functional.rounding import rounding_penalty
 from lightning_quant.nn import swap
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import quantizers_of
+from lightning_quant.nn.structure import quantized_layers, quantizers_of
 from lightning_quant.quantizers.rounded import RoundedQuantizer
 from lightning_quant.quantizers.timestep import TimestepQuantizer
-from prepared import NETWORKS, calls_of, prepared
-from processes import on_ranks
 
 BLOCK = "mid_block.resnets.0"
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from diffusion import TOKENS, WIDTH, tiny_condition_unet, tiny_pipeline_folder
+from helpers.diffusion import TOKENS, WIDTH, tiny_condition_unet, tiny_pipeline_folder
 from lightning_quant.accuquant.conditions import prompt_conditioning
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
 from lightning_quant.accuquant.text_encoding import read_embeddings, text_encoder

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.rollouts import KINDS, SHAPE, fake, sampler
 from lightning_quant.accuquant.trajectories import Trajectories, check_finite, generate, trajectory_bytes
 from lightning_quant.accuquant.windows import roll
 from lightning_quant.data.noise import initial_noise, step_noise
 from lightning_quant.errors import ConfigurationError, QuantizationError
-from rollouts import KINDS, SHAPE, fake, sampler
 
 IDS = [3, 8, 5, 0, 11]
 

@@ -12,6 +12,8 @@ import safetensors
 import torch
 from torch import nn
 
+from helpers.processes import on_ranks
+from helpers.rollouts import KINDS, SHAPE, fake, sampler
 from lightning_quant.accuquant import trajectory_cache, trajectory_files
 from lightning_quant.accuquant.trajectories import Trajectories, generate, trajectory_bytes
 from lightning_quant.accuquant.trajectory_cache import TrajectoryCache
@@ -19,10 +21,8 @@ from lightning_quant.accuquant.trajectory_files import DESCRIPTION
 from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.nn import swap
-from lightning_quant.nn.hashing import weights_hash
+from lightning_quant.nn.structure import weights_hash
 from lightning_quant.quantizers import FixedQuantizer
-from processes import on_ranks
-from rollouts import KINDS, SHAPE, fake, sampler
 
 IDS = range(10)
 

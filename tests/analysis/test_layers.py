@@ -13,16 +13,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.vits import NETWORKS, calibration, finished, images
 from lightning_quant.analysis import Recorder, analyze_network, find_causes, quantized_root
 from lightning_quant.analysis.layers import LayerAnalysis
 from lightning_quant.errors import QuantizationError
 from lightning_quant.metrics.tensor_error import TensorError, TensorFigures
 from lightning_quant.nn import swap
-from lightning_quant.nn.in_float import in_float
-from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import in_float, strip
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer
 from lightning_quant.quantizers.dynamic import LogQuantizer
-from vits import NETWORKS, calibration, finished, images
 
 
 def learned(x: Tensor, bits: int = 4) -> LearnedQuantizer:

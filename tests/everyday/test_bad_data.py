@@ -16,15 +16,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from everyday_projects import PROJECTS, Everyday
+from helpers.everyday_projects import PROJECTS, Everyday
+from helpers.networks import Images, SmallNet, quantization, trainer
+from helpers.processes import on_ranks
+from helpers.small_diffusion import SHAPE
+from helpers.vits import Dicts, VitData, VitModule, images, quiet
 from lightning_quant import IGQViT
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.structure import is_quantized, quantizers_of
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import Images, SmallNet, quantization, trainer
-from processes import on_ranks
-from small_diffusion import SHAPE
-from vits import Dicts, VitData, VitModule, images, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 projects = pytest.mark.parametrize("name", list(PROJECTS))

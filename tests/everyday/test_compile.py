@@ -13,15 +13,15 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from everyday_projects import PROJECTS
+from helpers.everyday_projects import PROJECTS
+from helpers.networks import Images, SmallNet, quantization
+from helpers.networks import trainer as training
+from helpers.small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from helpers.vits import VitData, VitModule, quiet
 from lightning_quant import AccuQuant, IGQViT, QuantizationReport
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.nn import swap
 from lightning_quant.quantizers import LearnedQuantizer
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import Images, SmallNet, quantization
-from networks import trainer as training
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
-from vits import VitData, VitModule, quiet
 
 
 @pytest.fixture(autouse=True)

@@ -18,20 +18,20 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crashes import killed, moments, runs, tick
-from diffusion import tiny_unet
+from helpers.crashes import killed, moments, runs, tick
+from helpers.diffusion import tiny_unet
+from helpers.networks import Images, SmallNet, quantization, trainer
+from helpers.small_diffusion import SHAPE, SMALL, Project, batches, parts, quiet_trainer
+from helpers.vits import VitData, VitModule, quiet
 from lightning_quant import AccuQuant, IGQViT, load_quantized, open_pipeline, save_pipeline, save_quantized
-from lightning_quant.accuquant.session import Calibration as Windows
+from lightning_quant.accuquant.calibration import Calibration as Windows
 from lightning_quant.accuquant.settings import Settings
+from lightning_quant.calibration.module import CalibratingModule
+from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import CheckpointError
-from lightning_quant.igq_vit.session import Calibration as Groups
+from lightning_quant.igq_vit.calibration import Calibration as Groups
 from lightning_quant.nn import swap
 from lightning_quant.quantizers import FixedQuantizer
-from lightning_quant.tasks.calibration import CalibratingModule
-from lightning_quant.tasks.calibration_files import StateFile
-from networks import Images, SmallNet, quantization, trainer
-from small_diffusion import SHAPE, SMALL, Project, batches, parts, quiet_trainer
-from vits import VitData, VitModule, quiet
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import determined
+from helpers import determined
 
 NAMES = pytest.mark.parametrize("name", list(determined.RUNS))
 
@@ -23,7 +23,7 @@ def run(folder: Path, hash_seed: int, threads: int) -> dict[str, list[str]]:
     environment = {
         **os.environ,
         "PYTHONHASHSEED": str(hash_seed),
-        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(determined.__file__).parent)]),
+        "PYTHONPATH": os.pathsep.join([*sys.path, str(Path(determined.__file__).parents[1])]),
     }
     done = subprocess.run(
         [sys.executable, determined.__file__, str(folder), str(threads)],

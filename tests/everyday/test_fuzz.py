@@ -18,18 +18,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from artifacts import mlp, quantized
+from helpers.artifacts import mlp, quantized
+from helpers.networks import Images, quantization, trainer
+from helpers.small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from helpers.structures import Stack, StackDenoiser, Transformer, structures, transformers
+from helpers.vits import calibration, evaluate, finished, images
 from lightning_quant import AccuQuant, QuantizationError, load_quantized, save_quantized, strip
 from lightning_quant.cli.advice import UsageError
 from lightning_quant.cli.lightning_cli import build
 from lightning_quant.cli.packaged import FOLDER
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.nn.structure import rebuild
-from networks import Images, quantization, trainer
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
-from structures import Stack, StackDenoiser, Transformer, structures, transformers
-from vits import calibration, evaluate, finished, images
+from lightning_quant.nn.structure import quantized_layers, rebuild
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Examples = Callable[[Any], Any]

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.utils.data import DataLoader
 
-from everyday_projects import PROJECTS
+from helpers.everyday_projects import PROJECTS
+from helpers.networks import QUIET, Images
+from helpers.processes import on_ranks
+from helpers.small_diffusion import Project, batches
+from helpers.vits import VitData, VitModule
 from lightning_quant import GradientQuantization, QuantizationError, QuantizationReport, load_from_checkpoint
-from lightning_quant.nn.strip import quantized_layers
-from networks import QUIET, Images
-from processes import on_ranks
-from small_diffusion import Project, batches
-from vits import VitData, VitModule
+from lightning_quant.nn.structure import quantized_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 sharded = pytest.mark.skipif(

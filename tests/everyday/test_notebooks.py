@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import rich.console
 
+from helpers.networks import SmallNet
+from helpers.small_diffusion import parts
+from helpers.vits import calibration, images, vit
 from lightning_quant import GradientQuantization
-from networks import SmallNet
-from small_diffusion import parts
-from vits import calibration, images, vit
 
 
 @pytest.mark.parametrize("method", ["int4_training", "igq_vit", "accuquant"])

@@ -23,12 +23,12 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.tuner.tuning import Tuner
 
-from everyday_projects import PROJECTS, Everyday
+from helpers.everyday_projects import PROJECTS, Everyday
+from helpers.networks import SmallNet, quantization, trainer
+from helpers.vits import VitData
 from lightning_quant import load_from_checkpoint, strip
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import SmallNet, quantization, trainer
-from vits import VitData
+from lightning_quant.calibration.module import is_calibrated
+from lightning_quant.nn.structure import quantized_layers
 
 projects = pytest.mark.parametrize("project", PROJECTS.values(), ids=list(PROJECTS))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -55,7 +55,7 @@ def test_a_new_process_loads_the_checkpoint(project: Everyday, tmp_path: Path) -
 import sys
 sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 import torch
-from everyday_projects import PROJECTS
+from helpers.everyday_projects import PROJECTS
 from lightning_quant import load_from_checkpoint
 project = PROJECTS[{name!r}]
 loaded = load_from_checkpoint(type(project.module()), {str(path)!r}, weights_only=True)

@@ -14,10 +14,10 @@ from diffusers import DDPMScheduler
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from diffusion import tiny_condition_unet
+from helpers.diffusion import tiny_condition_unet
+from helpers.small_diffusion import SMALL, quiet_trainer
 from lightning_quant import AccuQuant, GradientQuantization, load_from_checkpoint
-from lightning_quant.tasks.calibration import is_calibrated
-from small_diffusion import SMALL, quiet_trainer
+from lightning_quant.calibration.module import is_calibrated
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from artifacts import mlp, quantized, weights
+from helpers.artifacts import mlp, quantized, weights
+from helpers.networks import SmallNet, fitted, quantization
 from lightning_quant import ImageClassifier, load_quantized, save_quantized
 from lightning_quant.nn import open_attention, swap
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers.dynamic import TokenQuantizer
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
-from networks import SmallNet, fitted, quantization
 
 
 def grouped(bits: int = 6, groups: int = 4) -> GroupQuantizer:

@@ -9,8 +9,8 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 
-from artifacts import quantized
-from diffusion import tiny_autoencoder, tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet, tiny_vqmodel
+from helpers.artifacts import quantized
+from helpers.diffusion import tiny_autoencoder, tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet, tiny_vqmodel
 from lightning_quant import load_quantized, save_quantized
 from lightning_quant.export.build import deduce, mismatch
 

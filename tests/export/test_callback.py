@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from artifacts import mlp, quantized
+from helpers.artifacts import mlp, quantized
+from helpers.networks import SmallNet, quantization, trainer
+from helpers.vits import VitData, VitModule, images, quiet
 from lightning_quant import IGQViT, SaveQuantized, load_quantized, save_quantized
 from lightning_quant.errors import ConfigurationError
-from networks import SmallNet, quantization, trainer
-from vits import VitData, VitModule, images, quiet
 
 
 def test_a_test_and_a_float_fit(tmp_path: Path) -> None:

@@ -12,15 +12,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from helpers.networks import trainer
+from helpers.ranged import TIMESTEPS, call, network_of, ranged
 from lightning_quant import load_from_checkpoint, load_quantized, save_quantized
 from lightning_quant.accuquant.ranges import activation_quantizers
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.packing import packed_size, unpack_bits
 from lightning_quant.nn import swap
-from lightning_quant.nn.strip import quantized_layers
+from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers import FixedQuantizer, RoundedQuantizer, TimestepQuantizer
-from networks import trainer
-from ranged import TIMESTEPS, call, network_of, ranged
 
 STARTS = (999, 600, 200)
 

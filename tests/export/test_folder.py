@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from artifacts import mlp, quantized
+from helpers.artifacts import mlp, quantized
 from lightning_quant import load_quantized, save_quantized
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.export.folder import description_digest

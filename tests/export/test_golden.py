@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from everyday_projects import PROJECTS
-from golden_files import GOLDEN
+from helpers.everyday_projects import PROJECTS
+from helpers.golden_files import GOLDEN
 from lightning_quant import load_from_checkpoint, load_quantized, save_quantized
 from lightning_quant.export.folder import DESCRIPTION, TENSORS, VERSION
 
@@ -22,7 +22,9 @@ methods = pytest.mark.parametrize("name", list(PROJECTS))
 
 
 def test_the_version_that_is_written_now_has_its_files() -> None:
-    assert (GOLDEN / f"v{VERSION}").is_dir(), "a new version: run tests/golden_files.py and commit what it writes"
+    assert (GOLDEN / f"v{VERSION}").is_dir(), (
+        "a new version: run PYTHONPATH=tests python -m helpers.golden_files and commit what it writes"
+    )
 
 
 def check(version: Path, name: str, module: Any) -> None:

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from artifacts import quantized, weights
-from diffusion import Kind, tiny_inputs, tiny_pipeline_folder, tiny_unet
+from helpers.artifacts import quantized, weights
+from helpers.diffusion import Kind, tiny_inputs, tiny_pipeline_folder, tiny_unet
 from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
 from lightning_quant.export.pipeline import open_model, open_pipeline, save_pipeline

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from foreign_projects import trainer
+from helpers.foreign_projects import trainer
 from lightning_quant import GradientQuantization
-from lightning_quant.nn.strip import quantized_layers
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.calibration.module import is_calibrated
+from lightning_quant.nn.structure import quantized_layers
 
 data = pytest.importorskip("anomalib.data")
 ganomaly = pytest.importorskip("anomalib.models.image.ganomaly.lightning_model")

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from foreign_projects import trainer
+from helpers.foreign_projects import trainer
 from lightning_quant import GradientQuantization, IGQViT, QuantizationError
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.calibration.module import is_calibrated
 
 pytestmark = pytest.mark.foreign
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from foreign_projects import trainer
+from helpers.foreign_projects import trainer
 from lightning_quant import GradientQuantization, IGQViT, load_from_checkpoint
-from lightning_quant.tasks.calibration import is_calibrated
+from lightning_quant.calibration.module import is_calibrated
 
 trainers = pytest.importorskip("torchgeo.trainers")
 pytestmark = pytest.mark.foreign

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.oracle import quantize_unsigned, quantize_weight, round_through
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional import (
     Grid,
@@ -20,7 +21,6 @@ from lightning_quant.functional import (
     unsigned_grid,
 )
 from lightning_quant.functional.grid import clamp_bounds, exact_in, is_inside
-from oracle import quantize_unsigned, quantize_weight, round_through
 
 few = settings(deadline=None, max_examples=40)
 real = st.floats(-1e4, 1e4, width=32)

@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from helpers.networks import SmallNet, fitted, quantization, trainer
 from lightning_quant import load_from_checkpoint, strip
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 from lightning_quant.gradient import (
@@ -23,7 +24,6 @@ from lightning_quant.gradient import (
 )
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.nn import QuantizedLayer
-from networks import SmallNet, fitted, quantization, trainer
 
 
 def quantized(module: nn.Module) -> dict[str, QuantizedLayer]:

@@ -6,11 +6,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from helpers.networks import SmallNet, fitted, quantization, trainer
 from lightning_quant import GradientQuantization, ImageClassifier, load_from_checkpoint
 from lightning_quant.errors import CheckpointError
 from lightning_quant.gradient import IntervalStrategy, LargeGradientInterval, MinimumErrorInterval
 from lightning_quant.quantizers import LearnedQuantizer
-from networks import SmallNet, fitted, quantization, trainer
 
 
 def saved(folder: Path, **kwargs: Any) -> Path:

@@ -14,14 +14,14 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from helpers.networks import Images, fitted, quantization, trainer
+from helpers.processes import on_ranks
 from lightning_quant.gradient import GradientQuantization, LargeGradientInterval
 from lightning_quant.gradient.following import CLIPPED, factors, own_sums, usual_size
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
-from lightning_quant.gradient.structure import quantize_layers
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.nn import Bits
 from lightning_quant.quantizers import LearnedQuantizer
-from networks import Images, fitted, quantization, trainer
-from processes import on_ranks
 
 STARTS = {"zero": nn.init.zeros_, "tiny": lambda w: nn.init.normal_(w, std=1e-5)}
 

@@ -16,11 +16,11 @@ from timm.utils.model_ema import ModelEmaV2, ModelEmaV3
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from helpers.networks import SmallNet, trainer
 from lightning_quant import load_from_checkpoint
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.nn import strip
-from networks import SmallNet, trainer
 
 DECAY = 0.5
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from helpers.networks import SmallNet, quantization, trainer
 from lightning_quant.gradient.history import History
-from networks import SmallNet, quantization, trainer
 
 
 def test_a_long_training_keeps_few_steps_evenly_spread() -> None:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_quant.gradient import FixedInterval, IntervalStrategy, LargeGradientInterval, MinimumErrorInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn import Bits, plan_layers
 
 # .item(), float(), bool(), .tolist() of one element, and what has a shape that depends on values.

@@ -6,8 +6,8 @@ from lightning_quant.errors import CheckpointError
 from lightning_quant.gradient import FixedInterval, IntervalStrategy, LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn import Bits
 
 

@@ -2,11 +2,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.oracle import quantize_gradient
 from lightning_quant.errors import QuantizationError
 from lightning_quant.gradient import FixedInterval, IntervalStrategy, LargeGradientInterval, MinMaxInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer, gradient_errors
-from oracle import quantize_gradient
 
 
 def make(bits: int = 4, interval: IntervalStrategy | None = None, seed: int = 0) -> GradientQuantizer:

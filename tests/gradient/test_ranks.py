@@ -11,17 +11,16 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from helpers.networks import SmallNet, quantization, trainer
+from helpers.processes import on_ranks
 from lightning_quant import load_from_checkpoint
 from lightning_quant.errors import QuantizationError
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
-from lightning_quant.gradient.optimizer import QuantizerOptimizer
+from lightning_quant.gradient.optimizer import QuantizerOptimizer, own_counts, reduce_over_ranks
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.gradient.quantizer import GradientQuantizer
-from lightning_quant.gradient.ranks import own_counts, reduce_over_ranks
-from lightning_quant.gradient.structure import quantize_layers
 from lightning_quant.nn import Bits
-from networks import SmallNet, quantization, trainer
-from processes import on_ranks
 
 
 def network(quantizer_lr: float = 1e-2) -> tuple[nn.Module, QuantizerOptimizer, torch.optim.Optimizer]:

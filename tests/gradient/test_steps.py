@@ -12,8 +12,8 @@ import torch
 from timm.optim._optim_factory import create_optimizer_v2
 from torch import Tensor, nn
 
+from helpers.networks import SmallNet, quantization, trainer
 from lightning_quant.gradient.callback import GradientQuantization
-from networks import SmallNet, quantization, trainer
 
 
 class Sharpness(torch.optim.Optimizer):

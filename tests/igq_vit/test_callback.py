@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from helpers.vits import VitData, VitModule, images, quiet
 from lightning_quant import (
     IGQViT,
     QuantizationError,
@@ -21,11 +22,10 @@ from lightning_quant import (
     load_quantized,
     strip,
 )
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.igq_vit.session import Calibration
+from lightning_quant.igq_vit.calibration import Calibration
 from lightning_quant.nn.structure import quantizers_of
-from lightning_quant.tasks.calibration import is_calibrated
-from vits import VitData, VitModule, images, quiet
 
 
 def igq(**kwargs: Any) -> IGQViT:

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.vits import calibration, evaluate, finished, images, swin, vit
 from lightning_quant import load_quantized, save_quantized, strip
 from lightning_quant.errors import CheckpointError, QuantizationError
 from lightning_quant.igq_vit.settings import Scheme
 from lightning_quant.nn.structure import quantizers_of, rebuild
 from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
-from vits import calibration, evaluate, finished, images, swin, vit
 
 
 def fill(weight: float, bias: float, *names: str) -> Callable[[nn.Module], None]:

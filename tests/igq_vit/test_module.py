@@ -11,11 +11,11 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
+from helpers.vits import quiet, spread, vit
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule, QuantizationError, load_quantized, save_quantized
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.igq_vit.session import Calibration
-from lightning_quant.tasks.calibration import is_calibrated
-from vits import quiet, spread, vit
+from lightning_quant.igq_vit.calibration import Calibration
 
 SIZES = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "embed_dim": 32, "num_heads": 2}
 

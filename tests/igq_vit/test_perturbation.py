@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from scipy.special import rel_entr
 from torch import Tensor, nn
 
+from helpers.vits import NETWORKS, calibration, evaluate, finished, images, vit
 from lightning_quant import strip
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.igq_vit.calibration import INPUT, SOFTMAX
 from lightning_quant.igq_vit.perturbation import Replay, divergence, log_posteriors
-from lightning_quant.igq_vit.session import INPUT, SOFTMAX
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
-from vits import NETWORKS, calibration, evaluate, finished, images, vit
 
 
 @pytest.mark.parametrize("kind", NETWORKS)

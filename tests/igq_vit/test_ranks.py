@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.processes import on_ranks
+from helpers.vits import VitData, VitModule, calibration, finished, images, quiet, swin, vit
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule
-from lightning_quant.igq_vit.cache import images_hash
-from lightning_quant.igq_vit.fitting import gram_matrix, layer_wise_range, tail_bounds
-from lightning_quant.quantizers.statistics import gather
-from processes import on_ranks
-from vits import VitData, VitModule, calibration, finished, images, quiet, swin, vit
+from lightning_quant.igq_vit.callback import images_hash
+from lightning_quant.igq_vit.ranges import gram_matrix, layer_wise_range, tail_bounds
+from lightning_quant.utilities.distributed import gather
 
 
 @pytest.fixture(autouse=True)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.vits import NETWORKS, calibration, images, vit
 from lightning_quant.igq_vit import sensitivity
-from lightning_quant.igq_vit.calibration import Slot, emptied, filled_slots
+from lightning_quant.igq_vit.calibration import Calibration
+from lightning_quant.igq_vit.calibration_pass import Slot, emptied, filled_slots
 from lightning_quant.igq_vit.perturbation import Replay, log_posteriors, perturbations
 from lightning_quant.igq_vit.schemes import Candidates
 from lightning_quant.igq_vit.sensitivity import estimated_perturbations
-from lightning_quant.igq_vit.session import Calibration
-from vits import NETWORKS, calibration, images, vit
 
 Tables = dict[Slot, dict[int, float]]
 

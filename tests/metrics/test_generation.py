@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.processes import on_ranks
+from helpers.tiny_clip import TinyClip, tiny_processor
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics import GenerationMetrics
-from processes import on_ranks
-from tiny_clip import TinyClip, tiny_processor
 
 IMAGES = 24
 PROMPTS = [f"{a}{b}m a digit" for a in "abcdwxyz" for b in "anz"]

@@ -10,6 +10,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from helpers.tiny_clip import TinyClip, tiny_processor
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.metrics import UnavailableError
 from lightning_quant.metrics.similarity import (
@@ -22,7 +23,6 @@ from lightning_quant.metrics.similarity import (
     psnr,
     ssim,
 )
-from tiny_clip import TinyClip, tiny_processor
 
 _BACKBONES = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 

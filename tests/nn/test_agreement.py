@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from helpers.processes import on_ranks
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn import swap
 from lightning_quant.nn.agreement import check_quantizers_agree, check_weights_agree
 from lightning_quant.quantizers import FixedQuantizer
-from processes import on_ranks
 
 
 def network() -> nn.Sequential:

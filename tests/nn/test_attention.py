@@ -9,7 +9,7 @@ import torch
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from attentions import NETWORKS, Direct, Distort, Seen, error, network, open_all
+from helpers.attentions import NETWORKS, Direct, Distort, Seen, error, network, open_all
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn import (
     ATTENTIONS,

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 import torchmetrics
 from torch import Tensor, nn
 
-from attentions import NETWORKS, network, open_all
+from helpers.attentions import NETWORKS, network, open_all
 from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.nn import check_attentions, open_attention, register_attention
 

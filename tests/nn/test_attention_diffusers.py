@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from attentions import error
-from diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
+from helpers.attentions import error
+from helpers.diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
 from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.nn import close_attention, open_attention
 from lightning_quant.nn.attention import opened_attentions

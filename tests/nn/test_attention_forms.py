@@ -7,7 +7,18 @@ import torch
 from timm.models import swin_transformer
 from torch import Tensor, nn
 
-from attentions import NETWORKS, PADDING, WINDOWED, Distort, Inputs, VitAttention, Zero, error, network, open_all
+from helpers.attentions import (
+    NETWORKS,
+    PADDING,
+    WINDOWED,
+    Distort,
+    Inputs,
+    VitAttention,
+    Zero,
+    error,
+    network,
+    open_all,
+)
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn import (
     WindowedAttention,

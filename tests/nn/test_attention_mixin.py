@@ -6,7 +6,7 @@ import torch
 from timm.layers.attention_pool import AttentionPoolLatent
 from torch import Tensor
 
-from attentions import NETWORKS, WINDOWED, Direct, Distort, Seen, VitAttention, error, network, open_all
+from helpers.attentions import NETWORKS, WINDOWED, Direct, Distort, Seen, VitAttention, error, network, open_all
 from lightning_quant.errors import UnsupportedModelError
 from lightning_quant.nn import SLOTS, open_attention, register_attention
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from helpers.oracle import quantize_unsigned, quantize_weight, with_gradient
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.functional import Grid, encode, symmetric_grid
 from lightning_quant.nn import restore, swap
 from lightning_quant.nn.operands import Codes
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer
-from oracle import quantize_unsigned, quantize_weight, with_gradient
 
 BITS = 4
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_quant.gradient import LargeGradientInterval
-from lightning_quant.gradient.structure import quantize_layers
+from lightning_quant.gradient.preparation import quantize_layers
 from lightning_quant.nn import Bits, open_attention, swap
 from lightning_quant.nn.quantized_module import HINT
 from lightning_quant.nn.structure import mark, quantizers_of

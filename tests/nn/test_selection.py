@@ -7,12 +7,12 @@ import torch
 import torchmetrics
 from torch import Tensor, nn
 
+from helpers.vits import calibration, images, vit
 from lightning_quant.accuquant.plan import plan_denoiser
 from lightning_quant.accuquant.settings import Settings as AccuQuantSettings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.nn import Bits, Plan, plan_layers
-from vits import calibration, images, vit
 
 FOUR = Bits(4, 4, 4)
 

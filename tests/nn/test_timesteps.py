@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffusion import tiny_inputs
+from helpers.diffusion import tiny_inputs
+from helpers.ranged import call, network_of, ranged
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn import strip, swap
 from lightning_quant.nn.structure import rebuild
 from lightning_quant.nn.timesteps import HOOK, unwatch_timesteps, watch_timesteps
 from lightning_quant.quantizers import TimestepQuantizer
-from ranged import call, network_of, ranged
 
 STARTS = (900, 400, 30)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from everyday_projects import PROJECTS
+from helpers.everyday_projects import PROJECTS
+from helpers.networks import SmallNet, trainer
 from lightning_quant.nn import swap
-from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import strip
 from lightning_quant.nn.what_ran import WhatRan, quantized_share
 from lightning_quant.quantizers import FixedQuantizer
-from networks import SmallNet, trainer
 
 SHARES = {
     "int4_training": "quantized, W4A4, 4 of 4 layers",

@@ -17,7 +17,7 @@ from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.nn import swap
-from lightning_quant.nn.strip import strip
+from lightning_quant.nn.structure import strip
 from lightning_quant.quantizers import (
     FixedQuantizer,
     LearnedQuantizer,

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.oracle import quantize_unsigned, quantize_weight
 from lightning_quant.errors import CheckpointError
 from lightning_quant.quantizers import LearnedQuantizer
 from lightning_quant.quantizers.statistics import moments
-from oracle import quantize_unsigned, quantize_weight
 
 
 def sample() -> Tensor:

@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 
 from lightning_quant import load_quantized, save_quantized
 from lightning_quant.errors import QuantizationError
-from lightning_quant.functional.soft_rounding import soft_rounding
+from lightning_quant.functional.rounding import soft_rounding
 from lightning_quant.nn import strip, swap
 from lightning_quant.quantizers import FixedQuantizer, RoundedQuantizer
 

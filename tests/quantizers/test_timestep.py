@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from helpers.oracle import round_through
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.functional import fake_quantize, scale_and_zero_point
 from lightning_quant.functional.grid import unsigned_grid
 from lightning_quant.quantizers import TimestepQuantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 from lightning_quant.quantizers.timestep import group_of
-from oracle import round_through
 
 STARTS = (900, 400, 30)
 few = settings(deadline=None, max_examples=60)

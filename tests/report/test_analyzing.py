@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from torch.utils.data import DataLoader
 
+from helpers.networks import Images, SmallNet, fitted, quantization, trainer
 from lightning_quant import analyze
 from lightning_quant.errors import ConfigurationError
-from networks import Images, SmallNet, fitted, quantization, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

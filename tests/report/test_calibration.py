@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from helpers.vits import VitData, VitModule, calibration, finished, images, quiet, swin, vit
 from lightning_quant import CalibrationPictures, IGQViT
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report import draw_calibration
-from vits import VitData, VitModule, calibration, finished, images, quiet, swin, vit
 
 
 def test_an_allocation_has_a_budget_curve_and_ranges(tmp_path: Path) -> None:

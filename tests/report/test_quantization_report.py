@@ -15,15 +15,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
-from browser import needs_chromium, visit
-from everyday_projects import PROJECTS, Everyday
+from helpers.browser import needs_chromium, visit
+from helpers.everyday_projects import PROJECTS, Everyday
+from helpers.networks import SmallNet, quantization, trainer
+from helpers.small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
+from helpers.vits import VitData, VitModule, quiet
 from lightning_quant import AccuQuant, DigitsDataModule, IGQViT, IGQViTModule, QuantizationReport, analyze
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
-from lightning_quant.nn.hashing import file_hash
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import SmallNet, quantization, trainer
-from small_diffusion import SHAPE, SMALL, Project, batches, quiet_trainer
-from vits import VitData, VitModule, quiet
+from lightning_quant.utilities.hashing import file_hash
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 projects = pytest.mark.parametrize("name", list(PROJECTS))

@@ -13,13 +13,13 @@ from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from helpers.networks import SmallNet
+from helpers.networks import trainer as run
+from helpers.vits import VitData, VitModule, quiet
 from lightning_quant import AccuQuant, GradientQuantization, IGQViT
+from lightning_quant.calibration.module import is_calibrated
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.nn.structure import is_quantized
-from lightning_quant.tasks.calibration import is_calibrated
-from networks import SmallNet
-from networks import trainer as run
-from vits import VitData, VitModule, quiet
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 HOOKS = ["setup", "configure_model"]

@@ -1,0 +1,45 @@
+"""From a float network to one whose quantizers are still missing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.igq_vit.plan import VitPlan, plan_vit
+from lightning_quant.igq_vit.settings import Settings
+from lightning_quant.metrics.bops import measure_shapes
+from lightning_quant.nn import strip, swap
+from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
+from lightning_quant.nn.attention_check import check_attentions
+
+
+def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable[[Tensor], object]) -> VitPlan:
+    """Open the attentions and swap the layers of a network, all quantizers still missing: a float network.
+
+    Args:
+        network: in float, or quantized before, which is undone.
+        settings: what to quantize.
+        image: (1, C, H, W), to measure shapes.
+        run: the forward of the network.
+
+    Raises:
+        UnsupportedModelError, ConfigurationError: see :func:`plan_vit` and ``check_attentions``; the network is then
+            as it was.
+    """
+    strip(network)
+    try:
+        for name in check_attentions(network, settings.exclude):
+            open_attention(network.get_submodule(name), parent=network.get_submodule(name.rpartition(".")[0]))
+        one, two = (measure_shapes(network, torch.cat([image] * n), run=run) for n in (1, 2))
+        plan = plan_vit(network, one, settings, {shape.name for shape in set(one) ^ set(two)})
+    except Exception:
+        strip(network)
+        raise
+    for name in plan.names("grouped", "one token", "patch"):
+        swap(network.get_submodule(name))
+    for name, _ in list(opened_attentions(network)):
+        if name not in plan.names("attention"):
+            close_attention(network.get_submodule(name))
+    return plan
