@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.learning import Learner
-from lightning_quant.accuquant.pipelines import load_pipeline
+from lightning_quant.accuquant.pipelines import load_float_pipeline
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.windows import Adjoint, Window, window_loss
@@ -54,7 +54,7 @@ def main() -> None:
 
 def ranged(model: Path, folder: str) -> Calibration:
     """A calibration after its first step."""
-    loaded = load_pipeline(model)
+    loaded = load_float_pipeline(model)
     loaded.network.requires_grad_(False).eval()
     parts = Parts(loaded.denoiser(), loaded.scheduler, loaded.sample_shape)
     settings = Settings(4, 8, steps=STEPS, trajectories=IMAGES, held_out=1)

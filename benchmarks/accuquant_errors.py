@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.calibration import Calibration
-from lightning_quant.accuquant.pipelines import load_pipeline
+from lightning_quant.accuquant.pipelines import load_float_pipeline
 from lightning_quant.accuquant.preparation import Parts, sampler_for, start, trajectories
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.source import single_step_errors
@@ -108,7 +108,7 @@ def measure(
         accelerator="cpu",
         default_root_dir=str(arguments.output),
     )
-    model = load_pipeline(arguments.model)
+    model = load_float_pipeline(arguments.model)
     model.network.requires_grad_(False).eval()
     parts = Parts(model.denoiser(), model.scheduler, model.sample_shape)
     sampler, denoiser = sampler_for(parts, settings), parts.denoiser

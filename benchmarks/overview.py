@@ -109,12 +109,12 @@ def draw_errors(axes: Axes, demo: Path) -> None:
     runs = json.loads((demo / "quantization_report.json").read_text(encoding="utf-8"))["runs"]
     figures = next(run["figures"] for run in runs if "held_out_errors" in run["figures"])
     single = figures["single_step"]["quantized"]
-    for label, values, colour, style in (
+    for label, values, color, style in (
         ("ranges alone", figures["held_out_errors"]["ranges"], ORANGE, "-"),
         ("AccuQuant", figures["held_out_errors"]["end"], BLUE, "-"),
         ("AccuQuant, each step by itself", [0.0, *single], BLUE, ":"),
     ):
-        axes.plot(range(len(values)), values, style, color=colour, label=label, linewidth=2)
+        axes.plot(range(len(values)), values, style, color=color, label=label, linewidth=2)
     axes.set_xlabel("denoising steps, from noise to image")
     axes.set_ylabel("distance to the float model")
     axes.set_ylim(0, 1.35 * max(figures["held_out_errors"]["ranges"]))

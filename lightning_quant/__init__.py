@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_quant.accuquant import AccuQuant, AccuQuantModule, load_pipeline
+    from lightning_quant.accuquant import AccuQuant, AccuQuantModule, load_float_pipeline
     from lightning_quant.data import (
         CIFARDataModule,
         DigitsDataModule,
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
         SaveQuantized,
         load_from_checkpoint,
         load_quantized,
-        open_pipeline,
-        save_pipeline,
+        load_quantized_pipeline,
         save_quantized,
+        save_quantized_pipeline,
     )
     from lightning_quant.gradient import (
         FixedInterval,
@@ -66,12 +66,12 @@ __all__ = [
     "SaveQuantized",
     "__version__",
     "analyze",
+    "load_float_pipeline",
     "load_from_checkpoint",
-    "load_pipeline",
     "load_quantized",
-    "open_pipeline",
-    "save_pipeline",
+    "load_quantized_pipeline",
     "save_quantized",
+    "save_quantized_pipeline",
     "strip",
 ]
 
@@ -99,10 +99,10 @@ _HOME = {
     "SaveQuantized": "export",
     "analyze": "report",
     "load_from_checkpoint": "export",
-    "load_pipeline": "accuquant",
+    "load_float_pipeline": "accuquant",
     "load_quantized": "export",
-    "open_pipeline": "export",
-    "save_pipeline": "export",
+    "load_quantized_pipeline": "export",
+    "save_quantized_pipeline": "export",
     "save_quantized": "export",
     "strip": "nn",
 }

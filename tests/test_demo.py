@@ -13,7 +13,7 @@ import torch
 from matplotlib.image import imread
 
 from helpers.browser import needs_chromium, visit
-from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized, open_pipeline
+from lightning_quant import ImageClassifier, demo, load_from_checkpoint, load_quantized, load_quantized_pipeline
 from lightning_quant.cli import main as cli
 from lightning_quant.demo import accuquant, igq_vit, int4_training
 from lightning_quant.errors import ConfigurationError
@@ -94,7 +94,7 @@ def test_the_page_opens_in_a_browser(ran: tuple[Path, str], tmp_path: Path) -> N
 
 
 def test_the_quantized_pipeline_can_be_opened(ran: tuple[Path, str]) -> None:
-    pipeline = open_pipeline(ran[0] / "accuquant" / "quantized")
+    pipeline = load_quantized_pipeline(ran[0] / "accuquant" / "quantized")
     assert pipeline(batch_size=2, num_inference_steps=2, output_type="np").images.shape == (2, 8, 8, 1)
     assert "the same images, bit for bit" in ran[1]
     for name in ("images.png", "error_curves.png"):

@@ -92,7 +92,7 @@ def test_what_extends_the_package_runs_as_the_readme_has_it(tmp_path: Path) -> N
         exec(quantizer, names)
         vars(sys.modules["extending"]).update(names)
         layer, x = names["layer"].eval(), torch.randn(3, 8)
-        layer.weight_quantizer.initialise(layer.weight.detach())
+        layer.weight_quantizer.initialize(layer.weight.detach())
         network = nn.Sequential(layer)
         saved = save_quantized(network, tmp_path / "saved")
         loaded: Any = load_quantized(saved, model=nn.Sequential(nn.Linear(8, 8)))

@@ -2,6 +2,6 @@
 
 from lightning_quant.accuquant.callback import AccuQuant
 from lightning_quant.accuquant.module import AccuQuantModule
-from lightning_quant.accuquant.pipelines import load_pipeline
+from lightning_quant.accuquant.pipelines import load_float_pipeline
 
-__all__ = ["AccuQuant", "AccuQuantModule", "load_pipeline"]
+__all__ = ["AccuQuant", "AccuQuantModule", "load_float_pipeline"]

@@ -16,7 +16,7 @@ from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_den
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.samplers import SUPPORTED
 from lightning_quant.accuquant.settings import ActivationParameters, Learn, Settings, Start
-from lightning_quant.accuquant.summary import summarise
+from lightning_quant.accuquant.summary import summarize
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.calibration.callback import CalibratingCallback
 from lightning_quant.calibration.state_file import StateFile
@@ -179,9 +179,9 @@ class AccuQuant(CalibratingCallback):
         """Make the float trajectories, and prepare the denoiser."""
         return self.start(trainer, self.parts(pl_module))
 
-    def summarise(self, calibration: Calibration, seconds: float | None = None) -> str:
+    def summarize(self, calibration: Calibration, seconds: float | None = None) -> str:
         """Errors before and after, and the window."""
-        return summarise(calibration, seconds)
+        return summarize(calibration, seconds)
 
     def start(self, trainer: pl.Trainer, parts: Parts) -> Calibration:
         """Print plan and estimate, make float trajectories, and prepare the denoiser."""

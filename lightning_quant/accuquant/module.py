@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.callback import AccuQuant
 from lightning_quant.accuquant.generation import Conditions, GeneratedImages, generate_images, read_images, write_images
-from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_float_pipeline
 from lightning_quant.accuquant.preparation import Parts, image_numbers, sampler_for, trajectories
 from lightning_quant.accuquant.source import accumulated_errors, single_step_errors
 from lightning_quant.calibration.module import CalibratingModule
@@ -43,7 +43,7 @@ class AccuQuantModule(CalibratingModule):
 
     Args:
         model: folder of a pipeline of diffusers or name on the hub: DDPM, DDIM, LDM, Stable Diffusion, DiT, see
-            :func:`~lightning_quant.accuquant.pipelines.load_pipeline`; or a pipeline object.
+            :func:`~lightning_quant.accuquant.pipelines.load_float_pipeline`; or a pipeline object.
         scheduler: folder of a scheduler in place of the pipeline's.
         class_embedding: file of a class-conditional LDM's table of classes.
         prompts: file with one prompt a line, for text-to-image; or a safetensors file, see
@@ -57,7 +57,7 @@ class AccuQuantModule(CalibratingModule):
         quantization: the arguments of the calibration, as the callback's or as a mapping of them.
 
     Raises:
-        ConfigurationError, UnsupportedModelError, CheckpointError: see ``load_pipeline`` and
+        ConfigurationError, UnsupportedModelError, CheckpointError: see ``load_float_pipeline`` and
             :class:`lightning_quant.AccuQuant`.
 
     >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -108,7 +108,7 @@ class AccuQuantModule(CalibratingModule):
         )
         self._hparams_initial = dict(self.hparams)
         # In a tuple, or the autoencoder would be part of the checkpoint.
-        self._model = (load_pipeline(model, scheduler=scheduler, class_embedding=class_embedding),)
+        self._model = (load_float_pipeline(model, scheduler=scheduler, class_embedding=class_embedding),)
         self.network = self._model[0].network.requires_grad_(False)
         self.images, self.image_batch_size = images, image_batch_size
         self.image_folder = None if image_folder is None else user_path(image_folder)
@@ -147,9 +147,9 @@ class AccuQuantModule(CalibratingModule):
             last = next(reversed(calibration.errors.values()))
             self.log("calibration/held_out_error", float(last[-1]), prog_bar=True, rank_zero_only=True)
 
-    def summarise(self, calibration: Calibration) -> str:
+    def summarize(self, calibration: Calibration) -> str:
         """What came out."""
-        return self.quantization.summarise(calibration)
+        return self.quantization.summarize(calibration)
 
     # -- validate -----------------------------------------------------------------------------------------------------
 

@@ -139,13 +139,14 @@ def load_denoiser(folder: PipelineFolder) -> Any:
         name = "DiTTransformer2DModel" if _json(path / "config.json").get("norm_type") == "ada_norm_zero" else name
     if (path / QUANTIZED).is_file():
         raise ConfigurationError(
-            f"{path} holds a quantized denoiser: write lightning_quant.open_pipeline({str(folder.path)!r}), or for a"
-            " DiffusionModel lightning_quant.export.pipeline.open_model."
+            f"{path} holds a quantized denoiser: write"
+            f" lightning_quant.load_quantized_pipeline({str(folder.path)!r}), or for a DiffusionModel"
+            " lightning_quant.export.pipeline.load_quantized_model."
         )
     if name not in DENOISER_CLASSES:
         raise UnsupportedModelError(
             f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. A network of your own"
-            " can be given as a module, with load_pipeline(folder, network=...)."
+            " can be given as a module, with load_float_pipeline(folder, network=...)."
         )
     return load_component(path, name)
 
@@ -192,14 +193,14 @@ def load_scheduler(folder: PipelineFolder, given: Any) -> Any:
         where = f"{folder.path} has no scheduler" if given is None else f"scheduler={str(given)!r} has none"
         raise ConfigurationError(
             f"{where}: there is no {path / _CONFIGS[1]}. Add the folder scheduler/ that the model was trained with"
-            ' (scheduler.save_pretrained(folder + "/scheduler")), or write load_pipeline(folder,'
+            ' (scheduler.save_pretrained(folder + "/scheduler")), or write load_float_pipeline(folder,'
             f" scheduler=DDIMScheduler(...)); supported are {', '.join(SCHEDULERS)}."
         )
     config = _json(path / _CONFIGS[1])
     name = str(config.get("_class_name") or name)
     if name not in SCHEDULERS:
         raise UnsupportedModelError(
-            f"{path} holds a {name}; supported are {', '.join(SCHEDULERS)}. Write load_pipeline(folder,"
+            f"{path} holds a {name}; supported are {', '.join(SCHEDULERS)}. Write load_float_pipeline(folder,"
             " scheduler=DDIMScheduler.from_config(config)) with one of these that does for the model."
         )
     return getattr(import_module("diffusers"), name).from_config(config)

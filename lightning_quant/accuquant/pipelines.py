@@ -126,7 +126,7 @@ class DiffusionModel:
             return {**cond, "uncond_encoder_hidden_states": embed(none.to(here)).to(labels.device)} if guided else cond
 
 
-def load_pipeline(
+def load_float_pipeline(
     source: Any,
     *,
     scheduler: Any = None,
@@ -154,7 +154,7 @@ def load_pipeline(
     >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
     >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
     >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    >>> model = load_pipeline(DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler()))
+    >>> model = load_float_pipeline(DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler()))
     >>> model.kind, model.sample_shape, model.pipeline_class
     ('ddpm', (3, 8, 8), 'DDIMPipeline')
     """

@@ -180,5 +180,5 @@ class _Probe(TorchFunctionMode):
             parts = self.halves.get(name, parts)
             self.found[name] = () if isinstance(module, nn.Linear) else parts
         elif parts and type(module).__name__ == "ResnetBlock2D":
-            # Its normalisation and SiLU come first, which leave the halves what they are.
+            # Its normalization and SiLU come first, which leave the halves what they are.
             self.halves[f"{name}.conv1"] = parts

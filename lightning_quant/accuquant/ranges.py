@@ -13,7 +13,7 @@ from lightning_quant.accuquant.plan import DenoiserPlan
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.ranges import mse_search, scale_and_zero_point
-from lightning_quant.nn.attention import SLOTS, open_attention, opened_attentions
+from lightning_quant.nn.attention import SLOTS, swap_attention, swapped_attentions
 from lightning_quant.nn.layers import swap
 from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.nn.timesteps import watch_timesteps
@@ -44,7 +44,7 @@ def prepare(network: nn.Module, plan: DenoiserPlan, starts: Sequence[int] = ()) 
         operands = {slot: TimestepQuantizer(row.activation_bits, starts) for slot in SLOTS[:3]}
         parent = network.get_submodule(row.name.rpartition(".")[0])
         attention = network.get_submodule(row.name)
-        open_attention(attention, **operands, softmax_quantizer=TimestepQuantizer(softmax, starts), parent=parent)
+        swap_attention(attention, **operands, softmax_quantizer=TimestepQuantizer(softmax, starts), parent=parent)
     watch_timesteps(network)
 
 
@@ -57,7 +57,7 @@ def weight_ranges(network: nn.Module) -> None:
     for name, layer in quantized_layers(network):
         quantizer = layer.weight_quantizer
         assert quantizer is not None
-        quantizer.initialise(layer.weight)
+        quantizer.initialize(layer.weight)
         if not quantizer.ready:
             raise QuantizationError(
                 f"The weight of {name!r} is all 0, infinite or NaN: leave it out with exclude=[{name!r}]."
@@ -66,7 +66,7 @@ def weight_ranges(network: nn.Module) -> None:
 
 def activation_quantizers(network: nn.Module) -> dict[Slot, TimestepQuantizer]:
     """The quantizers of activations by name of their module and slot."""
-    modules = ((("input_quantizer",), quantized_layers(network)), (SLOTS, opened_attentions(network)))
+    modules = ((("input_quantizer",), quantized_layers(network)), (SLOTS, swapped_attentions(network)))
     found = {(name, slot): getattr(m, slot) for slots, named in modules for name, m in named for slot in slots}
     return {key: quantizer for key, quantizer in found.items() if isinstance(quantizer, TimestepQuantizer)}
 
@@ -109,7 +109,7 @@ def _watch(
     for name, layer in quantized_layers(network):
         observe = observers[name, "input_quantizer"]
         hooks.append(layer.register_forward_pre_hook(lambda module, args, observe=observe: observe(args[0])))
-    attentions = dict(opened_attentions(network))
+    attentions = dict(swapped_attentions(network))
     for name, attention in attentions.items():
         attention.observer = lambda slot, tensor, name=name: observers[name, slot](tensor)
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning_quant.accuquant.calibration import STAGES, Calibration
 
 
-def summarise(calibration: Calibration, seconds: float | None = None) -> str:
+def summarize(calibration: Calibration, seconds: float | None = None) -> str:
     """Errors before and after, the window and the time.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_quant.nn.modes import left_as_written
+from lightning_quant.nn.modes import never_compiled
 from lightning_quant.nn.structure import quantizers_of
 
 
@@ -76,7 +76,7 @@ class Recorder:
     def __init__(self, module: nn.Module, images: int = 32, seed: int = 0) -> None:
         self.images, self.calls, self.seen = images, list[Call](), 0
         self._random = random.Random(seed)
-        self._handle: RemovableHandle = module.register_forward_pre_hook(left_as_written(self._heard), with_kwargs=True)
+        self._handle: RemovableHandle = module.register_forward_pre_hook(never_compiled(self._heard), with_kwargs=True)
 
     def stop(self) -> None:
         """Listen no more."""

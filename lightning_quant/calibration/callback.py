@@ -16,7 +16,7 @@ from lightning_quant.calibration.record import Record, StepwiseCalibration
 from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.late import builds_late
-from lightning_quant.nn.modes import as_written
+from lightning_quant.nn.modes import eager_execution
 from lightning_quant.nn.structure import is_quantized, mark, quantizers_of, rebuild_when_loading, strip
 from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.utilities.progress import ProgressBar
@@ -66,7 +66,7 @@ class CalibratingCallback(WhatRan):
         """What a progress bar counts: steps; where one tells ``advance`` of its parts, these in its place."""
         return int(calibration.total - calibration.done)
 
-    def summarise(self, calibration: Any, seconds: float) -> str:
+    def summarize(self, calibration: Any, seconds: float) -> str:
         """What a finished calibration came to, in a few lines."""
         return f"Calibrated in {seconds:.0f} s."
 
@@ -92,7 +92,7 @@ class CalibratingCallback(WhatRan):
                 if file is not None:
                     file.save(calibration)
         self._of = _ranges_of(pl_module)
-        rank_zero_info(self.summarise(calibration, time.perf_counter() - begin))
+        rank_zero_info(self.summarize(calibration, time.perf_counter() - begin))
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class CalibratingCallback(WhatRan):
         self._forget()
         self.check(pl_module)
         # What is made in the Trainer's inference mode could be used nowhere else.
-        with torch.inference_mode(False), as_written():
+        with torch.inference_mode(False), eager_execution():
             try:
                 self.calibrate(trainer, pl_module)
             except BaseException:

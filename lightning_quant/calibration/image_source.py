@@ -294,7 +294,7 @@ def _hook_owner(name: str, datamodule: pl.LightningDataModule | None, module: pl
 
 
 def _transfer(batch: Any, origin: str, datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> Any:
-    """A batch as the steps of the module get it: some normalise in these hooks."""
+    """A batch as the steps of the module get it: some normalize in these hooks."""
     for name in _TRANSFER_HOOKS:
         owner = _hook_owner(name, datamodule, module)
         arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)

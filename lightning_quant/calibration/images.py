@@ -48,7 +48,7 @@ def calibration_images(
 
     Raises:
         ConfigurationError: If there are fewer images than asked, fewer than ranks, images of several sizes, or
-            batches in which no images are recognised.
+            batches in which no images are recognized.
         QuantizationError: If a pixel is NaN or infinite.
 
     Example:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from lightning_quant.calibration.record import STEPS, Record, StepwiseCalibration
 from lightning_quant.calibration.steps import Anchor, step_loader
 from lightning_quant.errors import QuantizationError
-from lightning_quant.nn.modes import as_written
+from lightning_quant.nn.modes import eager_execution
 from lightning_quant.nn.structure import is_quantized, mark, quantized_layers, rebuild
 from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.utilities.autocast import full_precision
@@ -67,7 +67,7 @@ class CalibratingModule(pl.LightningModule):
     def after_step(self, calibration: Any) -> None:
         """Log what the step that was done brought."""
 
-    def summarise(self, calibration: Any) -> str:
+    def summarize(self, calibration: Any) -> str:
         """What a finished calibration came to, in a few lines."""
         return f"Calibrated in {calibration.total} steps."
 
@@ -126,7 +126,7 @@ class CalibratingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Prepare the network; continue where a checkpoint ended, or a file."""
-        with as_written():
+        with eager_execution():
             self.calibration = self.start_calibration()
         self._file = self.state_file(self.calibration)
         if self._resumed:
@@ -159,7 +159,7 @@ class CalibratingModule(pl.LightningModule):
         """One step of the calibration."""
         assert self.calibration is not None
         if not self.calibration.finished:
-            with full_precision(self.device), as_written():
+            with full_precision(self.device), eager_execution():
                 self.calibration.step()
             if self._file is not None:
                 self._file.save(self.calibration)
@@ -187,7 +187,7 @@ class CalibratingModule(pl.LightningModule):
         """Say what came out."""
         self.eval()
         if self.calibration is not None and self.calibration.finished:
-            rank_zero_info(self.summarise(self.calibration))
+            rank_zero_info(self.summarize(self.calibration))
 
     # -- evaluation ---------------------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ class CIFARDataModule(ImageDataModule):
     """CIFAR-10 or CIFAR-100 from torchvision's own files or from folders of PNGs.
 
     Either ``root/cifar-10-batches-py`` (``root/cifar-100-python``), or ``root/train/CLASS/*.png`` and
-    ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, normalised with the statistics of the training
+    ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, normalized with the statistics of the training
     set unless told otherwise; in training they are padded by 4, cropped at random and flipped at random.
 
     Args:

@@ -15,7 +15,7 @@ _MEAN, _STD = (0.3053,), (0.3760,)
 
 
 class DigitsDataModule(ImageDataModule):
-    """1 797 grey images of 8x8 pixels in 10 classes: 360 to test, the rest to train and validate.
+    """1 797 gray images of 8x8 pixels in 10 classes: 360 to test, the rest to train and validate.
 
     Images are ``(N, 1, 8, 8)``. The test images are the same for every ``seed``.
 

@@ -16,9 +16,9 @@ _MEAN, _STD = (0.2860,), (0.3530,)
 
 
 class FashionMNISTDataModule(ImageDataModule):
-    """60 000 grey images of garments to train on and 10 000 to test, 28x28 pixels, 10 classes.
+    """60 000 gray images of garments to train on and 10 000 to test, 28x28 pixels, 10 classes.
 
-    Torchvision's files, in ``root/FashionMNIST/raw``. Images are ``(N, 1, 28, 28)``, normalised with the
+    Torchvision's files, in ``root/FashionMNIST/raw``. Images are ``(N, 1, 28, 28)``, normalized with the
     statistics of the training set unless told otherwise; none are augmented.
 
     Args:

@@ -32,7 +32,7 @@ class ImageFolderDataModule(ImageDataModule):
         mean: Of each channel, of images in [0, 1].
         std: Of each channel, likewise.
         crop_scale: Smallest and largest share of the area that a training crop covers.
-        color_jitter: Strength of timm's colour jitter.
+        color_jitter: Strength of timm's color jitter.
         auto_augment: timm's augmentation string, such as ``rand-m9-mstd0.5-inc1``.
         random_erasing: Probability of erasing a rectangle of a training image.
         num_workers: As :class:`ImageDataModule`, like the rest.

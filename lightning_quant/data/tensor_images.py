@@ -50,7 +50,7 @@ class RandomCropFlip:
 
 
 class TensorImages(Dataset[Sample]):
-    """Images of one uint8 tensor, augmented and normalised when they are fetched.
+    """Images of one uint8 tensor, augmented and normalized when they are fetched.
 
     A DataLoader fetches through ``__getitems__``, which treats the whole batch in a few tensor operations.
 
@@ -59,7 +59,7 @@ class TensorImages(Dataset[Sample]):
         labels: int64, ``(N,)``.
         mean: Mean per channel of the images as fractions of ``full_scale``.
         std: Standard deviation per channel, likewise.
-        augment: From a uint8 batch to a uint8 batch, before normalisation; None for evaluation.
+        augment: From a uint8 batch to a uint8 batch, before normalization; None for evaluation.
         full_scale: The largest pixel value.
 
     Raises:
@@ -109,5 +109,5 @@ class TensorImages(Dataset[Sample]):
         images = self.images[chosen]
         if self.augment is not None:
             images = self.augment(images)
-        normalised = images.float().sub_(self._mean).div_(self._std)
-        return list(zip(normalised.unbind(), self.labels[chosen].tolist(), strict=True))
+        normalized = images.float().sub_(self._mean).div_(self._std)
+        return list(zip(normalized.unbind(), self.labels[chosen].tolist(), strict=True))

@@ -25,7 +25,7 @@ from lightning_quant.accuquant.windows import network_calls
 from lightning_quant.data import DigitsDataModule
 from lightning_quant.demo.runs import Outcome, cpu_trainer
 from lightning_quant.demo.terminal import RunBar
-from lightning_quant.export import open_pipeline, save_pipeline
+from lightning_quant.export import load_quantized_pipeline, save_quantized_pipeline
 from lightning_quant.metrics import GenerationMetrics
 from lightning_quant.report import QuantizationReport, draw_generation
 from lightning_quant.tasks import ImageDiffusion
@@ -276,10 +276,10 @@ def _calls(each: Run) -> int:
 
 def _show_one(console: Console, module: AccuQuantModule, output: Path, pictures: Sequence[Path]) -> None:
     """The quantized pipeline saved and opened again, and what else there is to look at."""
-    folder = save_pipeline(module.model, output / METHOD / "quantized", module.network)
+    folder = save_quantized_pipeline(module.model, output / METHOD / "quantized", module.network)
     images = [
         pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), num_inference_steps=STEPS, output_type="np")
-        for pipeline in (open_pipeline(folder), _around(module))
+        for pipeline in (load_quantized_pipeline(folder), _around(module))
     ]
     same = bool((images[0].images == images[1].images).all())
     verdict = "the same images, bit for bit" if same else "OTHER images, a bug: please report it"
@@ -295,8 +295,8 @@ Try next
   lightning-quant calibrate --config accuquant/quickstart.yaml
   lightning-quant test --config accuquant/quickstart.yaml --ckpt_path digits_ddim_4bit/last.ckpt
 or, in Python, take the quantized pipeline:
-  from lightning_quant import open_pipeline
-  images = open_pipeline("{folder}")(batch_size=16, num_inference_steps={STEPS}).images""",
+  from lightning_quant import load_quantized_pipeline
+  images = load_quantized_pipeline("{folder}")(batch_size=16, num_inference_steps={STEPS}).images""",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -3,13 +3,13 @@
 from lightning_quant.export.artifact import load_quantized, save_quantized
 from lightning_quant.export.callback import SaveQuantized
 from lightning_quant.export.checkpoint import load_from_checkpoint
-from lightning_quant.export.pipeline import open_pipeline, save_pipeline
+from lightning_quant.export.pipeline import load_quantized_pipeline, save_quantized_pipeline
 
 __all__ = [
     "SaveQuantized",
     "load_from_checkpoint",
     "load_quantized",
-    "open_pipeline",
-    "save_pipeline",
+    "load_quantized_pipeline",
     "save_quantized",
+    "save_quantized_pipeline",
 ]

@@ -17,7 +17,7 @@ from lightning_quant.export.build import check_build, construct, deduce
 from lightning_quant.export.folder import WRITER, Description, read_folder, write_folder
 from lightning_quant.functional.grid import decode, encode
 from lightning_quant.functional.packing import pack_bits, unpack_bits
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.structure import quantized_layers, quantizers_of, rebuild
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer, RoundedQuantizer
 from lightning_quant.quantizers.base import quantizer_of_state
@@ -54,7 +54,7 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
     >>> from lightning_quant.nn import swap
     >>> network, plain = (nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 2)) for _ in range(2))
     >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
-    >>> layer.weight_quantizer.initialise(layer.weight)
+    >>> layer.weight_quantizer.initialize(layer.weight)
     >>> with tempfile.TemporaryDirectory() as parent:
     ...     loaded = load_quantized(save_quantized(network, parent + "/four_bits"), model=plain)
     >>> x = torch.randn(3, 64)
@@ -133,7 +133,7 @@ def _check_started(model: nn.Module) -> None:
         )
     for quantizer in quantizers:
         if not quantizer.ready:  # An average that was never called got its ranges from outside.
-            quantizer.wake()
+            quantizer.refresh_ready()
     if not any(quantizer.ready for quantizer in quantizers):
         raise QuantizationError(
             f"None of the {len(quantizers)} quantizers of {type(model).__name__} has a range yet: run the calibration"
@@ -153,7 +153,7 @@ def _check_started(model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> dict[str, dict[str, list[int]]]:
     """Extra states by module and slot; an opened attention without quantizers has no slots."""
-    found: dict[str, dict[str, list[int]]] = {name: {} for name, _ in opened_attentions(model)}
+    found: dict[str, dict[str, list[int]]] = {name: {} for name, _ in swapped_attentions(model)}
     for name, quantizer in quantizers_of(model):
         owner, _, slot = name.rpartition(".")
         found.setdefault(owner, {})[slot] = quantizer.get_extra_state().tolist()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.structure import rebuild
 from lightning_quant.quantizers import Quantizer
 
@@ -118,7 +118,7 @@ def mismatch(model: nn.Module, build: Mapping[str, Any], settings: bool = False)
     try:
         # As it will be read: JSON has no tuples.
         other = _without_weights(json.loads(json.dumps(build, allow_nan=False)))
-        rebuild(other, model.state_dict(), opened=[name for name, _ in opened_attentions(model)])
+        rebuild(other, model.state_dict(), opened=[name for name, _ in swapped_attentions(model)])
     except (QuantizationError, TypeError, ValueError) as error:
         return str(error)
     ours, theirs = dict(_shapes(model)), dict(_shapes(other))

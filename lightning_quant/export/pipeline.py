@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from lightning_quant.accuquant.pipeline_folder import INDEX, OWN_PIPELINE, QUANTIZED, PipelineFolder, read_folder
-from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_float_pipeline
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.export.artifact import load_quantized, save_quantized
 from lightning_quant.utilities.files import Writer, check_replaceable, list_files, listed_files, settle, whole_folder
@@ -21,13 +21,15 @@ from lightning_quant.utilities.paths import user_path
 
 # Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
 _HOME = "lightning_quant.export.denoiser"
-WRITER = Writer("save_pipeline", partial(listed_files, index=INDEX), INDEX)
+WRITER = Writer("save_quantized_pipeline", partial(listed_files, index=INDEX), INDEX)
 # What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
 _OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 
 
-def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, network: nn.Module | None = None) -> Path:
-    """Write a pipeline whose denoiser is quantized, for :func:`open_pipeline`.
+def save_quantized_pipeline(
+    source: DiffusionModel | str | Path, folder: str | Path, network: nn.Module | None = None
+) -> Path:
+    """Write a pipeline whose denoiser is quantized, for :func:`load_quantized_pipeline`.
 
     ``DiffusionPipeline.from_pretrained`` opens it too, after ``import lightning_quant.export.denoiser``.
 
@@ -56,9 +58,9 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
     >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
     >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
     >>> layer = swap(pipeline.unet.conv_in, weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
-    >>> layer.weight_quantizer.initialise(layer.weight)
+    >>> layer.weight_quantizer.initialize(layer.weight)
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     opened = open_pipeline(save_pipeline(load_pipeline(pipeline), folder))
+    ...     opened = load_quantized_pipeline(save_quantized_pipeline(load_float_pipeline(pipeline), folder))
     >>> type(opened).__name__, opened.unet.conv_in.weight_quantizer
     ('DDIMPipeline', FixedQuantizer(bits=4, ready=True))
     """
@@ -66,7 +68,7 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
     check_replaceable(target, WRITER)
     if getattr(rank_zero_only, "rank", 0):
         return target
-    model = source if isinstance(source, DiffusionModel) else load_pipeline(source, network=network)
+    model = source if isinstance(source, DiffusionModel) else load_float_pipeline(source, network=network)
     quantized: Any = model.network if network is None else network
     name = "transformer" if model.kind == "dit" else "unet"
     with whole_folder(target, WRITER) as new:
@@ -82,8 +84,8 @@ def save_pipeline(source: DiffusionModel | str | Path, folder: str | Path, netwo
     return target
 
 
-def open_pipeline(folder: str | Path, **components: Any) -> Any:
-    """The pipeline of diffusers in a folder that :func:`save_pipeline` wrote, on the CPU.
+def load_quantized_pipeline(folder: str | Path, **components: Any) -> Any:
+    """The pipeline of diffusers in a folder that :func:`save_quantized_pipeline` wrote, on the CPU.
 
     Its images are those of the pipeline with the denoiser that was saved, bit for bit.
 
@@ -110,38 +112,41 @@ def open_pipeline(folder: str | Path, **components: Any) -> Any:
     except ImportError as error:
         raise ConfigurationError(
             f"{found.pipeline} needs a library that is not installed: {error}\nInstall it, or write"
-            f" open_model({str(folder)!r}), which loads the denoiser, the scheduler and the decoder alone."
+            f" load_quantized_model({str(folder)!r}), which loads the denoiser, the scheduler and the decoder alone."
         ) from error
     return pipeline
 
 
-def open_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
-    """As :func:`lightning_quant.accuquant.pipelines.load_pipeline`, of a folder that :func:`save_pipeline` wrote.
+def load_quantized_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
+    """Load the denoiser and its sampler from a folder that :func:`save_quantized_pipeline` wrote.
+
+    The quantized twin of :func:`lightning_quant.accuquant.pipelines.load_float_pipeline`.
 
     Args:
         folder: with ``model_index.json``.
-        arguments: others of ``load_pipeline``, as ``scheduler``.
+        arguments: others of ``load_float_pipeline``, as ``scheduler``.
 
     Raises:
         CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
     """
     found = _quantized_folder(user_path(folder))
-    return load_pipeline(found.path, network=load_quantized(found.components[found.denoiser][0]), **arguments)
+    return load_float_pipeline(found.path, network=load_quantized(found.components[found.denoiser][0]), **arguments)
 
 
 def _quantized_folder(path: Path) -> PipelineFolder:
     settle(path, WRITER)
     if not (path / INDEX).is_file():
         raise CheckpointError(
-            f"{path} has no {INDEX}: give a folder that save_pipeline(model, folder) wrote; a denoiser alone is loaded"
-            " with lightning_quant.load_quantized(folder)."
+            f"{path} has no {INDEX}: give a folder that save_quantized_pipeline(model, folder) wrote; a denoiser"
+            " alone is loaded with lightning_quant.load_quantized(folder)."
         )
     found = read_folder(path)
     denoiser, _ = found.components[found.denoiser]
     if not (denoiser / QUANTIZED).is_file():
         raise CheckpointError(
             f"{denoiser} has no {QUANTIZED}, its denoiser is not quantized: load it with"
-            f" diffusers.{found.pipeline}.from_pretrained({str(path)!r}), or give a folder that save_pipeline wrote."
+            f" diffusers.{found.pipeline}.from_pretrained({str(path)!r}), or give a folder that"
+            " save_quantized_pipeline wrote."
         )
     return found
 

@@ -385,7 +385,7 @@ def _started(layer: QuantizedLayer) -> bool:
     quantizers = [q for q in (layer.input_quantizer, layer.weight_quantizer) if q is not None]
     for quantizer in quantizers:
         if not quantizer.ready:  # An average gets its range from outside.
-            quantizer.wake()
+            quantizer.refresh_ready()
     return all(quantizer.ready for quantizer in quantizers)
 
 

@@ -68,7 +68,7 @@ def layer_metrics(quantizers: dict[str, GradientQuantizer]) -> dict[str, float]:
     """Measures of the layers that observed a gradient, and forget them; one transfer to the host for all.
 
     Keys are ``gradient_quantization/<layer>/<measure>`` with the measures gamma, clipped (R), target (of R), error,
-    error_large (both normalised by the largest gradient) and zero (share of codes).
+    error_large (both normalized by the largest gradient) and zero (share of codes).
     """
     seen = {name: q for name, q in quantizers.items() if q.errors is not None}
     if not seen:

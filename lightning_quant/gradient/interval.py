@@ -124,7 +124,7 @@ class MinMaxInterval(FixedInterval):
 
 
 class MinimumErrorInterval(IntervalStrategy):
-    """Gamma minimises the error of the entire gradient: direction-sensitive clipping.
+    """Gamma minimizes the error of the entire gradient: direction-sensitive clipping.
 
     The error is the cosine distance between G and its stochastically rounded version, in expectation; the
     search is repeated every few optimizer steps (as UI8, arXiv 1912.12607, and DSGC do). It runs over a histogram of

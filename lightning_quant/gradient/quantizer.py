@@ -112,7 +112,7 @@ class GradientQuantizer(Quantizer, kind=3):
         return symmetric_grid(self.bits)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Start gamma from abs(G) in ``x``; waits for a gradient that is finite and not all zero."""
         largest = float(x.max())
         if 0 < largest < float("inf"):
@@ -143,7 +143,7 @@ class GradientQuantizer(Quantizer, kind=3):
         if not values.numel():
             return Codes(values.float())
         if not self.ready:
-            self.initialise(values.float().abs())
+            self.initialize(values.float().abs())
         elif self.restarts:
             self._restart(values.float().abs())
         low, high = in_memory(values).aminmax()

@@ -95,7 +95,7 @@ def budget_at(cost: Costs, groups: int) -> int:
 
 
 def allocate(omega: Table, cost: Costs, budget: int) -> list[int]:
-    """Numbers of groups that minimise the sum of the perturbations at a cost of at most ``budget``.
+    """Numbers of groups that minimize the sum of the perturbations at a cost of at most ``budget``.
 
     Exact and deterministic: an integer program, solved by HiGHS to a gap of zero, whose answer is checked in integers.
     Of two candidates of a layer that are equally good at the same cost the one with fewer groups is taken.

@@ -24,7 +24,7 @@ from lightning_quant.igq_vit.perturbation import log_posteriors
 from lightning_quant.igq_vit.plan import check_agrees
 from lightning_quant.igq_vit.preparation import prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
-from lightning_quant.igq_vit.summary import estimate, summarise, units
+from lightning_quant.igq_vit.summary import estimate, summarize, units
 from lightning_quant.nn.agreement import check_weights_agree
 from lightning_quant.nn.attention_check import check_attentions, find_attentions
 from lightning_quant.nn.structure import weights_hash
@@ -161,9 +161,9 @@ class IGQViT(CalibratingCallback):
         """The modules of the first step, and the steps after it."""
         return units(calibration)
 
-    def summarise(self, calibration: Calibration, seconds: float | None = None) -> str:
+    def summarize(self, calibration: Calibration, seconds: float | None = None) -> str:
         """Groups and bit operations."""
-        return summarise(calibration, seconds)
+        return summarize(calibration, seconds)
 
     def draw(
         self, trainer: pl.Trainer, source: Callable[[], CalibrationSource], guess: Callable[[Any], Tensor] | None = None

@@ -30,7 +30,7 @@ class Clustering:
 
 
 def kmeans(points: Tensor, groups: int) -> Clustering:
-    """Centres that minimise the sum of squared distances to the nearest one, by Lloyd's algorithm; deterministic.
+    """Centres that minimize the sum of squared distances to the nearest one, by Lloyd's algorithm; deterministic.
 
     Starts from buckets of equal count in the order of the width (last minus first coordinate); a group that has
     lost all its points is seeded anew with the point that is farthest from its centre.

@@ -93,6 +93,6 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
             known = combined(calibration.estimates[name, slot], last)
             self.log("calibration/kl", min(known.values()), prog_bar=True)
 
-    def summarise(self, calibration: Calibration) -> str:
+    def summarize(self, calibration: Calibration) -> str:
         """Groups and bit operations."""
-        return self.quantization.summarise(calibration)
+        return self.quantization.summarize(calibration)

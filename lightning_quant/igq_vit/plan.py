@@ -13,7 +13,7 @@ from lightning_quant.igq_vit.schemes import PATCH_BITS
 from lightning_quant.igq_vit.settings import Scheme, Settings
 from lightning_quant.metrics.bops import LayerShape, ModelBops, fully_connected_bops, model_bops
 from lightning_quant.nn import Bits, plan_layers
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.attention_check import find_attentions
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns, matches
@@ -149,7 +149,7 @@ def plan_vit(
     """
     known = {shape.name: shape for shape in shapes}
     bits = Bits(settings.weight_bits, settings.activation_bits)
-    opened = dict(opened_attentions(network))
+    opened = dict(swapped_attentions(network))
     order = [name for name, _ in network.named_modules()]
     # Also of those that are left in float.
     first_attention = min((order.index(name) for name, _ in find_attentions(network)), default=len(order))

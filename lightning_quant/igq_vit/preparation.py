@@ -11,7 +11,7 @@ from lightning_quant.igq_vit.plan import VitPlan, plan_vit
 from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.metrics.bops import measure_shapes
 from lightning_quant.nn import strip, swap
-from lightning_quant.nn.attention import close_attention, open_attention, opened_attentions
+from lightning_quant.nn.attention import restore_attention, swap_attention, swapped_attentions
 from lightning_quant.nn.attention_check import check_attentions
 
 
@@ -31,7 +31,7 @@ def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable
     strip(network)
     try:
         for name in check_attentions(network, settings.exclude):
-            open_attention(network.get_submodule(name), parent=network.get_submodule(name.rpartition(".")[0]))
+            swap_attention(network.get_submodule(name), parent=network.get_submodule(name.rpartition(".")[0]))
         one, two = (measure_shapes(network, torch.cat([image] * n), run=run) for n in (1, 2))
         plan = plan_vit(network, one, settings, {shape.name for shape in set(one) ^ set(two)})
     except Exception:
@@ -39,7 +39,7 @@ def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable
         raise
     for name in plan.names("grouped", "one token", "patch"):
         swap(network.get_submodule(name))
-    for name, _ in list(opened_attentions(network)):
+    for name, _ in list(swapped_attentions(network)):
         if name not in plan.names("attention"):
-            close_attention(network.get_submodule(name))
+            restore_attention(network.get_submodule(name))
     return plan

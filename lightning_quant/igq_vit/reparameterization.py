@@ -134,7 +134,7 @@ class Reparameterization:
 
 
 def _sums(x: Tensor) -> Tensor:
-    """(2, channels), by which an output is recognised when its tokens have been moved into windows."""
+    """(2, channels), by which an output is recognized when its tokens have been moved into windows."""
     rows = x.detach().flatten(0, -2).double()
     return torch.stack([rows.sum(dim=0), rows.abs().sum(dim=0)])
 

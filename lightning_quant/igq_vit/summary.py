@@ -11,7 +11,7 @@ from lightning_quant.igq_vit.sensitivity import HELD_VALUES, PROBES
 from lightning_quant.utilities.text import duration
 
 
-def summarise(calibration: Calibration, seconds: float | None = None) -> str:
+def summarize(calibration: Calibration, seconds: float | None = None) -> str:
     """Time, groups and bit operations.
 
     Args:

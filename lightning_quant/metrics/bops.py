@@ -20,9 +20,9 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn import (
     QuantizedAttention,
     attention_form,
-    close_attention,
-    open_attention,
-    opened_attentions,
+    restore_attention,
+    swap_attention,
+    swapped_attentions,
 )
 from lightning_quant.nn.modes import evaluating
 
@@ -233,11 +233,11 @@ def _opened(network: nn.Module) -> Iterator[None]:
     opened: list[QuantizedAttention] = []
     try:
         for name, module in closed:
-            opened.append(open_attention(module, parent=network.get_submodule(name.rpartition(".")[0])))
+            opened.append(swap_attention(module, parent=network.get_submodule(name.rpartition(".")[0])))
         yield
     finally:
         for attention in opened:
-            close_attention(attention)
+            restore_attention(attention)
 
 
 def _can_be_opened(module: nn.Module) -> bool:
@@ -253,7 +253,7 @@ def _watched(network: nn.Module, record: Callable[[LayerShape], None]) -> Iterat
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 handle = module.register_forward_hook(partial(_record_layer, record, name))
                 stack.callback(handle.remove)
-        for name, attention in opened_attentions(network):
+        for name, attention in swapped_attentions(network):
             watcher = _Watcher(name, record, attention.observer)
             stack.callback(setattr, attention, "observer", attention.observer)
             attention.observer = watcher

@@ -99,7 +99,7 @@ class GenerationMetrics:
         Raises:
             ConfigurationError: images of another shape, type or range; prompts or ids of another number.
         """
-        pair = [_colour(quantized_images, "quantized_images"), _colour(float_images, "float_images")]
+        pair = [_color(quantized_images, "quantized_images"), _color(float_images, "float_images")]
         if quantized_images.shape != float_images.shape:
             raise ConfigurationError(
                 f"quantized_images {tuple(quantized_images.shape)} and float_images {tuple(float_images.shape)}:"
@@ -114,7 +114,7 @@ class GenerationMetrics:
 
     def update_real(self, images: Tensor, ids: Tensor | None = None) -> None:
         """Takes up images of the data, (m, C, H, W) in [0, 1]."""
-        images = _colour(images, "real_images")
+        images = _color(images, "real_images")
         if len(images):
             self._real.add(self._rows(images), ids)
 
@@ -220,7 +220,7 @@ class GenerationMetrics:
             }
 
 
-def _colour(images: Tensor, name: str) -> Tensor:
+def _color(images: Tensor, name: str) -> Tensor:
     """Checked, in float32, with three channels."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise ConfigurationError(

@@ -55,7 +55,7 @@ class TensorError:
 
     >>> from lightning_quant.quantizers import LearnedQuantizer
     >>> quantizer = LearnedQuantizer(2, signed=False)
-    >>> quantizer.initialise(torch.tensor([0.0, 1.0]))
+    >>> quantizer.initialize(torch.tensor([0.0, 1.0]))
     >>> _ = quantizer.range.data.fill_(3.0)
     >>> error = TensorError(quantizer, channel_axis=1)
     >>> error.update(torch.tensor([[0.0, 1.0], [0.0, 9.0]]).repeat(8, 1))

@@ -104,7 +104,7 @@ class CIFARResNet(nn.Module):
         self.layer3 = _stage(32, 64, blocks, stride=2)
         self.head_norm = nn.BatchNorm1d(64) if head_norm else nn.Identity()
         self.linear = _classifier(num_classes)
-        self.apply(_initialise)
+        self.apply(_initialize)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last feature maps, ``(N, 64, H / 4, W / 4)``."""
@@ -131,7 +131,7 @@ class CIFARResNet(nn.Module):
             raise ConfigurationError(f"CIFARResNet pools by 'avg' only; found global_pool={global_pool!r}.")
         self.num_classes = num_classes
         reference = self.conv1.weight
-        self.linear = _classifier(num_classes).apply(_initialise).to(reference.device, reference.dtype)
+        self.linear = _classifier(num_classes).apply(_initialize).to(reference.device, reference.dtype)
 
 
 def _stage(in_channels: int, out_channels: int, blocks: int, stride: int) -> nn.Sequential:
@@ -143,7 +143,7 @@ def _classifier(num_classes: int) -> nn.Module:
     return nn.Linear(64, num_classes) if num_classes > 0 else nn.Identity()
 
 
-def _initialise(module: nn.Module) -> None:
+def _initialize(module: nn.Module) -> None:
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.kaiming_normal_(module.weight)
         if module.bias is not None:

@@ -3,10 +3,10 @@
 from lightning_quant.nn.attention import (
     ATTENTIONS,
     attention_form,
-    close_attention,
-    open_attention,
-    opened_attentions,
     register_attention,
+    restore_attention,
+    swap_attention,
+    swapped_attentions,
 )
 from lightning_quant.nn.attention_check import check_attentions
 from lightning_quant.nn.attention_forms import WindowedAttention
@@ -26,14 +26,14 @@ __all__ = [
     "WindowedAttention",
     "attention_form",
     "check_attentions",
-    "close_attention",
-    "open_attention",
-    "opened_attentions",
     "plan_layers",
     "quantized_product",
     "register",
     "register_attention",
     "restore",
+    "restore_attention",
     "strip",
     "swap",
+    "swap_attention",
+    "swapped_attentions",
 ]

@@ -3,7 +3,7 @@
 A fused attention computes softmax(q k^T) v in one kernel, where nothing between can be quantized. An opened attention
 runs the library's own forward, but its call of ``F.scaled_dot_product_attention`` comes to ``attend``, which
 computes it step by step and lets four quantizers act: on query, key, value and softmax. As with layers, only the class
-of the module is exchanged, and exchanged back by :func:`close_attention`.
+of the module is exchanged, and exchanged back by :func:`restore_attention`.
 
 Which classes of timm, torchvision and PyTorch are known stands in ``attention_forms``.
 """
@@ -24,10 +24,10 @@ __all__ = [
     "SLOTS",
     "QuantizedAttention",
     "attention_form",
-    "close_attention",
-    "open_attention",
-    "opened_attentions",
     "register_attention",
+    "restore_attention",
+    "swap_attention",
+    "swapped_attentions",
 ]
 
 ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {}
@@ -58,7 +58,7 @@ def register_attention(
     ...     def forward(self, x):
     ...         return F.scaled_dot_product_attention(*self.qkv(x).unsqueeze(1).chunk(3, -1)).squeeze(1)
     >>> _ = register_attention(MyAttention)
-    >>> open_attention(MyAttention()).observer is None
+    >>> swap_attention(MyAttention()).observer is None
     True
     """
 
@@ -88,7 +88,7 @@ def attention_form(kind: type[nn.Module]) -> type[QuantizedAttention] | None:
     return ATTENTIONS.get(kind)
 
 
-def open_attention(
+def swap_attention(
     module: nn.Module,
     query_quantizer: nn.Module | None = None,
     key_quantizer: nn.Module | None = None,
@@ -111,15 +111,15 @@ def open_attention(
         ConfigurationError: an attention that is open already; a windowed one without its parent.
 
     >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> open_attention(attention) is attention
+    >>> swap_attention(attention) is attention
     True
-    >>> type(attention).__name__, type(close_attention(attention)).__name__
+    >>> type(attention).__name__, type(restore_attention(attention)).__name__
     ('QuantizedMultiheadAttention', 'MultiheadAttention')
     """
     kind = type(module)
     if isinstance(module, QuantizedAttention):
         raise ConfigurationError(
-            f"This {module.float_class.__name__} is open already: write close_attention(module) first."
+            f"This {module.float_class.__name__} is open already: write restore_attention(module) first."
         )
     form = attention_form(kind)
     if form is None:
@@ -129,13 +129,13 @@ def open_attention(
     module.__class__ = form
     attention = cast(QuantizedAttention, module)
     try:
-        attention.when_opened(parent)
+        attention.when_swapped(parent)
     except Exception:
         module.__class__ = kind
         raise
-    old = {name: getattr(module, name) for name in form.switches_when_open if hasattr(module, name)}
+    old = {name: getattr(module, name) for name in form.switches_when_swapped if hasattr(module, name)}
     vars(module)[SWITCHES] = old
-    vars(module).update({name: form.switches_when_open[name] for name in old})
+    vars(module).update({name: form.switches_when_swapped[name] for name in old})
     device = next((parameter.device for parameter in module.parameters()), None)
     quantizers = (query_quantizer, key_quantizer, value_quantizer, softmax_quantizer)
     for slot, quantizer in zip(SLOTS, quantizers, strict=True):
@@ -145,7 +145,7 @@ def open_attention(
     return attention
 
 
-def close_attention(module: nn.Module) -> nn.Module:
+def restore_attention(module: nn.Module) -> nn.Module:
     """Turn an opened attention back into the float attention it was, with the weights it has now.
 
     Raises:
@@ -162,7 +162,7 @@ def close_attention(module: nn.Module) -> nn.Module:
     return module
 
 
-def opened_attentions(module: nn.Module) -> Iterator[tuple[str, QuantizedAttention]]:
+def swapped_attentions(module: nn.Module) -> Iterator[tuple[str, QuantizedAttention]]:
     """Name and module of each opened attention, each once."""
     for name, child in module.named_modules():
         if isinstance(child, QuantizedAttention):

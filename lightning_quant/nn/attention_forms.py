@@ -45,7 +45,7 @@ class ProcessedAttention(QuantizedAttention):
 class _Windows(QuantizedAttention):
     """Attention within windows: B images come as [B * windows, N, C], the windows of an image one after the other."""
 
-    def say_instances(self, images: int | None) -> None:
+    def set_instances(self, images: int | None) -> None:
         """Tell the quantizers of the layers within that care how many images their input holds."""
         for module in self.modules():
             quantizer: Any = getattr(module, "input_quantizer", None)
@@ -53,7 +53,7 @@ class _Windows(QuantizedAttention):
                 quantizer.instances = images
 
     def when_closing(self) -> None:
-        self.say_instances(None)
+        self.set_instances(None)
 
 
 @register_attention("timm.models.swin_transformer.WindowAttention")
@@ -78,15 +78,15 @@ class WindowedAttention(_Windows):
                 f"{self.float_class.__name__} got {x.shape[0]} windows, the last batch of its parent was {self.images}"
                 " images: call the parent."
             )
-        self.say_instances(self.images)
+        self.set_instances(self.images)
         return super().forward(x, *args, **kwargs)
 
-    def when_opened(self, parent: nn.Module | None) -> None:
+    def when_swapped(self, parent: nn.Module | None) -> None:
         if parent is None or self not in parent.children():
             kind = self.float_class.__name__
             raise ConfigurationError(
                 f"{kind} gets windows and not images: give the module that has it as a child,"
-                f" open_attention(module, ..., parent=block), found {type(parent).__name__}."
+                f" swap_attention(module, ..., parent=block), found {type(parent).__name__}."
             )
         self._hook = parent.register_forward_pre_hook(_note_images, with_kwargs=True)
 
@@ -117,7 +117,7 @@ class ShiftedWindows(_Windows):
 
     def forward(self, x: Tensor) -> Any:
         """[B, H, W, C] to [B, H, W, C]."""
-        self.say_instances(x.shape[0])
+        self.set_instances(x.shape[0])
         with _Pieces(self) as pieces:
             # Past QuantizedAttention's, which looks for a fused attention.
             output = super(QuantizedAttention, self).forward(x)
@@ -182,7 +182,7 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
     """
 
     # With it nn.TransformerEncoderLayer calls its attention, and does not compute it from the weights.
-    switches_when_open = {"_qkv_same_embed_dim": False}  # noqa: RUF012
+    switches_when_swapped = {"_qkv_same_embed_dim": False}  # noqa: RUF012
     in_proj: nn.Linear
 
     @property
@@ -263,7 +263,7 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
             return "has add_bias_kv or add_zero_attn"
         return super().obstacle(module)
 
-    def when_opened(self, parent: nn.Module | None) -> None:
+    def when_swapped(self, parent: nn.Module | None) -> None:
         weight, bias = self._parameters["in_proj_weight"], self._parameters["in_proj_bias"]
         assert weight is not None
         layer = nn.Linear(self.embed_dim, 3 * self.embed_dim, bias=bias is not None, device="meta")

@@ -20,14 +20,14 @@ SLOTS = ("query_quantizer", "key_quantizer", "value_quantizer", "softmax_quantiz
 class QuantizedAttention(QuantizedModule):
     """Mixin of an attention class: quantizes query, key, value and softmax.
 
-    Made by :func:`open_attention`, never called. Each of the four quantizers may be None, which leaves its tensor in
+    Made by :func:`swap_attention`, never called. Each of the four quantizers may be None, which leaves its tensor in
     float. ``observer`` is called with the name of the slot and the tensor before the slot's quantizer acts; None
     outside calibration.
     """
 
     quantizer_slots = SLOTS
     # Of timm: the way through F.scaled_dot_product_attention, and through the layer qkv and not its bare weight.
-    switches_when_open: ClassVar[dict[str, bool]] = {"fused_attn": True, "qkv_bias_separate": True}
+    switches_when_swapped: ClassVar[dict[str, bool]] = {"fused_attn": True, "qkv_bias_separate": True}
     query_quantizer: nn.Module | None
     key_quantizer: nn.Module | None
     value_quantizer: nn.Module | None
@@ -128,11 +128,11 @@ class QuantizedAttention(QuantizedModule):
         clash = own & {*SLOTS, *(set(dir(QuantizedAttention)) - set(dir(nn.Module)))}
         return f"has {', '.join(sorted(clash))}, which is also a name of QuantizedAttention" if clash else ""
 
-    def when_opened(self, parent: nn.Module | None) -> None:
-        """Called at the end of :func:`open_attention`."""
+    def when_swapped(self, parent: nn.Module | None) -> None:
+        """Called at the end of :func:`swap_attention`."""
 
     def when_closing(self) -> None:
-        """Called at the start of :func:`close_attention`."""
+        """Called at the start of :func:`restore_attention`."""
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

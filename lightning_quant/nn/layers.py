@@ -34,7 +34,7 @@ class QuantizedLayer(QuantizedModule):
     """Mixin of a layer class: quantizes its input, its weight, and the gradient of its output.
 
     Made by :func:`swap`, never called. Each of the three quantizers may be None, which leaves that tensor in float.
-    A quantizer that is not ready initialises itself from the first tensor in training, and is the identity before.
+    A quantizer that is not ready initializes itself from the first tensor in training, and is the identity before.
     """
 
     quantizer_slots = QUANTIZERS
@@ -98,9 +98,9 @@ class QuantizedLayer(QuantizedModule):
             if quantizer is None or quantizer.ready:
                 continue
             if starting:
-                quantizer.initialise(tensor)
+                quantizer.initialize(tensor)
             else:
-                quantizer.wake()
+                quantizer.refresh_ready()
         active = [q if q is not None and q.ready else None for q in (self.input_quantizer, self.weight_quantizer)]
         if all(q is None or isinstance(q, LearnedQuantizer) for q in active):
             first, second = cast("list[LearnedQuantizer | None]", active)

@@ -16,12 +16,12 @@ R = TypeVar("R")
 
 
 @contextmanager
-def as_written() -> Iterator[None]:
+def eager_execution() -> Iterator[None]:
     """Run compiled modules as they are written, and let them be compiled anew afterwards, with the layers of then.
 
     What was compiled before would go on with the layers and the empty quantizers that it has seen.
 
-    >>> with as_written():
+    >>> with eager_execution():
     ...     y = torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
     """
     if not _imported():
@@ -34,10 +34,10 @@ def as_written() -> Iterator[None]:
         torch.compiler.reset()
 
 
-def left_as_written(hook: Callable[..., Any]) -> Callable[..., Any]:
+def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for a network that may be compiled, which runs as it is written in any case.
 
-    >>> left_as_written(len)([1, 2])
+    >>> never_compiled(len)([1, 2])
     2
     """
     return torch.compiler.disable(hook) if _imported() else hook

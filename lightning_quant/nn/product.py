@@ -79,7 +79,7 @@ def quantized_product(x: Tensor, weight: Tensor, bias: Tensor | None, recipe: Re
         x: input of the layer, batched.
         weight: as the product wants it.
         bias: (out,), or None.
-        recipe: product and quantizers; quantizers are initialised.
+        recipe: product and quantizers; quantizers are initialized.
 
     Returns:
         the output, in the dtype of the products.

@@ -128,7 +128,7 @@ def plan_layers(
     check_first_and_last(first_and_last)
     _check_not_script(module)
     candidates = list(_candidates(module))
-    _check_initialised(candidates)
+    _check_initialized(candidates)
     names = [name for name, _, _ in candidates]
     include, exclude = check_patterns(include, "include", names), check_patterns(exclude, "exclude", names)
     networks = networks_of(module) if training else Networks()
@@ -273,7 +273,7 @@ def _check_not_script(module: nn.Module) -> None:
             )
 
 
-def _check_initialised(candidates: list[tuple[str, nn.Module, str]]) -> None:
+def _check_initialized(candidates: list[tuple[str, nn.Module, str]]) -> None:
     for name, layer, _ in candidates:
         if isinstance(layer, LazyModuleMixin):
             kind = type(layer).__name__

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn.attention import attention_form, close_attention, open_attention, opened_attentions
+from lightning_quant.nn.attention import attention_form, restore_attention, swap_attention, swapped_attentions
 from lightning_quant.nn.attention_mixin import SLOTS
 from lightning_quant.nn.forms import obstacle
 from lightning_quant.nn.layers import QUANTIZERS, QuantizedLayer, restore, swap
@@ -52,7 +52,7 @@ def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
 
 def is_quantized(module: nn.Module) -> bool:
     """Whether any layer is quantized or any attention opened."""
-    found = (*quantized_layers(module), *opened_attentions(module))
+    found = (*quantized_layers(module), *swapped_attentions(module))
     return bool(found)
 
 
@@ -90,7 +90,7 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
     attentions = {name: slots for name, slots in found.items() if name not in layers}
     for name, slots in _once(module, attentions, lambda child: attention_form(type(child)) is not None):
         parent = module.get_submodule(name.rpartition(".")[0]) if name else None
-        open_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
+        swap_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
     for name, slots in _once(module, layers, lambda child: not obstacle(child)):
         swap(module.get_submodule(name), **_quantizers(slots))
     watch_timesteps(module)
@@ -151,8 +151,8 @@ def strip(module: Module) -> Module:
     unwatch_timesteps(module)
     for _, layer in list(quantized_layers(module)):
         restore(layer)
-    for _, attention in list(opened_attentions(module)):
-        close_attention(attention)
+    for _, attention in list(swapped_attentions(module)):
+        restore_attention(attention)
     return module
 
 

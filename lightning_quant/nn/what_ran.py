@@ -43,7 +43,7 @@ def quantized_share(module: nn.Module) -> str:
     >>> quantized_share(network)
     'in float'
     >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4))
-    >>> layer.weight_quantizer.initialise(layer.weight)
+    >>> layer.weight_quantizer.initialize(layer.weight)
     >>> quantized_share(network)
     'quantized, W4A32, 1 of 2 layers'
     """

@@ -32,7 +32,7 @@ KINDS = {
 
 
 class Quantizer(nn.Module):
-    """A quantizer of one tensor: a bit-width and buffers that hold its range, NaN until :meth:`initialise`.
+    """A quantizer of one tensor: a bit-width and buffers that hold its range, NaN until :meth:`initialize`.
 
     Ranges are buffers and not parameters, so that no optimizer of the user's, no weight decay and no gradient
     clipping finds them. They stay in FP32 when the module is cast to another dtype.
@@ -76,13 +76,13 @@ class Quantizer(nn.Module):
         """Smallest and largest code."""
         raise NotImplementedError
 
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Set the range from the first tensor; leaves the quantizer as it is where ``x`` is all zero.
 
         Raises:
             QuantizationError: A class whose range comes from a calibration alone, and has none.
         """
-        self.wake()
+        self.refresh_ready()
         if not self.ready:
             raise QuantizationError(
                 f"This {type(self).__name__} has no range, which a calibration finds and no single batch: calibrate"
@@ -167,7 +167,7 @@ class Quantizer(nn.Module):
         state = self.state_dict()
         return {key: torch.full_like(v, float("nan")) if v.is_floating_point() else v for key, v in state.items()}
 
-    def wake(self) -> None:
+    def refresh_ready(self) -> None:
         """Notice a range that was copied into the buffers from outside, as averaging of weights does."""
         self.ready = all(not bool(buffer.isnan().any()) for buffer in self._buffers.values() if buffer is not None)
 
@@ -183,7 +183,7 @@ class Quantizer(nn.Module):
                 )
             self._buffers[name] = buffer.new_empty(loaded.shape)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self.wake()
+        self.refresh_ready()
         for name, buffer in self._buffers.items():
             missing = torch.zeros(()) if buffer is None else buffer.isnan()
             if bool(missing.any()) and not bool(missing.all()):

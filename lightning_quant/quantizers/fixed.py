@@ -32,7 +32,7 @@ class FixedQuantizer(Quantizer, kind=2):
             ``functools.partial``, for example ``partial(percentile, keep=99.9)``.
 
     >>> quantizer = FixedQuantizer(8, axis=0)
-    >>> quantizer.initialise(torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]))
+    >>> quantizer.initialize(torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]))
     >>> quantizer.scale.tolist() == [1 / 127, 2 / 127]
     False
     >>> quantizer(torch.tensor([[5.0, 0.0], [5.0, 0.0]])).tolist()
@@ -57,7 +57,7 @@ class FixedQuantizer(Quantizer, kind=2):
         return symmetric_grid(self.bits) if self.symmetric else unsigned_grid(self.bits)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Scale and zero point from ``x``; waits for a tensor that is finite and not all 0."""
         check_axis(self.axis, x.dim())
         low, high = self.estimator(x.detach().float(), axis=self.axis)
@@ -69,7 +69,7 @@ class FixedQuantizer(Quantizer, kind=2):
         self.ready = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
+        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialize`."""
         if not self.ready:
             return x
         # A compiled network computes it anew, in its graph.

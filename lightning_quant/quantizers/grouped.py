@@ -88,12 +88,12 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
         self.groups = len(centres)
         self.ready = True
 
-    def wake(self) -> None:
+    def refresh_ready(self) -> None:
         """As the parent's; groups that no channel fell in, NaN in older states, take their centre as range."""
         scale, zero_point = affine_parameters(self.centres[:, 0], self.centres[:, 1], self.bits)
         empty = self.scale.isnan()
         self.scale, self.zero_point = scale.where(empty, self.scale), zero_point.where(empty, self.zero_point)
-        super().wake()
+        super().refresh_ready()
 
     def forward(self, x: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``x``; the identity before :meth:`set_ranges`."""
@@ -156,11 +156,11 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
         self.groups = len(centres)
         self.ready = True
 
-    def wake(self) -> None:
+    def refresh_ready(self) -> None:
         """As the parent's; groups that no row fell in, NaN in older states, take their centre as range."""
         scale, _ = affine_parameters(torch.zeros_like(self.centres), self.centres, self.bits)
         self.scale = scale.where(self.scale.isnan(), self.scale)
-        super().wake()
+        super().refresh_ready()
 
     def forward(self, attention: Tensor) -> Tensor:
         """Values on the grids, in the shape and dtype of ``attention``; the identity before :meth:`set_ranges`."""

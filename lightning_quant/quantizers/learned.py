@@ -54,7 +54,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         any input; the output has its shape and dtype.
 
     >>> quantizer = LearnedQuantizer(4)
-    >>> quantizer.initialise(torch.arange(16.0))
+    >>> quantizer.initialize(torch.arange(16.0))
     >>> quantizer.signed, quantizer(torch.tensor([-1.0, 100.0])).tolist()[0]
     (False, 0.0)
     """
@@ -91,7 +91,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         return (self.range.abs() / self.grid.high).clamp_min(torch.finfo(torch.float32).tiny)
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Range and sign from the first tensor, over the tensors of all ranks; waits for one that is not 0."""
         seen = moments(x.detach())
         if not math.isfinite(seen.std) or seen.largest == 0:
@@ -116,7 +116,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         return state
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialise`."""
+        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialize`."""
         return fake_quantize(x, self.scale, self.grid) if self.ready else x
 
     def affine(self, ndim: int) -> tuple[Tensor, None]:

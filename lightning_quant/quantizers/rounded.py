@@ -49,14 +49,14 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     by ``alpha >= 0`` with the gradient of h.
 
     Attributes:
-        codes: of the shape of the weight, uint8 up to 8 bits; empty before :meth:`initialise`.
+        codes: of the shape of the weight, uint8 up to 8 bits; empty before :meth:`initialize`.
         fingerprint: Number of the weight that the codes are of; 0 where that is not known.
         holds: compute the learned weight once for all calls between two changes of the variables, whose gradients then
             wait for :meth:`release`: with several calls in an update this is most of the cost of learning.
 
     >>> weight = torch.tensor([[0.4, 1.0], [-0.2, 3.0]])
     >>> quantizer = RoundedQuantizer(2, symmetric=False, axis=0)
-    >>> quantizer.initialise(weight)
+    >>> quantizer.initialize(weight)
     >>> leaves = quantizer.begin(weight)
     >>> with torch.no_grad():
     ...     _ = leaves["alpha"].sub_(3)  # now all is rounded down
@@ -78,9 +78,9 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         self._held: _Held | None = None
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """Scale and zero point from ``x``, and the nearest codes."""
-        super().initialise(x)
+        super().initialize(x)
         if self.ready:
             scale, zero_point = self.affine(x.dim())
             self._keep(encode(x.detach(), scale, self.grid, zero_point))
@@ -155,7 +155,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
     # -- rounding -----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialise`."""
+        """The weight that the codes stand for, in the dtype of ``x``; the identity before :meth:`initialize`."""
         if self._learning is None:
             return super().forward(x)
         return (self._hold().leaf if self.holds else self._learned()).to(x.dtype)
@@ -210,10 +210,10 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
             broadcasts to it.
 
         Raises:
-            QuantizationError: before :meth:`initialise`.
+            QuantizationError: before :meth:`initialize`.
         """
         if not self.ready:
-            raise QuantizationError("The quantizer has no range yet: call initialise(weight) before begin(weight).")
+            raise QuantizationError("The quantizer has no range yet: call initialize(weight) before begin(weight).")
         scale, zero_point = self.affine(weight.dim())
         position = weight.detach().float() / scale
         base, codes = position.floor() + (0 if zero_point is None else zero_point), self.signed_codes

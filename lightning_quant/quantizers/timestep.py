@@ -59,7 +59,7 @@ class TimestepQuantizer(Quantizer, kind=10):
     # -- ranges -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def initialise(self, x: Tensor) -> None:
+    def initialize(self, x: Tensor) -> None:
         """The same range for all groups, of least square error on ``x``."""
         pieces = x.detach().float().split(self.parts, 1) if self.parts else (x.detach().float(),)
         if not all(bool(piece.isfinite().all() & piece.any()) for piece in pieces):
@@ -149,7 +149,7 @@ class TimestepQuantizer(Quantizer, kind=10):
         Each is (groups, parts).
         """
         if not self.ready:
-            raise QuantizationError("The quantizer has no range yet: call initialise(x) before begin().")
+            raise QuantizationError("The quantizer has no range yet: call initialize(x) before begin().")
         self._leaves = {
             "log_ratio": torch.zeros_like(self.scale).requires_grad_(),
             "zero_point": self.zero_point.clone().requires_grad_(),

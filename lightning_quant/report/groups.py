@@ -17,7 +17,7 @@ from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.allocation import BudgetPoint
 from lightning_quant.report.saving import save_figure
 
-# Of Okabe and Ito's colours, as in the other pictures.
+# Of Okabe and Ito's colors, as in the other pictures.
 _BLUE, _ORANGE = "#0072B2", "#D55E00"
 _SHADES = (_BLUE, "#E69F00", "#009E73", "#CC79A7")
 _GIGA = 1e9
@@ -47,7 +47,7 @@ def draw_budget_curve(
     marked = _marked(points, chosen)
     scale = _GIGA if unit == "GBOPs" else 1.0
     figure, (axes,) = _figure(1, height=4.4)
-    for cost, omega, colour, style, label in (
+    for cost, omega, color, style, label in (
         (
             [p.budget for p in points],
             [p.uniform_omega for p in points],
@@ -57,7 +57,7 @@ def draw_budget_curve(
         ),
         ([p.used for p in points], [p.omega for p in points], _BLUE, "o-", "allocated within the same budget"),
     ):
-        axes.plot(np.array(cost) / scale, omega, style, color=colour, label=label, markersize=4.5, linewidth=1.8)
+        axes.plot(np.array(cost) / scale, omega, style, color=color, label=label, markersize=4.5, linewidth=1.8)
     if all(min(p.omega, p.uniform_omega) > 0 for p in points):
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -143,8 +143,8 @@ def _mark(axes: Axes, point: BudgetPoint, scale: float) -> None:
     )
 
 
-def _label(axes: Axes, at: Range, text: str, colour: str) -> None:
-    axes.annotate(text, at, xytext=(4, 5), textcoords="offset points", fontsize=8, color=colour)
+def _label(axes: Axes, at: Range, text: str, color: str) -> None:
+    axes.annotate(text, at, xytext=(4, 5), textcoords="offset points", fontsize=8, color=color)
 
 
 def _channels(low: ArrayLike, high: ArrayLike, group: ArrayLike) -> tuple[NDArray[np.float64], ...]:
@@ -186,10 +186,10 @@ def _bars(axes: Axes, low: NDArray[np.float64], high: NDArray[np.float64]) -> No
     axes.set_xlim(0, len(low))
 
 
-def _shade(axes: Axes, start: int, end: int, span: Range, colour: str) -> None:
-    axes.add_patch(Rectangle((start, span[0]), end - start, span[1] - span[0], color=colour, alpha=0.25, linewidth=0))
+def _shade(axes: Axes, start: int, end: int, span: Range, color: str) -> None:
+    axes.add_patch(Rectangle((start, span[0]), end - start, span[1] - span[0], color=color, alpha=0.25, linewidth=0))
     # The ends again, above the bars, which hide the shade where channels are many.
-    axes.hlines(span, start, end, colors=colour, linewidth=1.8, zorder=3)
+    axes.hlines(span, start, end, colors=color, linewidth=1.8, zorder=3)
 
 
 def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:

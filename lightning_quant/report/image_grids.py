@@ -184,7 +184,7 @@ def _draw_block(
 def _picture(axes: Axes, image: Tensor, corner: tuple[int, int], cell: tuple[int, int]) -> None:
     (x, y), (height, width) = corner, cell
     axes.imshow(
-        # As three channels grey keeps its 8 bits, which a colour map would round once more.
+        # As three channels gray keeps its 8 bits, which a color map would round once more.
         image.expand(3, -1, -1).permute(1, 2, 0).numpy(),
         extent=(x, x + width, y + height, y),
         aspect="auto",

@@ -18,8 +18,8 @@ from lightning_quant.gradient.history import PREFIX
 from lightning_quant.report.saving import save_figure
 from lightning_quant.utilities.paths import user_path
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, which color-blind readers tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WINDOW = 5
 
 
@@ -163,7 +163,7 @@ def draw_intervals(
         axes.set_title(name, fontsize=10, loc="left", color="#555555")
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
-    handles = [Line2D([], [], color=_colour(order), linewidth=2) for order in range(len(runs))]
+    handles = [Line2D([], [], color=_color(order), linewidth=2) for order in range(len(runs))]
     legend = figure.legend(
         handles, list(runs), loc="outside upper left", ncols=4, frameon=False, fontsize=10, title=title or None
     )
@@ -193,8 +193,8 @@ def _choose(runs: Mapping[str, LayerMetrics], layers: Sequence[str] | None) -> l
     return chosen
 
 
-def _colour(order: int) -> str:
-    return _COLOURS[order % len(_COLOURS)]
+def _color(order: int) -> str:
+    return _COLORS[order % len(_COLORS)]
 
 
 def _draw_curve(axes: Axes, curve: Curve | None, noisy: bool, order: int) -> None:
@@ -202,9 +202,9 @@ def _draw_curve(axes: Axes, curve: Curve | None, noisy: bool, order: int) -> Non
         return
     above = 3 - order / 100  # the first on top
     if noisy:
-        axes.plot(curve.steps, curve.values, color=_colour(order), linewidth=0.7, alpha=0.35, zorder=above - 1)
+        axes.plot(curve.steps, curve.values, color=_color(order), linewidth=0.7, alpha=0.35, zorder=above - 1)
         curve = curve.smooth()
-    axes.plot(curve.steps, curve.values, color=_colour(order), linewidth=1.8, zorder=above)
+    axes.plot(curve.steps, curve.values, color=_color(order), linewidth=1.8, zorder=above)
 
 
 def _scale(axes: Axes, row: _Row) -> None:

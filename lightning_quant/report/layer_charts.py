@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_quant.analysis.layers import LayerAnalysis
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.report.windows import colour, finish, wrapped
+from lightning_quant.report.windows import color, finish, wrapped
 
 # More bars than this nobody reads.
 MOST = 25
@@ -43,10 +43,10 @@ def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float | None, path:
     at = np.arange(len(worst))
     compared = error is not None and all(layer.only_float is not None for layer in worst)
     label, what = ("only this one quantized", "error") if compared else ("its quantizers taken off", "movement")
-    axes.barh(at + 0.2 * compared, list(map(_loss, worst)), 0.4, color=colour(0), label=label)
+    axes.barh(at + 0.2 * compared, list(map(_loss, worst)), 0.4, color=color(0), label=label)
     if compared:
         gains = [max((error or 0.0) - (layer.only_float or 0.0), 0.0) for layer in worst]
-        axes.barh(at - 0.2, gains, 0.4, color=colour(1), label="less with only this one in float")
+        axes.barh(at - 0.2, gains, 0.4, color=color(1), label="less with only this one in float")
     axes.set_yticks(at, [layer.name for layer in worst], fontsize=8)
     axes.set_xlabel(f"{what} of the network's outputs, of their norm")
     axes.spines[["top", "right"]].set_visible(False)
@@ -75,7 +75,7 @@ def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Fig
         points = [(at, layer.tensors[slot].sqnr) for at, layer in enumerate(layers) if slot in layer.tensors]
         places, values = zip(*points, strict=True)
         marker = "os^Dv<"[order % 6]
-        axes.plot(places, values, marker, markersize=4, color=colour(order), label=wrapped(slot))
+        axes.plot(places, values, marker, markersize=4, color=color(order), label=wrapped(slot))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("quantized layers and attentions, in the order of the network")
     axes.set_ylabel("signal to noise, dB")

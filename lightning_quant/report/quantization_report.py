@@ -23,7 +23,7 @@ from torch import nn
 from lightning_quant.analysis import Analysis, Recorder, analyze_network, quantized_root, trained_quantized
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.nn.agreement import divided_parameter
-from lightning_quant.nn.modes import as_written, evaluating
+from lightning_quant.nn.modes import eager_execution, evaluating
 from lightning_quant.nn.structure import quantizers_of, weights_hash
 from lightning_quant.report.comparing import float_network, read_float_state
 from lightning_quant.report.html import Figures, RunReport, report_folder, write_report
@@ -181,7 +181,7 @@ class QuantizationReport(pl.Callback):
             return
         method = method_of(trainer, pl_module)
         # With one layer or another in float a compiled network would be compiled anew each time.
-        with as_written(), tempfile.TemporaryDirectory() as drawn:
+        with eager_execution(), tempfile.TemporaryDirectory() as drawn:
             try:
                 analysis = self._analyzed(trainer, pl_module, network, recorder)
             except QuantizationError as error:

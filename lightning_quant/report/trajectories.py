@@ -22,7 +22,7 @@ from lightning_quant.report.image_grids import draw_image_pairs
 from lightning_quant.report.windows import (
     GREY,
     Values,
-    colour,
+    color,
     dashes,
     draw_window_sweep,
     finish,
@@ -188,7 +188,7 @@ def draw_error_curves(
             _draw_curve(axes, curve, names.index(name))
         _title_steps(axes, label, steps, calls)
     for axes, (_, curves) in zip(grid, found, strict=True):
-        label_ends(axes, [(steps, *_end(name, curve), colour(names.index(name))) for name, curve in curves.items()])
+        label_ends(axes, [(steps, *_end(name, curve), color(names.index(name))) for name, curve in curves.items()])
     several = max(len(curve) for _, curves in found for curve in curves.values())
     band = f"\n(mean and range of {several} runs)" if several > 1 else ""
     grid[0].set_ylabel(f"RMSE to the float state{band}")
@@ -223,9 +223,9 @@ def _draw_curve(axes: Axes, curve: NDArray[np.float64], order: int) -> None:
     above = 3 - order / 100
     if len(curve) > 1:
         axes.fill_between(
-            steps, drawn.min(0), drawn.max(0), color=colour(order), alpha=0.2, linewidth=0, zorder=above - 1
+            steps, drawn.min(0), drawn.max(0), color=color(order), alpha=0.2, linewidth=0, zorder=above - 1
         )
-    axes.plot(steps, drawn.mean(0), color=colour(order), linestyle=dashes(order), linewidth=1.8, zorder=above)
+    axes.plot(steps, drawn.mean(0), color=color(order), linestyle=dashes(order), linewidth=1.8, zorder=above)
 
 
 def _end(name: str, curve: NDArray[np.float64]) -> tuple[float, str]:

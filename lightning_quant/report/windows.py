@@ -22,8 +22,8 @@ from lightning_quant.report.saving import save_figure
 Values = float | Tensor | Sequence[float]
 """One number, or one for each seed or position."""
 
-# Okabe and Ito's colours, as in the other pictures. Shapes and dashes differ too, for lines that lie on each other.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Okabe and Ito's colors, as in the other pictures. Shapes and dashes differ too, for lines that lie on each other.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "os^Dv<>"
 _DASHES = ("-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (2.5, 1)))
 GREY = "#555555"
@@ -63,8 +63,8 @@ def draw_window_sweep(
     figure, (axes,) = panels(1)
     for window, values in seeds.items():
         if len(values) > 1:
-            axes.plot([window] * len(values), values, "o", color=colour(0), markersize=4, alpha=0.45, linewidth=0)
-    axes.plot(list(means), list(means.values()), "-o", color=colour(0), linewidth=1.8, markersize=5)
+            axes.plot([window] * len(values), values, "o", color=color(0), markersize=4, alpha=0.45, linewidth=0)
+    axes.plot(list(means), list(means.values()), "-o", color=color(0), linewidth=1.8, markersize=5)
     _ring(axes, marked, means[marked])
     every = np.concatenate([*seeds.values(), [] if before is None else [before]])
     scale_values(axes, every)
@@ -108,7 +108,7 @@ def draw_memory(
         _line(axes, means, order)
         first, *_, last = [*means.values()] * 2
         growth = last / first if first else math.nan
-        ends.append((max(means), last, f"{wrapped(name)}\n{short(last)} MB (x{short(growth)})", colour(order)))
+        ends.append((max(means), last, f"{wrapped(name)}\n{short(last)} MB (x{short(growth)})", color(order)))
     scale_values(axes, _heights(axes))
     _tick_windows(axes, sorted(windows))
     label_ends(axes, ends)
@@ -149,9 +149,7 @@ def draw_gradient_cosines(
         _positions(axes, slots, order)
         slot, last = max(slots.items())
         word = "mean " if len(last) > 1 else ""
-        ends.append(
-            (_places(slot, len(last))[-1], last[-1], f"{wrapped(name)}\n{word}{last.mean():.2f}", colour(order))
-        )
+        ends.append((_places(slot, len(last))[-1], last[-1], f"{wrapped(name)}\n{word}{last.mean():.2f}", color(order)))
     for slot in range(1, len(windows)):
         axes.axvline(slot - 0.5, color="#DDDDDD", linewidth=0.6, zorder=0)
     lowest = min(float(values.min()) for each in found.values() for values in each.values())
@@ -196,9 +194,9 @@ def wrapped(name: str) -> str:
     return textwrap.fill(name, 22)
 
 
-def colour(order: int) -> str:
+def color(order: int) -> str:
     """Of the line with this place in the order of drawing."""
-    return _COLOURS[order % len(_COLOURS)]
+    return _COLORS[order % len(_COLORS)]
 
 
 def dashes(order: int) -> str | tuple[float, tuple[float, ...]]:
@@ -236,7 +234,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
 
     Args:
         axes: whose limits are final.
-        ends: the last point (x, y), text and colour of each line.
+        ends: the last point (x, y), text and color of each line.
     """
     from sklearn.isotonic import isotonic_regression
 
@@ -311,7 +309,7 @@ def _marked(means: Mapping[int, float], chosen: int | None) -> int:
 
 
 def _ring(axes: Axes, window: int, error: float) -> None:
-    axes.plot(window, error, "o", markersize=13, fillstyle="none", markeredgewidth=2, color=colour(1), zorder=4)
+    axes.plot(window, error, "o", markersize=13, fillstyle="none", markeredgewidth=2, color=color(1), zorder=4)
 
 
 def _line(axes: Axes, means: Mapping[int, float], order: int) -> None:
@@ -321,7 +319,7 @@ def _line(axes: Axes, means: Mapping[int, float], order: int) -> None:
 def _style(order: int) -> dict[str, Any]:
     """Colour, shape and dashes of the line with this place; the first lies on top."""
     marker = _MARKERS[order % len(_MARKERS)]
-    return {"color": colour(order), "linestyle": dashes(order), "marker": marker, "zorder": 3 - order / 100}
+    return {"color": color(order), "linestyle": dashes(order), "marker": marker, "zorder": 3 - order / 100}
 
 
 def _heights(axes: Axes) -> NDArray[np.float64]:

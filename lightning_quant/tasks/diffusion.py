@@ -25,7 +25,7 @@ from lightning_quant.utilities.paths import check_on_first_rank, user_path
 Batch = Tensor | Sequence[Tensor]
 
 INDEX = "model_index.json"
-WRITER = Writer("ImageDiffusion.save_pipeline", partial(listed_files, index=INDEX), INDEX)
+WRITER = Writer("ImageDiffusion.save_quantized_pipeline", partial(listed_files, index=INDEX), INDEX)
 # Multiples of the golden ratio spread over [0, 1) evenly, however many are taken.
 _GOLDEN = (5**0.5 - 1) / 2
 # Network and scheduler are there as diffusers describes them; the rest belongs to the run.
@@ -55,7 +55,7 @@ class ImageDiffusion(LightningModule):
         padding: Background (-1) added on each side of the images, and cut off what is generated.
         sampling_steps: Of DDIM in ``predict``.
         seed: Of the noise in validation and of the images in ``predict``, not of the training.
-        pipeline: Folder that :meth:`save_pipeline` writes when the fit ends; None writes none.
+        pipeline: Folder that :meth:`save_quantized_pipeline` writes when the fit ends; None writes none.
         optimizer: From parameters to an optimizer.
         lr_scheduler: As in :class:`ImageClassifier`.
         scheduler_interval: Likewise.
@@ -199,9 +199,9 @@ class ImageDiffusion(LightningModule):
     def on_fit_end(self) -> None:
         # Averaged weights are in the module since the end of the training, which is before this.
         if self.pipeline is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save_pipeline(self.pipeline)
+            self.save_quantized_pipeline(self.pipeline)
 
-    def save_pipeline(self, folder: str | Path) -> None:
+    def save_quantized_pipeline(self, folder: str | Path) -> None:
         """Write network and scheduler as a DDIMPipeline or DDPMPipeline, by the scheduler's class.
 
         The weights are the module's: after a fit with ``EMAWeightAveraging``, and out of its checkpoints, averaged.

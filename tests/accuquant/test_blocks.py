@@ -17,7 +17,7 @@ from helpers.processes import on_ranks
 from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, call_with, gather
 from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.errors import QuantizationError, UnsupportedModelError
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.structure import in_float, quantized_layers
 
 
@@ -41,8 +41,8 @@ def test_each_quantized_layer_is_in_one_block_and_each_open_attention_too(kind: 
     network, blocks = denoiser.network, blocks_of(denoiser.network, plan)
     layers = Counter(id(layer) for block in blocks for _, layer in quantized_layers(network.get_submodule(block)))
     assert layers == Counter(id(layer) for _, layer in quantized_layers(network))
-    attentions = Counter(id(a) for block in blocks for _, a in opened_attentions(network.get_submodule(block)))
-    assert attentions == Counter(id(a) for _, a in opened_attentions(network))
+    attentions = Counter(id(a) for block in blocks for _, a in swapped_attentions(network.get_submodule(block)))
+    assert attentions == Counter(id(a) for _, a in swapped_attentions(network))
     assert attentions
 
 

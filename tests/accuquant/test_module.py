@@ -13,7 +13,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from helpers.small_diffusion import SMALL, quiet_trainer
-from lightning_quant import AccuQuant, AccuQuantModule, GenerationMetrics, open_pipeline, save_pipeline
+from lightning_quant import (
+    AccuQuant,
+    AccuQuantModule,
+    GenerationMetrics,
+    load_quantized_pipeline,
+    save_quantized_pipeline,
+)
 from lightning_quant.accuquant.module import FIRST_GENERATED
 from lightning_quant.errors import CheckpointError, ConfigurationError, QuantizationError
 from lightning_quant.nn.structure import quantizers_of
@@ -171,8 +177,11 @@ def test_a_quantized_pipeline_folder_opens_with_the_same_images(
     folder: Path, calibrated: tuple[AccuQuantModule, Path], tmp_path: Path
 ) -> None:
     module, _ = calibrated
-    save_pipeline(folder, tmp_path / "quantized", network=module.network)
-    pipelines: list[Any] = [open_pipeline(tmp_path / "quantized"), DDIMPipeline(module.network, DDIMScheduler())]
+    save_quantized_pipeline(folder, tmp_path / "quantized", network=module.network)
+    pipelines: list[Any] = [
+        load_quantized_pipeline(tmp_path / "quantized"),
+        DDIMPipeline(module.network, DDIMScheduler()),
+    ]
     images = [
         pipeline(2, torch.Generator().manual_seed(1), num_inference_steps=6, output_type="np").images
         for pipeline in pipelines

@@ -26,7 +26,7 @@ from helpers.diffusion import (
 )
 from lightning_quant.accuquant.class_conditional import ClassConditionalLDMPipeline
 from lightning_quant.accuquant.decoding import to_images
-from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_float_pipeline
 from lightning_quant.accuquant.samplers import sampler_of
 from lightning_quant.accuquant.trajectories import generate
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
@@ -67,7 +67,7 @@ def in_pt(pipeline: Any, **arguments: Any) -> Tensor:
 
 @pytest.mark.parametrize("guided", [True, False])
 def test_the_samplers_take_the_steps_of_the_schedulers(tmp_path: Path, kind: Kind, guided: bool) -> None:
-    model = load_pipeline(tiny_pipeline_folder(kind, tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder(kind, tmp_path))
     if kind == "ddpm":
         model = replace(model, scheduler=diffusers.DPMSolverMultistepScheduler())
     guidance = model.guidance if guided else None
@@ -88,7 +88,7 @@ def stable_diffusion(folder: Path) -> Any:
 
 def test_images_of_ddim(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ddim", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     generator = torch.Generator().manual_seed(0)
     expected = in_pt(diffusers.DDIMPipeline.from_pretrained(folder), batch_size=2, generator=generator)
     assert torch.equal(images(model, noise(model), {}, None), expected)
@@ -96,7 +96,7 @@ def test_images_of_ddim(tmp_path: Path) -> None:
 
 def test_a_ddim_pipeline_samples_with_ddim_whatever_its_scheduler(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ddim", tmp_path, scheduler=diffusers.DDPMScheduler(beta_end=0.01))
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     assert isinstance(model.scheduler, diffusers.DDIMScheduler)
     generator = torch.Generator().manual_seed(0)
     expected = in_pt(diffusers.DDIMPipeline.from_pretrained(folder), batch_size=2, generator=generator)
@@ -105,7 +105,7 @@ def test_a_ddim_pipeline_samples_with_ddim_whatever_its_scheduler(tmp_path: Path
 
 def test_images_of_ddpm(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ddpm", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     pipeline = diffusers.DDPMPipeline.from_pretrained(folder)
     pipeline.scheduler.set_timesteps(STEPS)
     generator = torch.manual_seed(1)
@@ -121,7 +121,7 @@ def test_images_of_ddpm(tmp_path: Path) -> None:
 
 def test_images_of_an_unconditional_ldm(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ldm", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     generator = torch.Generator().manual_seed(0)
     expected = in_pt(diffusers.LDMPipeline.from_pretrained(folder), batch_size=2, generator=generator)
     found = images(model, noise(model), {}, None)
@@ -132,7 +132,7 @@ def test_images_of_an_unconditional_ldm(tmp_path: Path) -> None:
 @pytest.mark.parametrize("guidance", [4.0, None])
 def test_images_of_dit(tmp_path: Path, guidance: float | None) -> None:
     folder = tiny_pipeline_folder("dit", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     generator = torch.Generator().manual_seed(0)
     pipeline = diffusers.DiTPipeline.from_pretrained(folder)
     expected = in_pt(pipeline, class_labels=[207, 3], guidance_scale=guidance or 1.0, generator=generator)
@@ -143,7 +143,7 @@ def test_images_of_dit(tmp_path: Path, guidance: float | None) -> None:
 @pytest.mark.parametrize("guidance", [3.0, None])
 def test_images_of_a_class_conditional_ldm(tmp_path: Path, guidance: float | None) -> None:
     folder = tiny_pipeline_folder("ldm_class", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     generator = torch.Generator().manual_seed(0)
     pipeline = ClassConditionalLDMPipeline.from_pretrained(folder)
     expected = in_pt(pipeline, class_labels=[2, 9], guidance_scale=guidance or 1.0, generator=generator)
@@ -155,7 +155,7 @@ def test_images_of_a_class_conditional_ldm(tmp_path: Path, guidance: float | Non
 @pytest.mark.parametrize("guidance", [7.5, None])
 def test_images_of_stable_diffusion(tmp_path: Path, guidance: float | None) -> None:
     folder = tiny_pipeline_folder("sd", tmp_path)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     _, conditioning = tiny_inputs(model.network)
     pipeline = stable_diffusion(folder)
     x = noise(model)
@@ -174,7 +174,7 @@ def test_images_of_stable_diffusion(tmp_path: Path, guidance: float | None) -> N
 def test_the_old_settings_that_stable_diffusion_corrects_are_corrected(tmp_path: Path) -> None:
     old = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=True, steps_offset=0)
     folder = tiny_pipeline_folder("sd", tmp_path, scheduler=old)
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     theirs = stable_diffusion(folder).scheduler.config
     assert {key: model.scheduler.config[key] for key in ("steps_offset", "clip_sample")} == {
         key: theirs[key] for key in ("steps_offset", "clip_sample")
@@ -183,7 +183,7 @@ def test_the_old_settings_that_stable_diffusion_corrects_are_corrected(tmp_path:
 
 def test_stable_diffusion_with_old_settings_needs_no_transformers(tmp_path: Path) -> None:
     old = diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=True, steps_offset=0)
-    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path, scheduler=old))
+    model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path, scheduler=old))
     assert (model.scheduler.config.steps_offset, model.scheduler.config.clip_sample) == (1, False)
 
 
@@ -192,7 +192,7 @@ def test_stable_diffusion_with_old_settings_needs_no_transformers(tmp_path: Path
 
 def test_a_pipeline_object_is_taken_as_it_is(tmp_path: Path) -> None:
     pipeline = diffusers.LDMPipeline.from_pretrained(tiny_pipeline_folder("ldm", tmp_path))
-    model = load_pipeline(pipeline)
+    model = load_float_pipeline(pipeline)
     assert model.network is pipeline.unet
     assert model.scheduler is pipeline.scheduler
     assert model.kind == "ldm"
@@ -200,7 +200,7 @@ def test_a_pipeline_object_is_taken_as_it_is(tmp_path: Path) -> None:
 
 
 def test_all_is_for_evaluation(tmp_path: Path, kind: Kind) -> None:
-    model = load_pipeline(tiny_pipeline_folder(kind, tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder(kind, tmp_path))
     assert not model.network.training
     assert not any(component.training for component in model.components.values())
 
@@ -210,9 +210,9 @@ def test_a_bare_denoiser_takes_a_scheduler_as_object_or_folder(tmp_path: Path) -
     scheduler = diffusers.PNDMScheduler(skip_prk_steps=True, beta_end=0.01)
     scheduler.save_pretrained(tmp_path / "steps")
     scheduler.save_pretrained(tmp_path / "pipeline" / "scheduler")
-    assert load_pipeline(tmp_path / "net", scheduler=scheduler).scheduler is scheduler
+    assert load_float_pipeline(tmp_path / "net", scheduler=scheduler).scheduler is scheduler
     for folder in ("steps", "pipeline"):
-        model = load_pipeline(tmp_path / "net", scheduler=tmp_path / folder)
+        model = load_float_pipeline(tmp_path / "net", scheduler=tmp_path / folder)
         assert isinstance(model.scheduler, diffusers.PNDMScheduler)
         assert model.scheduler.config.beta_end == 0.01
         assert (model.kind, model.decoder, model.folder) == ("ddpm", None, tmp_path / "net")
@@ -222,15 +222,15 @@ def test_a_bare_denoiser_with_its_scheduler_beside_it_or_below(tmp_path: Path) -
     for place in (tmp_path, tmp_path / "scheduler"):
         tiny_unet().save_pretrained(tmp_path)
         diffusers.DDIMScheduler(beta_end=0.01).save_pretrained(place)
-        assert load_pipeline(tmp_path).scheduler.config.beta_end == 0.01
+        assert load_float_pipeline(tmp_path).scheduler.config.beta_end == 0.01
         next(place.glob("scheduler_config.json")).unlink()
 
 
 def test_folders_of_components_without_an_index(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ldm", tmp_path)
-    expected = load_pipeline(folder)
+    expected = load_float_pipeline(folder)
     (folder / "model_index.json").unlink()
-    found = load_pipeline(folder)
+    found = load_float_pipeline(folder)
     assert (found.kind, found.pipeline_class) == ("ldm", "LDMPipeline")
     x = noise(found)
     assert torch.equal(images(found, x, {}, None), images(expected, x, {}, None))
@@ -240,20 +240,20 @@ def test_a_network_in_place_of_the_denoiser_is_not_loaded(tmp_path: Path) -> Non
     folder = tiny_pipeline_folder("ldm", tmp_path)
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     network = tiny_unet(seed=5)
-    assert load_pipeline(folder, network=network).network is network
+    assert load_float_pipeline(folder, network=network).network is network
 
 
 def test_a_class_table_from_a_file(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ldm_class", tmp_path / "pipeline")
     labels = torch.tensor([0, 4])
-    expected = load_pipeline(folder)
+    expected = load_float_pipeline(folder)
     table = expected.components["class_embedding"].weight.detach()
     save_file({"cond_stage_model.embedding.weight": table}, tmp_path / "table.safetensors")
     (folder / "class_embedding" / "diffusion_pytorch_model.safetensors").unlink()
     index = json.loads((folder / "model_index.json").read_text())
     del index["class_embedding"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    found = load_pipeline(folder, class_embedding=tmp_path / "table.safetensors")
+    found = load_float_pipeline(folder, class_embedding=tmp_path / "table.safetensors")
     assert found.classes == CLASSES
     for name, rows in found.label_conditioning(labels).items():
         assert rows.shape == (2, 1, WIDTH)
@@ -267,7 +267,7 @@ def test_the_dit_of_the_hub_has_its_old_class_name(tmp_path: Path) -> None:
         (folder / "transformer" / "config.json", '"DiTTransformer2DModel"'),
     ):
         path.write_text(path.read_text().replace(text, '"Transformer2DModel"'))
-    model = load_pipeline(folder)
+    model = load_float_pipeline(folder)
     assert type(model.network) is diffusers.DiTTransformer2DModel
     assert model.kind == "dit"
 
@@ -281,14 +281,14 @@ def test_a_name_on_the_hub_is_left_to_diffusers(tmp_path: Path, monkeypatch: pyt
         return str(folder)
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
-    model = load_pipeline("google/ddpm-cifar10-32", revision="main")
+    model = load_float_pipeline("google/ddpm-cifar10-32", revision="main")
     assert asked == [("google/ddpm-cifar10-32", {"revision": "main"})]
     assert model.sample_shape == (3, 8, 8)
 
 
 def test_classes_of_a_pixel_model() -> None:
     pipeline = diffusers.DDPMPipeline(tiny_unet(num_class_embeds=4), diffusers.DDPMScheduler())
-    model = load_pipeline(pipeline)
+    model = load_float_pipeline(pipeline)
     labels = torch.tensor([0, 3])
     assert model.classes == 4
     assert model.label_conditioning(labels) == {"class_labels": labels}
@@ -296,7 +296,7 @@ def test_classes_of_a_pixel_model() -> None:
 
 
 def test_states_are_decoded_some_at_a_time(tmp_path: Path, kind: Kind) -> None:
-    model = load_pipeline(tiny_pipeline_folder(kind, tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder(kind, tmp_path))
     x = noise(model, 3)
     whole = model.images(x)
     torch.testing.assert_close(model.images(x, batch=2), whole, rtol=0, atol=1e-5)
@@ -305,7 +305,7 @@ def test_states_are_decoded_some_at_a_time(tmp_path: Path, kind: Kind) -> None:
 
 
 def test_gradients_flow_through_the_decoder(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path))
     x = noise(model).requires_grad_()
     assert model.decoder is not None
     (gradient,) = torch.autograd.grad(model.decoder(x).sum(), x)
@@ -325,26 +325,26 @@ def test_a_pipeline_without_scheduler(tmp_path: Path, listed: bool) -> None:
     with pytest.raises(
         ConfigurationError, match=r"has no scheduler.*Add the folder scheduler/ .*scheduler=DDIMScheduler"
     ):
-        load_pipeline(folder)
-    assert load_pipeline(folder, scheduler=diffusers.DDIMScheduler()).kind == "ddpm"
+        load_float_pipeline(folder)
+    assert load_float_pipeline(folder, scheduler=diffusers.DDIMScheduler()).kind == "ddpm"
 
 
 def test_a_bare_denoiser_without_scheduler(tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"scheduler_config.json. Add the folder scheduler/"):
-        load_pipeline(tmp_path)
+        load_float_pipeline(tmp_path)
 
 
 def test_a_folder_given_as_scheduler_without_one(tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path)
     with pytest.raises(ConfigurationError, match=r"scheduler='.*nowhere' has none"):
-        load_pipeline(tmp_path, scheduler=tmp_path / "nowhere")
+        load_float_pipeline(tmp_path, scheduler=tmp_path / "nowhere")
 
 
 def test_a_scheduler_that_is_not_supported(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ldm", tmp_path, scheduler=diffusers.EulerDiscreteScheduler())
     with pytest.raises(UnsupportedModelError, match=r"EulerDiscreteScheduler; supported are DDIMScheduler, DDPMSched"):
-        load_pipeline(folder)
+        load_float_pipeline(folder)
 
 
 def test_a_pipeline_that_is_not_supported(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_a_pipeline_that_is_not_supported(tmp_path: Path) -> None:
     text = (folder / "model_index.json").read_text()
     (folder / "model_index.json").write_text(text.replace("StableDiffusionPipeline", "StableDiffusionXLPipeline"))
     with pytest.raises(UnsupportedModelError, match=r"is a StableDiffusionXLPipeline; AccuQuant knows DDPMPipeline, "):
-        load_pipeline(folder)
+        load_float_pipeline(folder)
 
 
 def test_a_denoiser_that_is_not_supported(tmp_path: Path) -> None:
@@ -362,13 +362,13 @@ def test_a_denoiser_that_is_not_supported(tmp_path: Path) -> None:
     with pytest.raises(
         UnsupportedModelError, match=r"is a UNet3DConditionModel; supported are UNet2DModel, UNet2DCond"
     ):
-        load_pipeline(folder)
+        load_float_pipeline(folder)
 
 
 def test_a_network_of_ones_own_is_no_part_of_a_pipeline(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ddim", tmp_path)
     with pytest.raises(UnsupportedModelError, match="The denoiser is a Linear; of a pipeline it has to be a UNet2DMod"):
-        load_pipeline(folder, network=torch.nn.Linear(1, 1))
+        load_float_pipeline(folder, network=torch.nn.Linear(1, 1))
 
 
 def test_an_autoencoder_that_is_not_supported(tmp_path: Path) -> None:
@@ -376,20 +376,20 @@ def test_an_autoencoder_that_is_not_supported(tmp_path: Path) -> None:
     text = (folder / "model_index.json").read_text()
     (folder / "model_index.json").write_text(text.replace("AutoencoderKL", "AutoencoderTiny"))
     with pytest.raises(UnsupportedModelError, match="is a AutoencoderTiny; supported are VQModel, AutoencoderKL"):
-        load_pipeline(folder)
+        load_float_pipeline(folder)
 
 
 def test_an_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"has no denoiser, found no component: give the folder of a diffusers"
     ):
-        load_pipeline(tmp_path)
+        load_float_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "a/b/c/nowhere", "~/nowhere", Path("owner/name")])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(name: str | Path) -> None:
     with pytest.raises(ConfigurationError, match=r"There is no folder .*or a name on the hub, as"):
-        load_pipeline(name)
+        load_float_pipeline(name)
 
 
 def test_what_the_hub_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,12 +398,12 @@ def test_what_the_hub_says_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "download", download)
     with pytest.raises(ConfigurationError, match=r"'owner/name' was not found .* OSError: no connection"):
-        load_pipeline("owner/name")
+        load_float_pipeline("owner/name")
 
 
 def test_an_object_that_is_no_pipeline() -> None:
     with pytest.raises(ConfigurationError, match="A Linear has no unet or transformer: give a folder"):
-        load_pipeline(torch.nn.Linear(1, 1))
+        load_float_pipeline(torch.nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize("file", ["model_index.json", "scheduler/scheduler_config.json", "unet/config.json"])
@@ -411,31 +411,31 @@ def test_files_that_are_cut_off(tmp_path: Path, file: str) -> None:
     path = tiny_pipeline_folder("ddim", tmp_path) / file
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match=r"cut off or changed|that diffusers can load"):
-        load_pipeline(tmp_path)
+        load_float_pipeline(tmp_path)
 
 
 def test_weights_that_are_cut_off(tmp_path: Path) -> None:
     path = tiny_pipeline_folder("ddim", tmp_path) / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(CheckpointError, match="is not the folder of a UNet2DModel that diffusers can load"):
-        load_pipeline(tmp_path)
+        load_float_pipeline(tmp_path)
 
 
 def test_weights_that_are_missing(tmp_path: Path) -> None:
     (tiny_pipeline_folder("ddim", tmp_path) / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is not the folder of a UNet2DModel that diffusers can load"):
-        load_pipeline(tmp_path)
+        load_float_pipeline(tmp_path)
 
 
 @pytest.mark.parametrize("labels", [[0, CLASSES], [-1]])
 def test_labels_that_there_are_not(tmp_path: Path, labels: list[int]) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm_class", tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm_class", tmp_path))
     with pytest.raises(ConfigurationError, match=f"expected 0 .. {CLASSES - 1}"):
         model.label_conditioning(torch.tensor(labels))
 
 
 def test_labels_of_a_model_without_classes(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path))
     with pytest.raises(ConfigurationError, match="A ldm model takes no class labels, found 2"):
         model.label_conditioning(torch.tensor([1, 2]))
 
@@ -444,28 +444,28 @@ def test_labels_of_a_model_without_classes(tmp_path: Path) -> None:
 def test_a_class_table_of_another_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     folder = tiny_pipeline_folder("ldm_class", tmp_path)
     with pytest.raises(ConfigurationError, match=rf"expected \(classes \+ 1, {WIDTH}\)"):
-        load_pipeline(folder, class_embedding=torch.zeros(shape))
+        load_float_pipeline(folder, class_embedding=torch.zeros(shape))
 
 
 def test_a_class_table_among_others_or_in_another_file(tmp_path: Path) -> None:
     folder = tiny_pipeline_folder("ldm_class", tmp_path / "pipeline")
     save_file({"a": torch.zeros(2, WIDTH), "b": torch.zeros(TOKENS)}, tmp_path / "two.safetensors")
     with pytest.raises(ConfigurationError, match=r"holds 2 tensors \(a, b\): expected one"):
-        load_pipeline(folder, class_embedding=tmp_path / "two.safetensors")
+        load_float_pipeline(folder, class_embedding=tmp_path / "two.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
     with pytest.raises(CheckpointError, match="is no safetensors file"):
-        load_pipeline(folder, class_embedding=tmp_path / "text.safetensors")
+        load_float_pipeline(folder, class_embedding=tmp_path / "text.safetensors")
 
 
 def test_a_denoiser_without_the_size_of_its_states() -> None:
     pipeline = diffusers.DDPMPipeline(tiny_unet(sample_size=None), diffusers.DDPMScheduler())
     with pytest.raises(ConfigurationError, match=r'sample_size=None: write .* "sample_size": 32'):
-        load_pipeline(pipeline)
+        load_float_pipeline(pipeline)
 
 
 def test_shapes_that_are_not_square() -> None:
     pipeline = diffusers.DDPMPipeline(tiny_unet(sample_size=(8, 16)), diffusers.DDPMScheduler())
-    assert load_pipeline(pipeline).sample_shape == (3, 8, 16)
+    assert load_float_pipeline(pipeline).sample_shape == (3, 8, 16)
 
 
 def test_kinds_are_told_apart_by_what_is_there() -> None:

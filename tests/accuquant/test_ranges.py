@@ -21,7 +21,7 @@ from lightning_quant.accuquant.ranges import activation_quantizers, activation_r
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import QuantizationError
 from lightning_quant.functional import decode, encode, mse_search, scale_and_zero_point
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers import RoundedQuantizer, TimestepQuantizer
 
@@ -91,7 +91,7 @@ def test_a_prepared_network_computes_what_the_float_one_did(kind: Any, starts: t
         # Attention is computed step by step, so not bit for bit.
         torch.testing.assert_close(call(network, 300), call(plain, 300), rtol=1e-4, atol=1e-5)
     assert {name for name, _ in quantized_layers(network)} == {row.name for row in plan.chosen("layer")}
-    assert {name for name, _ in opened_attentions(network)} == {row.name for row in plan.chosen("attention")}
+    assert {name for name, _ in swapped_attentions(network)} == {row.name for row in plan.chosen("attention")}
     assert not any(quantizer.ready for quantizer in activation_quantizers(network).values())
 
 
@@ -212,7 +212,7 @@ def test_the_observers_are_gone_afterwards_and_after_an_error() -> None:
         activation_ranges(network, [fail])
     activation_ranges(network, [partial(call, network, 1)])
     assert sum(len(module._forward_pre_hooks) for module in network.modules()) == hooks
-    assert all(attention.observer is None for _, attention in opened_attentions(network))
+    assert all(attention.observer is None for _, attention in swapped_attentions(network))
 
 
 @pytest.mark.parametrize("kind", ["ddpm", "sd", "dit"])

@@ -91,8 +91,8 @@ def layer_with(weight: Tensor, x: Tensor, bits: int = 3) -> tuple[nn.Module, Blo
     layer.weight.data.copy_(weight)
     network, inputs, weights = nn.Sequential(layer).eval(), TimestepQuantizer(16), RoundedQuantizer(bits)
     swap(layer, inputs, weights)
-    inputs.initialise(x)
-    weights.initialise(weight)
+    inputs.initialize(x)
+    weights.initialize(weight)
     return network, gather(network, "0", [(partial(network, x), 0)])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from helpers.diffusion import TOKENS, WIDTH, tiny_condition_unet, tiny_pipeline_folder
 from lightning_quant.accuquant.conditions import prompt_conditioning
-from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_float_pipeline
 from lightning_quant.accuquant.text_encoding import read_embeddings, text_encoder
 from lightning_quant.errors import CheckpointError, ConfigurationError
 
@@ -85,7 +85,7 @@ def test_embeddings_are_those_of_stable_diffusion(tmp_path: Path) -> None:
     pipeline = diffusers.StableDiffusionPipeline.from_pretrained(folder, safety_checker=None, feature_extractor=None)
     prompts = ["a cat", "dogs on a very long lawn"]
     cond, uncond = pipeline.encode_prompt(prompts, "cpu", 1, True)
-    found = prompt_conditioning([0, 1], prompts, text_encoder(load_pipeline(folder)))
+    found = prompt_conditioning([0, 1], prompts, text_encoder(load_float_pipeline(folder)))
     assert torch.equal(found["encoder_hidden_states"], cond)
     torch.testing.assert_close(found["uncond_encoder_hidden_states"], uncond)
     assert (cond[0] - cond[1]).abs().max() > 1e-2
@@ -97,11 +97,11 @@ def test_a_text_encoder_without_transformers(tmp_path: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps(index | {"tokenizer": ["transformers", "CLIPTokenizer"]}))
     with pytest.raises(ConfigurationError, match=r"pip install transformers, or give a safetensors file with"):
-        text_encoder(load_pipeline(folder))
+        text_encoder(load_float_pipeline(folder))
 
 
 def test_a_model_without_text_encoder(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path))
+    model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path))
     for each in (model, replace(model, folder=None)):
         with pytest.raises(ConfigurationError, match=r"has no tokenizer, .* read_embeddings\(file, ids\)"):
             text_encoder(each)

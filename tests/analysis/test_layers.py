@@ -26,13 +26,13 @@ from lightning_quant.quantizers.dynamic import LogQuantizer
 
 def learned(x: Tensor, bits: int = 4) -> LearnedQuantizer:
     quantizer = LearnedQuantizer(bits)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     return quantizer
 
 
 def fixed(weight: Tensor, bits: int = 4) -> FixedQuantizer:
     quantizer = FixedQuantizer(bits, axis=0, symmetric=False)
-    quantizer.initialise(weight)
+    quantizer.initialize(weight)
     return quantizer
 
 
@@ -52,7 +52,7 @@ def network() -> Any:
 
 def fixed_input(x: Tensor) -> FixedQuantizer:
     quantizer = FixedQuantizer(4, symmetric=False)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     return quantizer
 
 
@@ -156,7 +156,7 @@ def seen_by(net: Any) -> list[Tensor]:
 
 def test_codes_that_occur_are_counted() -> None:
     quantizer = LearnedQuantizer(3, signed=False)
-    quantizer.initialise(torch.ones(4))
+    quantizer.initialize(torch.ones(4))
     with torch.no_grad():
         quantizer.range.fill_(7.0)
     error = TensorError(quantizer, channel_axis=-1)

@@ -99,7 +99,7 @@ def test_a_checkpoint_brings_the_record_of_its_own_run(tmp_path: Path) -> None:
     assert other.record[STEPS].tolist() == [TOTAL, TOTAL]
     # Another checkpoint, without a record, takes it away.
     plain = SmallNet()
-    swap(plain.net[-1], weight_quantizer=FixedQuantizer(4)).weight_quantizer.initialise(torch.ones(2))  # type: ignore[arg-type,operator,union-attr]
+    swap(plain.net[-1], weight_quantizer=FixedQuantizer(4)).weight_quantizer.initialize(torch.ones(2))  # type: ignore[arg-type,operator,union-attr]
     bare = quiet(default_root_dir=tmp_path)
     bare.strategy.connect(plain)
     bare.save_checkpoint(tmp_path / "bare.ckpt")
@@ -115,7 +115,7 @@ def test_a_record_is_of_the_network_that_was_calibrated(tmp_path: Path) -> None:
     # Another network, calibrated by somebody else to other ranges.
     second = SmallNet()
     quiet(other, default_root_dir=tmp_path / "two").test(second)
-    second.net[-1].weight_quantizer.initialise(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
+    second.net[-1].weight_quantizer.initialize(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
     run.test(second)
     assert ours.calibration is None
     assert ours.record == {}
@@ -126,7 +126,7 @@ def test_a_checkpoint_without_callbacks_takes_the_record_away(tmp_path: Path) ->
     run = quiet(ours, default_root_dir=tmp_path)
     module = SmallNet()
     run.test(module)
-    module.net[-1].weight_quantizer.initialise(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
+    module.net[-1].weight_quantizer.initialize(torch.full((2, 2), 9.0))  # type: ignore[operator,union-attr]
     run.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     again = quiet(ours, default_root_dir=tmp_path)
     again.test(SmallNet(), ckpt_path=tmp_path / "weights.ckpt")

@@ -375,7 +375,7 @@ def test_given_data_go_before_all_other(data: Any) -> None:
 
 
 class DigitsLike(pl.LightningDataModule):
-    """Loads bytes and normalises them in Lightning's batch hook."""
+    """Loads bytes and normalizes them in Lightning's batch hook."""
 
     def train_dataloader(self) -> DataLoader[Any]:
         pixels = (torch.arange(40).view(40, 1, 1, 1).expand(40, 3, 8, 8)).to(torch.uint8)

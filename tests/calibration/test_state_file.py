@@ -134,7 +134,7 @@ def test_weights_and_buffers_make_the_hash_and_quantizers_do_not() -> None:
     network(torch.zeros(1, 1, 2, 2).requires_grad_(False))
     assert weights_hash(network.eval()) != in_float  # the batch norm has seen a batch
     seen = weights_hash(network)
-    network[0].weight_quantizer.initialise(torch.ones(2, 1, 1, 1))  # type: ignore[operator,union-attr]
+    network[0].weight_quantizer.initialize(torch.ones(2, 1, 1, 1))  # type: ignore[operator,union-attr]
     assert weights_hash(network) == seen
     network[0].weight.data = network[0].weight.data.to(torch.bfloat16)
     assert weights_hash(network) != seen

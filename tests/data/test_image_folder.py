@@ -16,11 +16,11 @@ _GREY = {"cat": 40, "dog": 120, "owl": 200}
 
 
 def _write(root: Path, split: str, number: int) -> None:
-    for name, grey in _GREY.items():
+    for name, gray in _GREY.items():
         folder = root / split / name
         folder.mkdir(parents=True)
         for index in range(number):
-            image = Image.new("RGB", (48, 40), (grey, grey, grey))
+            image = Image.new("RGB", (48, 40), (gray, gray, gray))
             image.paste((25 * index, 0, 0), (20, 16, 28, 24))
             image.save(folder / f"{index}.png")
 

@@ -23,7 +23,14 @@ from helpers.diffusion import tiny_unet
 from helpers.networks import Images, SmallNet, quantization, trainer
 from helpers.small_diffusion import SHAPE, SMALL, Project, batches, parts, quiet_trainer
 from helpers.vits import VitData, VitModule, quiet
-from lightning_quant import AccuQuant, IGQViT, load_quantized, open_pipeline, save_pipeline, save_quantized
+from lightning_quant import (
+    AccuQuant,
+    IGQViT,
+    load_quantized,
+    load_quantized_pipeline,
+    save_quantized,
+    save_quantized_pipeline,
+)
 from lightning_quant.accuquant.calibration import Calibration as Windows
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.calibration.module import CalibratingModule
@@ -213,7 +220,7 @@ def rounded(seed: int) -> Any:
     for name in ("conv_in", "conv_out"):
         layer = network.get_submodule(name)
         swap(layer, weight_quantizer=FixedQuantizer(4, axis=0, symmetric=False))
-        layer.weight_quantizer.initialise(layer.weight * (1 + seed))
+        layer.weight_quantizer.initialize(layer.weight * (1 + seed))
     return network.eval()
 
 
@@ -233,12 +240,12 @@ def test_an_artefact_is_the_old_one_or_the_new_one(pipeline: bool, before: bool,
 
     def save(seed: int) -> None:
         if pipeline:
-            save_pipeline(str(source), folder, network=rounded(seed))
+            save_quantized_pipeline(str(source), folder, network=rounded(seed))
         else:
             save_quantized(rounded(seed), folder)
 
     def load() -> Tensor:
-        return output(open_pipeline(folder).unet if pipeline else load_quantized(folder, model=tiny_unet()))
+        return output(load_quantized_pipeline(folder).unet if pipeline else load_quantized(folder, model=tiny_unet()))
 
     known = [output(rounded(seed)) for seed in (0, 1)]
     assert not torch.equal(*known)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from helpers.artifacts import mlp, quantized, weights
 from helpers.networks import SmallNet, fitted, quantization
 from lightning_quant import ImageClassifier, load_quantized, save_quantized
-from lightning_quant.nn import open_attention, swap
+from lightning_quant.nn import swap, swap_attention
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.quantizers.dynamic import TokenQuantizer
 from lightning_quant.quantizers.grouped import GroupQuantizer, RowGroupQuantizer
@@ -38,7 +38,7 @@ def vit(**kwargs: Any) -> nn.Module:
 def igq_vit() -> nn.Module:
     model = vit()
     for block in model.blocks:  # type: ignore[union-attr]
-        open_attention(block.attn, softmax_quantizer=rows())
+        swap_attention(block.attn, softmax_quantizer=rows())
         for layer in (block.attn.qkv, block.mlp.fc2):
             swap(layer, grouped(), weights(layer))
     return model.eval()
@@ -181,7 +181,7 @@ def test_tied_tensors_are_stored_once_and_codes_only_where_nobody_needs_the_floa
 
 def test_an_attention_that_was_opened_and_left_in_float_is_open_again(tmp_path: Path) -> None:
     model = vit()
-    open_attention(model.get_submodule("blocks.0.attn"))
+    swap_attention(model.get_submodule("blocks.0.attn"))
     swap(model.get_submodule("head"), TokenQuantizer(4), None)
     loaded = load_quantized(save_quantized(model.eval(), tmp_path / "vit"))
     assert type(loaded.get_submodule("blocks.0.attn")) is type(model.get_submodule("blocks.0.attn"))

@@ -84,7 +84,7 @@ def test_a_layer_under_two_names_comes_back(tmp_path: Path) -> None:
     network, x = Shared().eval(), torch.ones(1, 2, 4, 4)
     layer: Any = network.first
     quantizer = RoundedQuantizer(3)
-    quantizer.initialise(layer.weight)
+    quantizer.initialize(layer.weight)
     swap(layer, weight_quantizer=quantizer)
     move(quantizer, quantizer.begin(layer.weight), seed=0)
     loaded = load_quantized(save_quantized(network, tmp_path / "saved"), model=Shared())
@@ -177,9 +177,9 @@ def test_any_bit_width(tmp_path: Path, bits: int, symmetric: bool, dtype: torch.
     model, plain = (nn.Sequential(nn.Linear(9, 7), nn.GELU(), nn.Linear(7, 2)).to(dtype) for _ in range(2))
     layer: Any = model[0]
     quantizer = RoundedQuantizer(bits, symmetric)
-    quantizer.initialise(layer.weight)
+    quantizer.initialize(layer.weight)
     swap(layer, TimestepQuantizer(8), quantizer)
-    layer.input_quantizer.initialise(torch.randn(4, 9))
+    layer.input_quantizer.initialize(torch.randn(4, 9))
     move(quantizer, quantizer.begin(layer.weight), 0)
     loaded: Any = load_quantized(save_quantized(model.eval(), tmp_path / "mlp"), model=plain)
     x = torch.randn(4, 9).to(dtype)
@@ -196,7 +196,7 @@ def test_a_weight_that_another_layer_needs_in_float_is_kept_beside_its_codes(tmp
 
     model = tied()
     quantizer = RoundedQuantizer(4)
-    quantizer.initialise(model[0].weight)
+    quantizer.initialize(model[0].weight)
     move(quantizer, quantizer.begin(model[0].weight), 0)
     swap(model[0], None, quantizer)
     loaded = load_quantized(save_quantized(model, tmp_path / "tied"), model=tied())

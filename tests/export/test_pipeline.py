@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from helpers.artifacts import quantized, weights
 from helpers.diffusion import Kind, tiny_inputs, tiny_pipeline_folder, tiny_unet
-from lightning_quant.accuquant.pipelines import DiffusionModel, load_pipeline
+from lightning_quant.accuquant.pipelines import DiffusionModel, load_float_pipeline
 from lightning_quant.errors import CheckpointError, ConfigurationError, UnsupportedModelError
-from lightning_quant.export.pipeline import open_model, open_pipeline, save_pipeline
-from lightning_quant.nn import open_attention, swap
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.export.pipeline import load_quantized_model, load_quantized_pipeline, save_quantized_pipeline
+from lightning_quant.nn import swap, swap_attention
+from lightning_quant.nn.attention import swapped_attentions
 from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.nn.timesteps import watch_timesteps
 from lightning_quant.quantizers import FixedQuantizer, TimestepQuantizer
@@ -31,7 +31,7 @@ NAMES = {"dit": "transformer"}
 
 def softmax() -> FixedQuantizer:
     quantizer = FixedQuantizer(8, symmetric=False)
-    quantizer.initialise(torch.rand(100))
+    quantizer.initialize(torch.rand(100))
     return quantizer
 
 
@@ -45,7 +45,7 @@ def by_timestep() -> TimestepQuantizer:
 def quantize(network: nn.Module) -> nn.Module:
     for name, module in list(network.named_modules()):
         if type(module).__name__ == "Attention":
-            open_attention(module, softmax_quantizer=softmax())
+            swap_attention(module, softmax_quantizer=softmax())
         elif isinstance(module, nn.Linear | nn.Conv2d) and not name.endswith("conv_out"):
             swap(module, by_timestep(), weights(module))
     watch_timesteps(network)
@@ -75,12 +75,12 @@ def images(pipeline: Any, kind: Kind) -> Tensor:
 @pytest.mark.parametrize("kind", OBJECTS)
 def test_the_opened_pipeline_is_of_diffusers_and_generates_the_same_bits(tmp_path: Path, kind: Kind) -> None:
     source = tiny_pipeline_folder(kind, tmp_path / "float")
-    model = load_pipeline(source)
+    model = load_float_pipeline(source)
     before = sample(model)
     quantize(model.network)
-    pipeline = open_pipeline(save_pipeline(model, tmp_path / "deep" / "quantized"))
+    pipeline = load_quantized_pipeline(save_quantized_pipeline(model, tmp_path / "deep" / "quantized"))
     assert type(pipeline).__name__ == model.pipeline_class
-    assert len(list(opened_attentions(getattr(pipeline, NAMES.get(kind, "unet"))))) > 0
+    assert len(list(swapped_attentions(getattr(pipeline, NAMES.get(kind, "unet"))))) > 0
     found = images(pipeline, kind)
     pipeline.register_modules(**{NAMES.get(kind, "unet"): model.network})
     assert torch.equal(images(pipeline, kind), found)
@@ -89,16 +89,16 @@ def test_the_opened_pipeline_is_of_diffusers_and_generates_the_same_bits(tmp_pat
 
 def saved(kind: Kind, root: Path) -> Path:
     """A pipeline with a quantized denoiser."""
-    model = load_pipeline(tiny_pipeline_folder(kind, root / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder(kind, root / "float"))
     quantize(model.network)
-    return save_pipeline(model, root / "quantized")
+    return save_quantized_pipeline(model, root / "quantized")
 
 
 @pytest.mark.parametrize("kind", [kind for kind in OBJECTS if kind != "ldm_class"])
 def test_plain_diffusers_opens_it_where_the_class_was_imported(tmp_path: Path, kind: Kind) -> None:
     folder = saved(kind, tmp_path)
     import_module("lightning_quant.export.denoiser")
-    plain, ours = diffusers.DiffusionPipeline.from_pretrained(folder), open_pipeline(folder)
+    plain, ours = diffusers.DiffusionPipeline.from_pretrained(folder), load_quantized_pipeline(folder)
     assert type(plain) is type(ours)
     assert torch.equal(images(plain, kind), images(ours, kind))
 
@@ -123,22 +123,22 @@ def test_plain_diffusers_casts_it_and_leaves_no_argument_out(tmp_path: Path) -> 
 
 def test_a_folder_of_before_opens_as_well(tmp_path: Path) -> None:
     folder = saved("ddim", tmp_path)
-    expected = images(open_pipeline(folder), "ddim")
+    expected = images(load_quantized_pipeline(folder), "ddim")
     index = json.loads((folder / "model_index.json").read_text())
     index["unet"] = ["diffusers", "UNet2DModel"]
     (folder / "model_index.json").write_text(json.dumps(index))
-    assert torch.equal(images(open_pipeline(folder), "ddim"), expected)
+    assert torch.equal(images(load_quantized_pipeline(folder), "ddim"), expected)
     with pytest.raises(ConfigurationError, match="holds a quantized denoiser"):
-        load_pipeline(folder)
+        load_float_pipeline(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_opened_model_generates_the_same_bits(tmp_path: Path, kind: Kind) -> None:
     source = tiny_pipeline_folder(kind, tmp_path / "float")
-    model = load_pipeline(source)
+    model = load_float_pipeline(source)
     quantize(model.network)
     for given in ((model, None), (source, model.network)):
-        found = open_model(save_pipeline(given[0], tmp_path / "quantized", given[1]))
+        found = load_quantized_model(save_quantized_pipeline(given[0], tmp_path / "quantized", given[1]))
         assert (found.kind, found.sample_shape, found.guidance) == (model.kind, model.sample_shape, model.guidance)
         assert type(found.scheduler) is type(model.scheduler)
         assert torch.equal(sample(found), sample(model))
@@ -147,9 +147,9 @@ def test_the_opened_model_generates_the_same_bits(tmp_path: Path, kind: Kind) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_folder_is_as_diffusers_has_it_but_for_the_denoiser(tmp_path: Path, kind: Kind) -> None:
     source = tiny_pipeline_folder(kind, tmp_path / "float")
-    model = load_pipeline(source)
+    model = load_float_pipeline(source)
     quantize(model.network)
-    folder, name = save_pipeline(model, tmp_path / "quantized"), NAMES.get(kind, "unet")
+    folder, name = save_quantized_pipeline(model, tmp_path / "quantized"), NAMES.get(kind, "unet")
     indices = [json.loads((each / "model_index.json").read_text()) for each in (source, folder)]
     assert indices[1].pop(name) == ["lightning_quant.export.denoiser", "QuantizedDenoiser"]
     assert indices[0].pop(name)[0] == "diffusers"
@@ -173,9 +173,9 @@ def test_the_folder_is_as_diffusers_has_it_but_for_the_denoiser(tmp_path: Path, 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="Stable Diffusion's pipeline")
 def test_stable_diffusion_opens_as_a_pipeline(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
     quantize(model.network)
-    pipeline = open_pipeline(save_pipeline(model, tmp_path / "quantized"))
+    pipeline = load_quantized_pipeline(save_quantized_pipeline(model, tmp_path / "quantized"))
     pipeline.set_progress_bar_config(disable=True)
     x, conditioning = tiny_inputs(model.network)
     arguments = {
@@ -192,13 +192,13 @@ def test_stable_diffusion_opens_as_a_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(find_spec("transformers") is not None, reason="without transformers")
 def test_a_pipeline_whose_library_is_missing_says_so(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path / "float"))
     quantize(model.network)
-    folder = save_pipeline(model, tmp_path / "quantized")
+    folder = save_quantized_pipeline(model, tmp_path / "quantized")
     with pytest.raises(
         ConfigurationError, match=r"StableDiffusionPipeline needs a library(.|\n)*transformers(.|\n)*open_mo"
     ):
-        open_pipeline(folder)
+        load_quantized_pipeline(folder)
 
 
 def test_what_was_not_loaded_is_copied(tmp_path: Path) -> None:
@@ -208,53 +208,53 @@ def test_what_was_not_loaded_is_copied(tmp_path: Path) -> None:
     index = json.loads((source / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "CLIPTokenizer"]
     (source / "model_index.json").write_text(json.dumps(index))
-    model = load_pipeline(source)
+    model = load_float_pipeline(source)
     quantize(model.network)
-    folder = save_pipeline(model, tmp_path / "quantized")
+    folder = save_quantized_pipeline(model, tmp_path / "quantized")
     assert (folder / "tokenizer" / "vocab.json").read_text() == "{}"
     assert json.loads((folder / "model_index.json").read_text())["tokenizer"] == ["transformers", "CLIPTokenizer"]
 
 
 def test_a_bare_denoiser_becomes_a_pipeline(tmp_path: Path) -> None:
     tiny_unet().save_pretrained(tmp_path / "net")
-    model = load_pipeline(tmp_path / "net", scheduler=diffusers.DDIMScheduler(beta_end=0.01))
+    model = load_float_pipeline(tmp_path / "net", scheduler=diffusers.DDIMScheduler(beta_end=0.01))
     quantize(model.network)
-    pipeline = open_pipeline(save_pipeline(model, tmp_path / "quantized"))
+    pipeline = load_quantized_pipeline(save_quantized_pipeline(model, tmp_path / "quantized"))
     assert isinstance(pipeline, diffusers.DDIMPipeline)
     assert pipeline.scheduler.config.beta_end == 0.01
 
 
 def test_components_can_be_given_in_place_of_the_folders(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantize(model.network)
-    folder, scheduler = save_pipeline(model, tmp_path / "quantized"), diffusers.DDIMScheduler(beta_end=0.01)
-    assert open_pipeline(folder, scheduler=scheduler).scheduler.config.beta_end == 0.01
-    assert open_model(folder, scheduler=scheduler).scheduler is scheduler
+    folder, scheduler = save_quantized_pipeline(model, tmp_path / "quantized"), diffusers.DDIMScheduler(beta_end=0.01)
+    assert load_quantized_pipeline(folder, scheduler=scheduler).scheduler.config.beta_end == 0.01
+    assert load_quantized_model(folder, scheduler=scheduler).scheduler is scheduler
 
 
 def test_a_folder_that_was_saved_before_is_replaced(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantize(model.network)
-    folder = save_pipeline(model, tmp_path / "quantized")
+    folder = save_quantized_pipeline(model, tmp_path / "quantized")
     with torch.no_grad():
         model.network.conv_out.weight.add_(1.0)  # type: ignore[union-attr, operator]
-    assert not torch.equal(sample(open_model(folder)), sample(model))
-    assert torch.equal(sample(open_model(save_pipeline(model, folder))), sample(model))
+    assert not torch.equal(sample(load_quantized_model(folder)), sample(model))
+    assert torch.equal(sample(load_quantized_model(save_quantized_pipeline(model, folder))), sample(model))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "quantized"]
 
 
 def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantize(model.network)
-    folder, expected = save_pipeline(model, tmp_path / "quantized"), sample(model)
+    folder, expected = save_quantized_pipeline(model, tmp_path / "quantized"), sample(model)
 
     def fail(path: Path) -> None:
         raise OSError("no space left")
 
     monkeypatch.setattr(model.scheduler, "save_pretrained", fail)
     with pytest.raises(OSError, match="no space left"):
-        save_pipeline(model, folder)
-    assert torch.equal(sample(open_model(folder)), expected)
+        save_quantized_pipeline(model, folder)
+    assert torch.equal(sample(load_quantized_model(folder)), expected)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["float", "quantized"]
 
 
@@ -263,61 +263,63 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, monkeypatch: pyte
 
 def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     source = tiny_pipeline_folder("ldm", tmp_path / "float")
-    model = load_pipeline(source)
+    model = load_float_pipeline(source)
     quantize(model.network)
     with pytest.raises(ConfigurationError, match="which saving would overwrite: give a new or an empty folder"):
-        save_pipeline(model, source)
-    folder = save_pipeline(model, tmp_path / "quantized")
+        save_quantized_pipeline(model, source)
+    folder = save_quantized_pipeline(model, tmp_path / "quantized")
     for notes in ("notes.txt", "unet/notes.txt"):
         (folder / notes).write_text("mine")
         with pytest.raises(ConfigurationError, match=rf"holds {notes}, which saving would overwrite"):
-            save_pipeline(model, folder)
+            save_quantized_pipeline(model, folder)
         (folder / notes).unlink()
-    save_pipeline(model, folder)
+    save_quantized_pipeline(model, folder)
 
 
 def test_a_pipeline_below_the_home_folder_is_opened_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     tiny_pipeline_folder("ddpm", tmp_path / "float")
-    model = load_pipeline("~/float")
+    model = load_float_pipeline("~/float")
     quantize(model.network)
-    assert save_pipeline(model, "~/quantized") == tmp_path / "quantized"
-    assert torch.equal(sample(open_model("~/quantized")), sample(model))
-    assert type(open_pipeline("~/quantized")).__name__ == "DDPMPipeline"
+    assert save_quantized_pipeline(model, "~/quantized") == tmp_path / "quantized"
+    assert torch.equal(sample(load_quantized_model("~/quantized")), sample(model))
+    assert type(load_quantized_pipeline("~/quantized")).__name__ == "DDPMPipeline"
 
 
 def test_a_float_denoiser_is_not_saved(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     with pytest.raises(UnsupportedModelError, match="UNet2DModel is not quantized"):
-        save_pipeline(model, tmp_path / "quantized")
+        save_quantized_pipeline(model, tmp_path / "quantized")
     assert [path.name for path in tmp_path.iterdir()] == ["float"]
 
 
-@pytest.mark.parametrize("opener", [open_pipeline, open_model])
+@pytest.mark.parametrize("opener", [load_quantized_pipeline, load_quantized_model])
 def test_a_float_pipeline_is_not_opened(tmp_path: Path, opener: Any) -> None:
     folder = tiny_pipeline_folder("ldm", tmp_path)
     with pytest.raises(
         CheckpointError, match=r"its denoiser is not quantized: .* diffusers\.LDMPipeline\.from_pretrained"
     ):
         opener(folder)
-    with pytest.raises(CheckpointError, match=r"has no model_index\.json: give a folder that save_pipeline"):
+    with pytest.raises(CheckpointError, match=r"has no model_index\.json: give a folder that save_quantized_pipeline"):
         opener(folder / "unet")
 
 
 def test_a_quantized_folder_is_not_loaded_as_float(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantize(model.network)
-    with pytest.raises(ConfigurationError, match=r"holds a quantized denoiser: write lightning_quant\.open_pipeline\("):
-        load_pipeline(save_pipeline(model, tmp_path / "quantized"))
+    with pytest.raises(
+        ConfigurationError, match=r"holds a quantized denoiser: write lightning_quant\.load_quantized_pipeline\("
+    ):
+        load_float_pipeline(save_quantized_pipeline(model, tmp_path / "quantized"))
 
 
 def test_a_denoiser_that_was_changed_is_not_opened(tmp_path: Path) -> None:
-    model = load_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
+    model = load_float_pipeline(tiny_pipeline_folder("ldm", tmp_path / "float"))
     quantized(model.network)
-    folder = save_pipeline(model, tmp_path / "quantized")
+    folder = save_quantized_pipeline(model, tmp_path / "quantized")
     path = folder / "unet" / "model.safetensors"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
     with pytest.raises(CheckpointError, match="is cut off or changed"):
-        open_pipeline(folder)
+        load_quantized_pipeline(folder)

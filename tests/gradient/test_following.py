@@ -140,7 +140,7 @@ def test_evaluation_and_frozen_layers_move_nothing() -> None:
 
 def quantizer_of(values: Tensor, bound: float, bits: int = 4, signed: bool = True) -> LearnedQuantizer:
     quantizer = LearnedQuantizer(bits, signed)
-    quantizer.initialise(torch.ones(1))
+    quantizer.initialize(torch.ones(1))
     quantizer.range.data.fill_(bound)
     quantizer.sample = values
     return quantizer

@@ -121,7 +121,7 @@ def test_memory_order_does_not_matter() -> None:
 def test_an_expanded_gradient_is_rounded_value_by_value() -> None:
     codes = make(interval=FixedInterval(1.0)).quantize(torch.full((1, 1), 0.35).expand(50, 50) * 1.0)
     expanded = make(interval=FixedInterval(0.5))
-    expanded.initialise(torch.ones(1))
+    expanded.initialize(torch.ones(1))
     values = expanded.quantize(torch.tensor([[0.3]]).expand(50, 50)).values
     assert codes.values.shape == values.shape == (50, 50)
 

@@ -11,7 +11,7 @@ from lightning_quant.quantizers import FixedQuantizer
 def weights(layer: nn.Module, bits: int = 4, symmetric: bool = False) -> FixedQuantizer:
     quantizer = FixedQuantizer(bits, symmetric, axis=0)
     assert isinstance(layer.weight, Tensor)
-    quantizer.initialise(layer.weight)
+    quantizer.initialize(layer.weight)
     return quantizer
 
 

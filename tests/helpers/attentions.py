@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as tv_swin
 from torchvision.models.vision_transformer import VisionTransformer
 
-from lightning_quant.nn import QuantizedAttention, check_attentions, open_attention
+from lightning_quant.nn import QuantizedAttention, check_attentions, swap_attention
 
 SMALL: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}
 
@@ -67,7 +67,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     make, size = NETWORKS[name]
     module = make().eval()
-    # Zeros and ones of an initialisation would hide biases and position tables.
+    # Zeros and ones of an initialization would hide biases and position tables.
     for parameter in module.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
     return module, torch.randn(2, 3, size, size)
@@ -75,7 +75,7 @@ def network(name: str) -> tuple[nn.Module, Tensor]:
 
 def open_all(module: nn.Module, make: Callable[[], nn.Module | None] = lambda: None) -> list[QuantizedAttention]:
     return [
-        open_attention(
+        swap_attention(
             module.get_submodule(name),
             make(),
             make(),

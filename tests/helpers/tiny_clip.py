@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TinyClip(torch.nn.Module):
-    """Means of the colours, and the first three letters."""
+    """Means of the colors, and the first three letters."""
 
     config = SimpleNamespace(text_config=SimpleNamespace(max_position_embeddings=77))
 

@@ -39,7 +39,7 @@ class Walk:
         self.value = torch.cos(3 * self.value @ torch.tensor([[1.1]]) + self.taken)
         quantizer = self.layer.weight_quantizer
         assert isinstance(quantizer, FixedQuantizer)
-        quantizer.initialise(self.value.expand(2, 2) + 2)
+        quantizer.initialize(self.value.expand(2, 2) + 2)
         self.calls.append(self.taken)
         self.taken += 1
         self.worth_saving = self.taken % 2 == 0
@@ -56,4 +56,4 @@ class Walk:
         if self.kind not in state:
             raise CheckpointError("The calibration that is to be continued was another.")
         self.taken, self.value = int(state["taken"]), state["value"].clone()
-        self.layer.weight_quantizer.initialise(self.value.expand(2, 2) + 2)  # type: ignore[operator,union-attr]
+        self.layer.weight_quantizer.initialize(self.value.expand(2, 2) + 2)  # type: ignore[operator,union-attr]

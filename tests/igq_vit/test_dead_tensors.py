@@ -167,4 +167,4 @@ def test_a_part_of_a_range_is_refused() -> None:
 def test_without_a_calibration_a_batch_gives_no_range(make: Any) -> None:
     quantizer: Quantizer = make(4, 2)
     with pytest.raises(QuantizationError, match="has no range, which a calibration finds"):
-        quantizer.initialise(torch.ones(2, 3, 4))
+        quantizer.initialize(torch.ones(2, 3, 4))

@@ -167,8 +167,8 @@ def test_a_network_of_torchvision_is_calibrated(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     network = spread(VisionTransformer(8, 2, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=10))
-    colours = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    quantization = IGQViT(groups=4, calibration_images=8, allocate=False, calibration_data=colours)
+    colors = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    quantization = IGQViT(groups=4, calibration_images=8, allocate=False, calibration_data=colors)
     found = IGQViTModule(network, 10, quantization=quantization)
     trainer = quiet(tmp_path)
     trainer.fit(found, Colours(64))

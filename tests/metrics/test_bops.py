@@ -19,7 +19,7 @@ from lightning_quant.metrics import (
     measure_shapes,
     model_bops,
 )
-from lightning_quant.nn import QuantizedAttention, open_attention, swap
+from lightning_quant.nn import QuantizedAttention, swap, swap_attention
 from lightning_quant.quantizers import FixedQuantizer
 
 SMALL: dict[str, Any] = {
@@ -159,14 +159,14 @@ def test_a_quantized_network_has_the_shapes_of_the_float_one() -> None:
         if isinstance(module, nn.Linear):
             swap(module, weight_quantizer=FixedQuantizer(4))
         if name.endswith("attn"):
-            open_attention(module)
+            swap_attention(module)
     assert measure_shapes(network, torch.zeros(2, 3, 32, 32)) == before
 
 
 def test_leaves_the_network_as_it_was() -> None:
     network = vit(proj_drop_rate=0.5).train()
     network.get_submodule("blocks.0").eval()
-    opened = open_attention(network.get_submodule("blocks.1.attn"))
+    opened = swap_attention(network.get_submodule("blocks.1.attn"))
     seen: list[str] = []
     opened.observer = observer = lambda slot, tensor: seen.append(slot)
     before = [(name, type(module), module.training) for name, module in network.named_modules()]

@@ -19,7 +19,7 @@ def network() -> nn.Sequential:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     quantizer = FixedQuantizer(4, axis=0)
-    quantizer.initialise(torch.linspace(-1, 1, 8).view(2, 4))
+    quantizer.initialize(torch.linspace(-1, 1, 8).view(2, 4))
     swap(net[2], weight_quantizer=quantizer)
     return net
 

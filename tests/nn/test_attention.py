@@ -17,12 +17,12 @@ from lightning_quant.nn import (
     QuantizedAttention,
     WindowedAttention,
     attention_form,
-    close_attention,
-    open_attention,
-    opened_attentions,
     register_attention,
+    restore_attention,
     strip,
     swap,
+    swap_attention,
+    swapped_attentions,
 )
 from lightning_quant.quantizers import FixedQuantizer
 
@@ -36,7 +36,7 @@ def test_an_opened_network_computes_what_the_closed_one_does(name: str) -> None:
     assert len(opened) >= 2
     assert expected.abs().max() > 0.1
     assert error(module(x), expected) <= 1e-5
-    assert [attention for _, attention in opened_attentions(module)] == opened
+    assert [attention for _, attention in swapped_attentions(module)] == opened
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -62,8 +62,8 @@ def test_closing_gives_the_module_back(name: str) -> None:
     for attention in open_all(module, Distort):
         attention.observer = Seen()
     assert error(module(x), expected) > 1e-4
-    for _, attention in list(opened_attentions(module)):
-        assert close_attention(attention) is attention
+    for _, attention in list(swapped_attentions(module)):
+        assert restore_attention(attention) is attention
     assert torch.equal(module(x), expected)
     assert [type(child) for child in module.modules()] == kinds
     assert list(module.state_dict()) == keys
@@ -105,7 +105,7 @@ def test_copies_are_open_and_close_on_their_own(name: str) -> None:
     open_all(module, lambda: FixedQuantizer(4))
     expected = module(x)
     for other in copies(module):
-        pairs = list(zip(opened_attentions(module), opened_attentions(other), strict=True))
+        pairs = list(zip(swapped_attentions(module), swapped_attentions(other), strict=True))
         assert all(type(a) is type(b) and a is not b for (_, a), (_, b) in pairs)
         assert torch.equal(other(x), expected)
         strip(other)
@@ -123,9 +123,9 @@ def test_the_state_dict_carries_quantizers_from_one_opened_network_to_another(na
         return module, x
 
     (first, x), (second, _) = opened(), opened()
-    for attention in (attention for _, attention in opened_attentions(first)):
+    for attention in (attention for _, attention in swapped_attentions(first)):
         for slot in SLOTS:
-            cast(FixedQuantizer, getattr(attention, slot)).initialise(torch.linspace(-1, 1, 9))
+            cast(FixedQuantizer, getattr(attention, slot)).initialize(torch.linspace(-1, 1, 9))
     for parameter in second.parameters():
         parameter.zero_()
     second.load_state_dict(first.state_dict())
@@ -146,10 +146,10 @@ def test_a_form_of_ones_own() -> None:
     x = torch.randn(1, 2, 4, 4)
     module = Stepwise()
     expected = module(x, x, x)
-    opened = open_attention(module)
+    opened = swap_attention(module)
     assert type(opened) is QuantizedStepwise
     torch.testing.assert_close(opened(x, x, x), expected)
-    assert type(close_attention(opened)) is Stepwise
+    assert type(restore_attention(opened)) is Stepwise
 
 
 class OwnWindows(swin_transformer.WindowAttention):  # type: ignore[misc]
@@ -165,31 +165,31 @@ def test_a_subclass_gets_the_form_of_the_class_it_is_of() -> None:
 
 
 def test_open_twice_and_close_of_a_closed_one_are_refused() -> None:
-    module = open_attention(nn.MultiheadAttention(4, 1))
-    with pytest.raises(ConfigurationError, match=r"MultiheadAttention is open already: .*close_attention"):
-        open_attention(module)
-    close_attention(module)
+    module = swap_attention(nn.MultiheadAttention(4, 1))
+    with pytest.raises(ConfigurationError, match=r"MultiheadAttention is open already: .*restore_attention"):
+        swap_attention(module)
+    restore_attention(module)
     with pytest.raises(ConfigurationError, match="MultiheadAttention is not an opened attention"):
-        close_attention(module)
+        restore_attention(module)
 
 
 def test_a_forward_set_on_the_module_would_hide_ours_and_is_refused() -> None:
     module = nn.MultiheadAttention(4, 1)
     vars(module)["forward"] = lambda x: x
     with pytest.raises(UnsupportedModelError, match="forward that was set on the module itself"):
-        open_attention(module)
+        swap_attention(module)
 
 
 def test_names_that_the_opened_form_needs_are_refused() -> None:
     module = nn.MultiheadAttention(4, 1)
     module.attend = nn.Identity()
     with pytest.raises(UnsupportedModelError, match="has attend, which is also a name of QuantizedAttention"):
-        open_attention(module)
+        swap_attention(module)
 
 
 def test_an_opened_attention_that_is_not_known_any_more_says_so_when_loaded() -> None:
     register_attention(Direct)
-    data = pickle.dumps(open_attention(Direct()))
+    data = pickle.dumps(swap_attention(Direct()))
     del ATTENTIONS[Direct]
     with pytest.raises(UnsupportedModelError, match=r"\.Direct, which is not known here: register it"):
         pickle.loads(data)
@@ -197,7 +197,7 @@ def test_an_opened_attention_that_is_not_known_any_more_says_so_when_loaded() ->
 
 def test_quantizers_take_device_and_mode_of_the_module() -> None:
     module = nn.MultiheadAttention(4, 1).eval()
-    opened = open_attention(module, FixedQuantizer(4), None, FixedQuantizer(4))
+    opened = swap_attention(module, FixedQuantizer(4), None, FixedQuantizer(4))
     assert not any(child.training for child in opened.modules())
     assert opened.key_quantizer is None
     assert [name for name, _ in opened.named_children()] == [

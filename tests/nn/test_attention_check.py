@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers.attentions import NETWORKS, network, open_all
 from lightning_quant.errors import UnsupportedModelError
-from lightning_quant.nn import check_attentions, open_attention, register_attention
+from lightning_quant.nn import check_attentions, register_attention, swap_attention
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -54,7 +54,7 @@ def test_an_unknown_class_is_refused_with_the_line_to_write_and_that_line_suffic
     with pytest.raises(UnsupportedModelError, match=match):
         check_attentions(module)
     with pytest.raises(UnsupportedModelError, match=r"register_attention\(MyAttention\)"):
-        open_attention(module.get_submodule("1.attention"))
+        swap_attention(module.get_submodule("1.attention"))
     assert check_attentions(module, exclude=["1.attention", "0.in_proj"]) == ["0"]
     assert check_attentions(module, exclude=["1"]) == ["0"]
     assert check_attentions(module, exclude=["*"]) == []
@@ -62,7 +62,7 @@ def test_an_unknown_class_is_refused_with_the_line_to_write_and_that_line_suffic
     assert check_attentions(module) == ["0", "1.attention"]
     x = torch.randn(2, 3, 4)
     expected = module[1](x)
-    open_attention(module.get_submodule("1.attention"))
+    swap_attention(module.get_submodule("1.attention"))
     torch.testing.assert_close(module[1](x), expected)
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from helpers.attentions import error
 from helpers.diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
 from lightning_quant.errors import UnsupportedModelError
-from lightning_quant.nn import close_attention, open_attention
-from lightning_quant.nn.attention import opened_attentions
+from lightning_quant.nn import restore_attention, swap_attention
+from lightning_quant.nn.attention import swapped_attentions
 
 # Networks and how many attentions they have: down, middle, up; one for each block; self and cross.
 NETWORKS: dict[str, tuple[Any, int]] = {
@@ -48,9 +48,9 @@ def test_opened_networks_compute_the_same_and_the_softmax_sums_to_one(name: str)
     found = attentions(network)
     assert len(found) == count
     for module in found:
-        open_attention(module, *[Seen() for _ in range(4)])
+        swap_attention(module, *[Seen() for _ in range(4)])
     sums: list[Tensor] = []
-    for _, attention in opened_attentions(network):
+    for _, attention in swapped_attentions(network):
         attention.observer = lambda slot, x: sums.append(x.sum(-1)) if slot == "softmax_quantizer" else None
     assert error(run(network), expected) <= 1e-5
     assert len(sums) == count
@@ -59,7 +59,7 @@ def test_opened_networks_compute_the_same_and_the_softmax_sums_to_one(name: str)
     for module in found:
         heads: Any = module.heads
         assert module.query_quantizer.shape[:2] == (2, heads)  # type: ignore[union-attr, index]
-        close_attention(module)
+        restore_attention(module)
     assert torch.equal(run(network), expected)
 
 
@@ -70,7 +70,7 @@ def test_cross_attention_has_keys_of_the_condition() -> None:
     length = conditioning["encoder_hidden_states"].shape[1]
     module = network.down_blocks[0].attentions[0].transformer_blocks[0].attn2
     softmax = Seen()
-    open_attention(module, softmax_quantizer=softmax)
+    swap_attention(module, softmax_quantizer=softmax)
     run(network)
     assert softmax.shape[-2:] == (x.shape[2] * x.shape[3], length)
 
@@ -82,6 +82,6 @@ def test_a_processor_without_the_fused_call_is_refused_with_what_to_write(name: 
     attention: Any = attentions(tiny_unet())[0]
     attention.set_processor(getattr(attention_processor, name)(*([2] if name.startswith("Sliced") else [])))
     with pytest.raises(UnsupportedModelError, match=rf"processor {name}, .*set_processor\(AttnProcessor2_0"):
-        open_attention(attention)
+        swap_attention(attention)
     attention.set_processor(attention_processor.AttnProcessor2_0())
-    open_attention(attention)
+    swap_attention(attention)

@@ -23,10 +23,10 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn import (
     WindowedAttention,
     check_attentions,
-    close_attention,
-    open_attention,
     register_attention,
+    restore_attention,
     swap,
+    swap_attention,
 )
 
 
@@ -102,7 +102,7 @@ def test_a_closed_attention_leaves_no_count_behind() -> None:
     quantizer = Inputs()
     swap(attention.get_submodule("qkv"), quantizer)  # type: ignore[arg-type]
     module(x)
-    close_attention(attention)
+    restore_attention(attention)
     module(x)
     assert quantizer.told is None
     assert "images" not in vars(attention)
@@ -122,7 +122,7 @@ def test_a_windowed_attention_needs_its_parent() -> None:
     block = next(child for child in module.modules() if isinstance(child, swin_transformer.SwinTransformerBlock))
     for parent in (None, module):
         with pytest.raises(ConfigurationError, match=r"WindowAttention gets windows.*parent=block.*found (None|Swin)"):
-            open_attention(block.attn, parent=parent)
+            swap_attention(block.attn, parent=parent)
         assert type(block.attn) is swin_transformer.WindowAttention
 
 
@@ -153,7 +153,7 @@ def test_multihead_attention(case: str, batch_first: bool, bias: bool) -> None:
         parameter.add_(torch.randn_like(parameter))
     x = torch.randn(2, 5, 8) if batch_first else torch.randn(5, 2, 8)
     output, weights = module(x, x, x, **MULTIHEAD[case])
-    found, found_weights = open_attention(module)(x, x, x, **MULTIHEAD[case])
+    found, found_weights = swap_attention(module)(x, x, x, **MULTIHEAD[case])
     torch.testing.assert_close(found, output)
     torch.testing.assert_close(found_weights, weights)
 
@@ -163,7 +163,7 @@ def test_multihead_attention_unbatched() -> None:
     module, x = nn.MultiheadAttention(8, 2), torch.randn(5, 8)
     arguments = {"key_padding_mask": PADDING[1], "attn_mask": CAUSAL}
     expected = module(x, x, x, **arguments)
-    torch.testing.assert_close(open_attention(module)(x, x, x, **arguments), expected)
+    torch.testing.assert_close(swap_attention(module)(x, x, x, **arguments), expected)
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_multihead_attention_unbatched() -> None:
 def test_multihead_attention_that_cannot_be_opened(arguments: dict[str, Any], message: str) -> None:
     module = nn.MultiheadAttention(8, 2, **arguments)
     with pytest.raises(UnsupportedModelError, match=f"MultiheadAttention has .*{message}"):
-        open_attention(module)
+        swap_attention(module)
     with pytest.raises(UnsupportedModelError, match=rf'0 is a Multi.* that has .*{message}.*exclude=\["0"\]'):
         check_attentions(nn.Sequential(module))
     assert type(module) is nn.MultiheadAttention
 
 
 def test_cross_attention_is_refused_when_it_is_called() -> None:
-    module, x = open_attention(nn.MultiheadAttention(8, 2)), torch.randn(5, 2, 8)
+    module, x = swap_attention(nn.MultiheadAttention(8, 2)), torch.randn(5, 2, 8)
     with pytest.raises(UnsupportedModelError, match="cross-attention is not quantized"):
         module(x, torch.randn(4, 2, 8), torch.randn(4, 2, 8))
 
@@ -192,7 +192,7 @@ def test_an_encoder_layer_does_not_bypass_its_opened_attention(grad: bool, paddi
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
     x = torch.randn(2, 5, 8)
     expected = layer(x, src_key_padding_mask=padding)
-    opened = open_attention(layer.self_attn)
+    opened = swap_attention(layer.self_attn)
     with torch.set_grad_enabled(grad):
         torch.testing.assert_close(layer(x, src_key_padding_mask=padding), expected, check_stride=False)
         opened.softmax_quantizer = Distort()
@@ -224,7 +224,7 @@ def test_a_class_with_windows_is_registered_by_the_windowed_form() -> None:
     register_attention(VitAttention)(WindowedAttention)
     block, x = Block(), torch.randn(3, 4, 5, 8)
     expected = block(x)
-    attention = open_attention(block.attention, parent=block)
+    attention = swap_attention(block.attention, parent=block)
     quantizer = Inputs()
     swap(attention.get_submodule("qkv"), quantizer)  # type: ignore[arg-type]
     torch.testing.assert_close(block(x), expected)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from helpers.attentions import NETWORKS, WINDOWED, Direct, Distort, Seen, VitAttention, error, network, open_all
 from lightning_quant.errors import UnsupportedModelError
-from lightning_quant.nn import SLOTS, open_attention, register_attention
+from lightning_quant.nn import SLOTS, register_attention, swap_attention
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -114,7 +114,7 @@ def test_arguments_of_the_fused_attention(case: str) -> None:
     ]
     module = Direct()
     expected = module(*tensors, **CALLS[case])
-    found = open_attention(module)(*tensors, **CALLS[case])
+    found = swap_attention(module)(*tensors, **CALLS[case])
     torch.testing.assert_close(found, expected)
     ours, theirs = (torch.autograd.grad(y.square().sum(), tensors) for y in (found, expected))
     torch.testing.assert_close(ours, theirs)
@@ -122,7 +122,7 @@ def test_arguments_of_the_fused_attention(case: str) -> None:
 
 def test_dropout_acts_on_the_attention() -> None:
     register_attention(Direct)
-    module = open_attention(Direct())
+    module = swap_attention(Direct())
     eye = torch.eye(64).expand(1, 1, 64, 64)
     found = module(torch.zeros_like(eye), eye, eye, dropout_p=0.5)
     assert set((found * 32).round(decimals=4).unique().tolist()) == {0.0, 1.0}
@@ -136,7 +136,7 @@ def test_masks_of_timm(arguments: dict[str, Any]) -> None:
     module = VitAttention(8, 2)
     x = torch.randn(2, 5, 8)
     expected = module(x, **arguments)
-    torch.testing.assert_close(open_attention(module)(x, **arguments), expected)
+    torch.testing.assert_close(swap_attention(module)(x, **arguments), expected)
     assert not torch.allclose(module(x), expected)
 
 
@@ -155,4 +155,4 @@ def test_a_class_that_does_not_call_the_fused_attention_once_is_refused(kind: ty
     register_attention(kind)
     x = torch.randn(1, 1, 4, 4)
     with pytest.raises(UnsupportedModelError, match=rf"{kind.__name__} called .* {calls} times.*self\.attend"):
-        open_attention(kind())(x, x, x)
+        swap_attention(kind())(x, x, x)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, skip_init
 
 from lightning_quant.errors import UnsupportedModelError
-from lightning_quant.nn import Bits, open_attention, plan_layers, restore, strip, swap
+from lightning_quant.nn import Bits, plan_layers, restore, strip, swap, swap_attention
 from lightning_quant.nn.forms import LAYERS, layer_form, obstacle
 from lightning_quant.nn.structure import rebuild
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer
@@ -166,7 +166,7 @@ def test_the_class_of_an_opened_attention_makes_float_ones() -> None:
     layers = [nn.MultiheadAttention(8, 2), vit.blocks[0].attn]
     for layer, arguments in zip(layers, [(8, 2), (8,)], strict=True):
         kind = type(layer)
-        assert type(type(open_attention(layer))(*arguments)) is kind
+        assert type(type(swap_attention(layer))(*arguments)) is kind
 
 
 def test_an_adapter_made_like_the_layer_trains_beside_it() -> None:
@@ -284,7 +284,7 @@ def test_a_state_dict_rebuilds_them(make: Callable[[], nn.Module]) -> None:
     weight: Any = model[0].weight
     quantizers = FixedQuantizer(8), FixedQuantizer(4)
     for quantizer, tensor in zip(quantizers, (images(), weight), strict=True):
-        quantizer.initialise(tensor)
+        quantizer.initialize(tensor)
     swap(model[0], *quantizers)
     rebuild(other, model.state_dict())
     other.load_state_dict(model.state_dict())

@@ -49,8 +49,8 @@ def quantized(layer: nn.Module, x: Tensor) -> Any:
     swapped = swap(layer, LearnedQuantizer(BITS), LearnedQuantizer(BITS, signed=True), NearestGradient())
     assert swapped.input_quantizer is not None
     assert swapped.weight_quantizer is not None
-    swapped.input_quantizer.initialise(x)
-    swapped.weight_quantizer.initialise(swapped.weight)
+    swapped.input_quantizer.initialize(x)
+    swapped.weight_quantizer.initialize(swapped.weight)
     # Narrow enough for both clamps to act.
     swapped.input_quantizer.range.data.mul_(0.5)  # type: ignore[union-attr, operator]
     swapped.weight_quantizer.range.data.mul_(0.5)  # type: ignore[union-attr, operator]
@@ -253,8 +253,8 @@ def test_fixed_quantizers_multiply_what_they_quantized(name: str, symmetric: boo
     make, shape, args = CASES[name]
     layer, x = make(), normal(*shape)
     first, second = FixedQuantizer(8, symmetric), FixedQuantizer(4, symmetric, axis=0)
-    first.initialise(x)
-    second.initialise(layer.weight)  # type: ignore[arg-type]
+    first.initialize(x)
+    second.initialize(layer.weight)  # type: ignore[arg-type]
     expected = functional_call(layer, {"weight": second(layer.weight)}, (first(x), *args))
     swapped: Any = swap(layer, first, second)
     torch.testing.assert_close(swapped(x, *args), expected, rtol=1e-4, atol=1e-5)

@@ -36,8 +36,8 @@ def layer(
     torch.manual_seed(0)
     plain = nn.Linear(fan, 8) if kind == "linear" else nn.Conv2d(fan, 8, 3, padding=1)
     swapped: Any = swap(plain, LearnedQuantizer(bits, signed), LearnedQuantizer(bits, True), Nearest(bits), execution)
-    swapped.input_quantizer.initialise(sample(kind, fan) if signed else sample(kind, fan).abs())
-    swapped.weight_quantizer.initialise(swapped.weight)
+    swapped.input_quantizer.initialize(sample(kind, fan) if signed else sample(kind, fan).abs())
+    swapped.weight_quantizer.initialize(swapped.weight)
     return swapped
 
 

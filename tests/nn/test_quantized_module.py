@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_quant.gradient import LargeGradientInterval
 from lightning_quant.gradient.preparation import quantize_layers
-from lightning_quant.nn import Bits, open_attention, swap
+from lightning_quant.nn import Bits, swap, swap_attention
 from lightning_quant.nn.quantized_module import HINT
 from lightning_quant.nn.structure import mark, quantizers_of
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, RoundedQuantizer
@@ -168,8 +168,8 @@ def opened() -> Encoder:
     model, x = Encoder(), torch.linspace(-1, 1, 8)
     quantizers = [FixedQuantizer(8) for _ in range(6)]
     for quantizer in quantizers:
-        quantizer.initialise(x)
-    attention: Any = open_attention(model.attention, *quantizers[:4])
+        quantizer.initialize(x)
+    attention: Any = swap_attention(model.attention, *quantizers[:4])
     swap(attention.in_proj, weight_quantizer=quantizers[4])
     swap(attention.out_proj, weight_quantizer=quantizers[5])
     return model
@@ -196,22 +196,22 @@ def test_learned_codes_are_dropped_with_the_weights_that_they_were_of() -> None:
     layer, other = nn.Linear(4, 4).eval(), nn.Linear(4, 4)
     quantizer = RoundedQuantizer(4)
     swap(layer, weight_quantizer=quantizer)
-    quantizer.initialise(layer.weight)
+    quantizer.initialize(layer.weight)
     for strict in (True, False):
         layer.load_state_dict(other.state_dict(), strict=strict)
         assert quantizer.codes.numel() == 0
         x = torch.randn(3, 4)
         with torch.no_grad():
             assert torch.equal(layer(x), other(x))
-        quantizer.initialise(layer.weight)
+        quantizer.initialize(layer.weight)
         assert quantizer.codes.shape == (4, 4)
 
 
 def test_intervals_of_ranks_may_differ_again_after_float_weights() -> None:
     model = trained()
     quantizer: Any = model[2].gradient_quantizer
-    quantizer.initialise(torch.ones(3))
+    quantizer.initialize(torch.ones(3))
     quantizer.agreed = True
     model.load_state_dict(network(seed=1).state_dict())
-    quantizer.initialise(torch.ones(3))
+    quantizer.initialize(torch.ones(3))
     assert not quantizer.agreed

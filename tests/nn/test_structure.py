@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import CheckpointError
-from lightning_quant.nn import open_attention, opened_attentions, strip, swap
+from lightning_quant.nn import strip, swap, swap_attention, swapped_attentions
 from lightning_quant.nn.layers import QUANTIZERS
 from lightning_quant.nn.structure import is_quantized, mark, quantized_layers, quantizers_of, rebuild
 from lightning_quant.quantizers import FixedQuantizer, LearnedQuantizer, Quantizer
@@ -21,7 +21,7 @@ Parents = dict[str, str | None]
 
 
 def started(quantizer: FixedQuantizer | LearnedQuantizer, x: Tensor) -> Quantizer:
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     assert quantizer.ready
     return quantizer
 
@@ -49,7 +49,7 @@ def quantize(model: nn.Module, parents: Parents) -> nn.Module:
         x = torch.linspace(-3, 3, 50)
         query, key, value = (started(FixedQuantizer(6, symmetric=False), x) for _ in range(3))
         above = None if parent is None else model.get_submodule(parent)
-        open_attention(model.get_submodule(name), query, key, value, rows(), parent=above)
+        swap_attention(model.get_submodule(name), query, key, value, rows(), parent=above)
     inputs: list[Callable[[], Quantizer | None]] = [grouped, lambda: TokenQuantizer(8), lambda: None]
     linears = [module for module in model.modules() if type(module).__name__.endswith("Linear")]
     for i, layer in enumerate(linears):
@@ -115,7 +115,7 @@ def test_a_float_network_takes_structure_and_outputs_of_a_quantized_one(make: Ma
     x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert torch.equal(other(x), model(x))
     assert {name: repr(q) for name, q in quantizers_of(other)} == {name: repr(q) for name, q in quantizers_of(model)}
-    assert dict(opened_attentions(other)).keys() == attentions.keys()
+    assert dict(swapped_attentions(other)).keys() == attentions.keys()
 
 
 @every
@@ -133,17 +133,17 @@ def test_stripping_what_was_rebuilt_gives_the_float_network(make: Maker, attenti
 
 def test_an_attention_opened_without_quantizers_is_told_by_its_layer() -> None:
     model, other = encoder(), encoder()
-    open_attention(model.get_submodule("4.self_attn"))
+    swap_attention(model.get_submodule("4.self_attn"))
     assert is_quantized(model)
     rebuild(other, model.state_dict())
     other.load_state_dict(model.state_dict())
-    assert [name for name, _ in opened_attentions(other)] == ["4.self_attn"]
+    assert [name for name, _ in swapped_attentions(other)] == ["4.self_attn"]
 
 
 def test_attentions_can_be_opened_by_name() -> None:
     model = vit()
     rebuild(model, vit().state_dict(), opened=["blocks.1.attn"])
-    assert [name for name, _ in opened_attentions(model)] == ["blocks.1.attn"]
+    assert [name for name, _ in swapped_attentions(model)] == ["blocks.1.attn"]
 
 
 def test_a_float_state_changes_nothing() -> None:
@@ -155,7 +155,7 @@ def test_a_float_state_changes_nothing() -> None:
 def test_a_quantized_module_is_left_as_it_is() -> None:
     model = quantize(vit(), {})
     rebuild(model, quantize(vit(), {"blocks.0.attn": None}).state_dict())
-    assert not list(opened_attentions(model))
+    assert not list(swapped_attentions(model))
 
 
 def test_a_shared_layer_is_rebuilt_once_and_loaded_under_each_name() -> None:
@@ -177,7 +177,7 @@ def test_a_shared_layer_is_rebuilt_once_and_loaded_under_each_name() -> None:
 def test_what_the_network_does_not_have_is_named(missing: str) -> None:
     model = vit()
     if missing.endswith("attn"):
-        open_attention(model.get_submodule(missing), softmax_quantizer=rows())
+        swap_attention(model.get_submodule(missing), softmax_quantizer=rows())
     else:
         swap(model.get_submodule(missing), None, FixedQuantizer(4))
     shallow = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1)

@@ -48,6 +48,6 @@ def test_layers_of_other_bits_and_without_ranges_are_counted() -> None:
         for quantizer in (layer.weight_quantizer, layer.input_quantizer):
             if at < 3:
                 assert quantizer is not None
-                quantizer.initialise(torch.randn(8))
+                quantizer.initialize(torch.randn(8))
     assert quantized_share(network) == "quantized, W4A4, 3 of 5 layers, 1 of them W8A8"
     assert quantized_share(strip(network)) == "in float"

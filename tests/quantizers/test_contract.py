@@ -84,7 +84,7 @@ def is_ready(quantizer: Quantizer) -> bool:
 
 def started(make: Maker, bits: int = 4) -> Quantizer:
     quantizer = make(bits)
-    quantizer.initialise(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
+    quantizer.initialize(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
     assert quantizer.ready
     return quantizer
 
@@ -306,9 +306,9 @@ def test_copies_behave_alike_and_share_nothing(make: Maker, clone: Callable[[Qua
 def test_what_is_not_finite_never_starts_it(make: Maker, value: float) -> None:
     quantizer, x = make(4), sample()
     x[3, 3] = value
-    quantizer.initialise(x.abs() if isinstance(quantizer, GradientQuantizer) else x)
+    quantizer.initialize(x.abs() if isinstance(quantizer, GradientQuantizer) else x)
     assert not is_ready(quantizer)
-    quantizer.initialise(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
+    quantizer.initialize(sample().abs() if isinstance(quantizer, GradientQuantizer) else sample())
     assert quantizer.ready
     assert torch.equal(output(quantizer, sample(1)), output(started(make), sample(1)))
 
@@ -325,7 +325,7 @@ def test_nan_passes_through_and_does_not_change_the_range(make: Maker) -> None:
 @every
 def test_all_zeros_leave_it_waiting(make: Maker) -> None:
     quantizer = make(4)
-    quantizer.initialise(torch.zeros(8, 6))
+    quantizer.initialize(torch.zeros(8, 6))
     assert not is_ready(quantizer)
     assert output(quantizer, torch.zeros(8, 6)).eq(0).all()
 

@@ -17,7 +17,7 @@ def sample() -> Tensor:
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_equals_the_functions(symmetric: bool) -> None:
     quantizer = FixedQuantizer(4, symmetric)
-    quantizer.initialise(sample())
+    quantizer.initialize(sample())
     scale, zero_point, grid = scale_and_zero_point(*min_max(sample()), 4, symmetric)
     assert quantizer.grid == grid
     assert torch.equal(quantizer(sample()), fake_quantize(sample(), scale, grid, zero_point))
@@ -27,10 +27,10 @@ def test_equals_the_functions(symmetric: bool) -> None:
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_per_channel_is_a_loop_over_channels(symmetric: bool, axis: int) -> None:
     quantizer = FixedQuantizer(4, symmetric, axis)
-    quantizer.initialise(sample())
+    quantizer.initialize(sample())
     for whole, part in zip(quantizer(sample()).unbind(axis), sample().unbind(axis), strict=True):
         one = FixedQuantizer(4, symmetric)
-        one.initialise(part)
+        one.initialize(part)
         assert torch.equal(whole, one(part))
 
 
@@ -38,7 +38,7 @@ def test_a_channel_of_zeros_does_not_disturb_the_others() -> None:
     x = sample()
     x[1] = 0
     quantizer = FixedQuantizer(8, axis=0)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     assert torch.equal(quantizer(x)[1], x[1])
     torch.testing.assert_close(quantizer(x), x, atol=0.02, rtol=0)
 
@@ -46,13 +46,13 @@ def test_a_channel_of_zeros_does_not_disturb_the_others() -> None:
 @pytest.mark.parametrize("axis", [3, -4])
 def test_an_axis_that_is_not_there_is_refused(axis: int) -> None:
     with pytest.raises(ConfigurationError, match=f"axis={axis}: the tensor has 3 dimensions"):
-        FixedQuantizer(4, axis=axis).initialise(sample())
+        FixedQuantizer(4, axis=axis).initialize(sample())
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_a_state_with_and_one_without_zero_point_do_not_mix(symmetric: bool) -> None:
     quantizer = FixedQuantizer(4, symmetric)
-    quantizer.initialise(sample())
+    quantizer.initialize(sample())
     with pytest.raises(CheckpointError, match=f"write symmetric={symmetric}"):
         FixedQuantizer(4, not symmetric).load_state_dict(quantizer.state_dict())
 
@@ -101,7 +101,7 @@ def test_codes_of_what_codes_stand_for_are_the_codes(
 def test_a_weight_that_is_written_to_in_any_way_is_quantized_anew() -> None:
     weight = torch.nn.Parameter(sample())
     quantizer = FixedQuantizer(4, axis=0)
-    quantizer.initialise(weight)
+    quantizer.initialize(weight)
 
     def is_current() -> bool:
         with torch.no_grad():

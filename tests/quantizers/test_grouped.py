@@ -142,7 +142,7 @@ class TestKeptWeight:
 
     def quantizer(self, weight: nn.Parameter) -> FixedQuantizer:
         quantizer = FixedQuantizer(4, symmetric=False, axis=0)
-        quantizer.initialise(weight)
+        quantizer.initialize(weight)
         return quantizer
 
     def test_it_is_made_once(self) -> None:

@@ -20,7 +20,7 @@ def sample() -> Tensor:
 def test_starts_at_three_standard_deviations(signed: bool) -> None:
     x = sample() if signed else sample().abs()
     quantizer = LearnedQuantizer(4)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     assert quantizer.signed is signed
     factor = 1 if signed else math.sqrt(1 - 2 / math.pi)
     assert quantizer.range.item() == pytest.approx(3 * x.std(correction=0).item() / factor, rel=1e-6)
@@ -30,7 +30,7 @@ def test_starts_at_three_standard_deviations(signed: bool) -> None:
 def test_a_constant_tensor_is_representable(value: float) -> None:
     x = torch.full((1000,), value)
     quantizer = LearnedQuantizer(4)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     torch.testing.assert_close(quantizer(x), x)
 
 
@@ -38,11 +38,11 @@ def test_a_constant_tensor_is_representable(value: float) -> None:
 def test_values_that_lie_close_together_far_from_zero_are_not_clipped(sign: int) -> None:
     x = sign * (5 + 0.1 * sample())
     quantizer = LearnedQuantizer(4)
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     assert quantizer.range.item() == pytest.approx(x.abs().max().item(), rel=1e-6)
     # An outlier does not take all codes.
     x[0] = 1000 * sign
-    quantizer.initialise(x)
+    quantizer.initialize(x)
     assert quantizer.range.item() < 300
 
 
@@ -50,7 +50,7 @@ def test_values_that_lie_close_together_far_from_zero_are_not_clipped(sign: int)
 def test_the_sign_that_was_asked_for_is_kept(signed: bool) -> None:
     for x in (sample(), sample().abs()):
         quantizer = LearnedQuantizer(4, signed)
-        quantizer.initialise(x)
+        quantizer.initialize(x)
         assert quantizer.signed is signed
     with pytest.raises(CheckpointError, match=f"write signed={signed}, or signed=None"):
         LearnedQuantizer(4, not signed).load_state_dict(quantizer.state_dict())
@@ -58,7 +58,7 @@ def test_the_sign_that_was_asked_for_is_kept(signed: bool) -> None:
 
 def test_the_sign_comes_with_the_state_where_it_was_left_open() -> None:
     quantizer, other = LearnedQuantizer(4), LearnedQuantizer(4)
-    quantizer.initialise(sample().abs())
+    quantizer.initialize(sample().abs())
     other.load_state_dict(quantizer.state_dict())
     assert other.signed is False
 
@@ -102,7 +102,7 @@ def test_moments_equal_torchs_and_do_not_depend_on_dtype_or_order() -> None:
 
 def test_an_empty_tensor_is_waited_out() -> None:
     quantizer = LearnedQuantizer(4)
-    quantizer.initialise(torch.zeros(0, 3))
+    quantizer.initialize(torch.zeros(0, 3))
     assert not quantizer.ready
 
 
@@ -110,19 +110,19 @@ def test_copies_from_before_the_first_tensor_begin_with_its_range_and_sign() -> 
     quantizer = LearnedQuantizer(4)
     average = pickle.loads(pickle.dumps(copy.deepcopy([quantizer, copy.deepcopy(quantizer)])))
     for first, second in (average, [quantizer, copy.deepcopy(quantizer)]):
-        first.initialise(sample().abs())
+        first.initialize(sample().abs())
         assert second.range.item() == first.range.item()
         assert second.signed is False
-        second.wake()
+        second.refresh_ready()
         assert second.ready
 
 
 def test_a_copy_that_sees_a_tensor_of_its_own_starts_from_that_one() -> None:
     quantizer = LearnedQuantizer(4)
     twin = copy.deepcopy(quantizer)
-    quantizer.initialise(sample().abs())
+    quantizer.initialize(sample().abs())
     assert not twin.ready
-    twin.initialise(10 * sample())
+    twin.initialize(10 * sample())
     assert twin.range.item() == pytest.approx(30 * sample().std(correction=0).item(), rel=1e-6)
     assert (quantizer.signed, twin.signed) == (False, True)
     assert quantizer.range.item() < 10
@@ -132,16 +132,16 @@ def test_a_copy_that_sees_a_tensor_of_its_own_starts_from_that_one() -> None:
 def test_a_copy_that_was_loaded_keeps_what_was_loaded(signed: bool | None) -> None:
     quantizer, other = LearnedQuantizer(4, signed), LearnedQuantizer(4, signed)
     twin = copy.deepcopy(quantizer)
-    other.initialise(100 * sample())
+    other.initialize(100 * sample())
     twin.load_state_dict(other.state_dict())
-    quantizer.initialise(sample())
+    quantizer.initialize(sample())
     assert twin.range.item() == other.range.item()
 
 
 def test_copies_of_a_quantizer_that_has_a_range_are_on_their_own() -> None:
     quantizer = LearnedQuantizer(4)
-    quantizer.initialise(sample())
+    quantizer.initialize(sample())
     twin = copy.deepcopy(quantizer)
-    twin.initialise(10 * sample().abs())
+    twin.initialize(10 * sample().abs())
     assert (quantizer.signed, twin.signed) == (True, False)
     assert quantizer.range.item() < 10

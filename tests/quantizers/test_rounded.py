@@ -29,7 +29,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def rounded(weight: Tensor, bits: int = 4, symmetric: bool = False, axis: int | None = 0) -> RoundedQuantizer:
     quantizer = RoundedQuantizer(bits, symmetric, axis)
-    quantizer.initialise(weight)
+    quantizer.initialize(weight)
     return quantizer
 
 
@@ -43,7 +43,7 @@ def steps(quantizer: RoundedQuantizer, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("bits", [2, 4, 8, 9, 16])
 def test_the_nearest_codes_are_those_of_a_fixed_quantizer(symmetric: bool, axis: int | None, bits: int) -> None:
     weight, fixed = normal(5, 6), FixedQuantizer(bits, symmetric, axis)
-    fixed.initialise(weight)
+    fixed.initialize(weight)
     quantizer = rounded(weight, bits, symmetric, axis)
     assert torch.equal(quantizer(weight), fixed(weight))
     assert quantizer.codes.dtype == (torch.uint8 if bits <= 8 else torch.int32)
@@ -219,7 +219,7 @@ def test_a_copy_in_the_middle_of_learning_learns_on_its_own(clone) -> None:  # t
 
 
 def test_learning_before_there_is_a_range_is_refused() -> None:
-    with pytest.raises(QuantizationError, match=r"call initialise\(weight\) before begin\(weight\)"):
+    with pytest.raises(QuantizationError, match=r"call initialize\(weight\) before begin\(weight\)"):
         RoundedQuantizer(4).begin(normal(2, 2))
 
 

@@ -107,9 +107,9 @@ def test_initialise_searches_each_part_alone() -> None:
     x[:, 2:] *= 50
     split, whole = TimestepQuantizer(4, parts=(2, 4)), TimestepQuantizer(4)
     for quantizer in (split, whole):
-        quantizer.initialise(x)
+        quantizer.initialize(x)
     alone = TimestepQuantizer(4)
-    alone.initialise(x[:, :2])
+    alone.initialize(x[:, :2])
     assert torch.equal(split(x)[:, :2], alone(x[:, :2]))
     assert (split(x) - x)[:, :2].norm() < 0.2 * (whole(x) - x)[:, :2].norm()
 
@@ -197,7 +197,7 @@ def test_gradients_equal_the_oracle_and_only_the_group_that_acts_gets_some() -> 
 
 
 def test_learning_before_there_is_a_range_is_refused() -> None:
-    with pytest.raises(QuantizationError, match=r"call initialise\(x\) before begin\(\)"):
+    with pytest.raises(QuantizationError, match=r"call initialize\(x\) before begin\(\)"):
         TimestepQuantizer(4).begin()
 
 

@@ -25,7 +25,7 @@ def cells(figure: Figure) -> list[list[AxesImage]]:
     return [sorted(rows[top], key=lambda image: image.get_extent()[0]) for top in sorted(rows)]
 
 
-def grey(cell: AxesImage) -> Tensor:
+def gray(cell: AxesImage) -> Tensor:
     """What one cell shows, all channels alike."""
     channels = torch.as_tensor(np.asarray(cell.get_array()))
     assert torch.equal(channels, channels[..., :1].expand_as(channels))
@@ -65,7 +65,7 @@ def test_a_column_is_a_seed() -> None:
     assert [len(row) for row in grid] == [3, 3, 3, 2, 2, 2]
     for rows, block in ((grid[:3], slice(0, 3)), (grid[3:], slice(3, 5))):
         for row, source in zip(rows, (images, images, other), strict=True):
-            assert torch.equal(torch.stack([grey(cell) for cell in row]), source[block, 0])
+            assert torch.equal(torch.stack([gray(cell) for cell in row]), source[block, 0])
         assert len({tuple(cell.get_extent()[0] for cell in row) for row in rows}) == 1
     assert [text for text in texts(figure) if text.startswith("image ")] == [f"image {i}" for i in (9, 4, 7, 1, 30)]
 
@@ -82,7 +82,7 @@ def test_the_difference_is_amplified_and_named() -> None:
     changed = images.clone()
     changed[0, 0, 0] = torch.linspace(0.1, 0.8, 8)
     figure = draw_image_pairs(images, {"x": changed}, amplify=4)
-    difference = grey(cells(figure)[2][0])
+    difference = gray(cells(figure)[2][0])
     torch.testing.assert_close(difference, ((changed - images).abs() * 4).clamp(max=1)[0, 0])
     assert "|difference| x4" in texts(figure)
 
@@ -90,7 +90,7 @@ def test_the_difference_is_amplified_and_named() -> None:
 def test_bytes_are_images_too() -> None:
     images = torch.tensor([0, 51, 255, 102], dtype=torch.uint8).reshape(1, 1, 2, 2)
     drawn, _ = cells(draw_image_pairs(images, {"x": images}))
-    torch.testing.assert_close(grey(drawn[0]), torch.tensor([[0, 0.2], [1, 0.4]]))
+    torch.testing.assert_close(gray(drawn[0]), torch.tensor([[0, 0.2], [1, 0.4]]))
 
 
 def test_every_text_is_inside_the_picture(tmp_path: Path) -> None:

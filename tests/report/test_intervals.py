@@ -76,8 +76,8 @@ def test_colours_of_every_run_are_in_the_picture(tmp_path: Path) -> None:
     path = tmp_path / "intervals.png"
     draw_intervals({"one": run("a"), "two": run("a", gamma=0.9)}, path)
     pixels = (imread(path)[..., :3] * 255).round().astype(int).reshape(-1, 3)
-    for colour in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
-        assert (pixels == colour).all(axis=1).sum() > 100
+    for color in ([0x00, 0x72, 0xB2], [0xD5, 0x5E, 0x00]):
+        assert (pixels == color).all(axis=1).sum() > 100
 
 
 def test_curves_that_are_missing_nan_or_a_single_point_do_not_matter(tmp_path: Path) -> None:

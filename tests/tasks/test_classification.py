@@ -274,8 +274,8 @@ def test_published_resnet20_weights_reach_their_published_error(tmp_path: Path) 
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    normalise = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    images = ImageFolder(str(root / "test"), transforms.Compose([transforms.ToTensor(), normalise]))
+    normalize = transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    images = ImageFolder(str(root / "test"), transforms.Compose([transforms.ToTensor(), normalize]))
     classifier = ImageClassifier(checkpoint_path=str(weights), model_kwargs={"head_norm": False})
     (result,) = _trainer(tmp_path).test(classifier, DataLoader(images, batch_size=250), verbose=False)
     assert result["test/acc"] == pytest.approx(1 - 0.0827, abs=0.0005)
