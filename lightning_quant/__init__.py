@@ -2,9 +2,10 @@
 
 Public names are imported when they are first used, so that `import lightning_quant` stays light:
 
->>> import lightning_quant
->>> lightning_quant.GradientQuantization.__name__
-'GradientQuantization'
+Example:
+    >>> import lightning_quant
+    >>> lightning_quant.GradientQuantization.__name__
+    'GradientQuantization'
 """
 
 from importlib import import_module

@@ -71,8 +71,9 @@ class AccuQuant(CalibratingCallback):
         ConfigurationError: an argument out of its range; for the model when the Trainer starts.
         UnsupportedModelError: a denoiser or scheduler that is not known.
 
-    >>> callback = AccuQuant(4, 8, steps=20, window=4)
-    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    Example:
+        >>> callback = AccuQuant(4, 8, steps=20, window=4)
+        >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
     callback_name: ClassVar[str] = "AccuQuant"

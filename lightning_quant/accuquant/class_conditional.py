@@ -49,8 +49,9 @@ def class_embedding(source: str | Path | Tensor, width: int) -> ClassEmbedding:
         CheckpointError: no such file, or one that is cut off.
         ConfigurationError: another shape, or several tensors.
 
-    >>> class_embedding(torch.zeros(11, 4), 4)(torch.tensor([3, 10])).shape
-    torch.Size([2, 1, 4])
+    Example:
+        >>> class_embedding(torch.zeros(11, 4), 4)(torch.tensor([3, 10])).shape
+        torch.Size([2, 1, 4])
     """
     table = source if isinstance(source, Tensor) else _only_tensor(user_path(source))
     if table.dim() != 2 or len(table) < 2 or table.shape[1] != width:

@@ -38,10 +38,11 @@ def class_labels(
     Raises:
         ConfigurationError: no classes.
 
-    >>> class_labels(range(5), 3)
-    tensor([0, 1, 2, 0, 1])
-    >>> class_labels([7], [207, 360], balanced=False), class_labels([6, 7], [207, 360], balanced=False)[1:]
-    (tensor([207]), tensor([207]))
+    Example:
+        >>> class_labels(range(5), 3)
+        tensor([0, 1, 2, 0, 1])
+        >>> class_labels([7], [207, 360], balanced=False), class_labels([6, 7], [207, 360], balanced=False)[1:]
+        (tensor([207]), tensor([207]))
     """
     chosen = list(range(classes)) if isinstance(classes, int) else list(classes)
     if not chosen or min(chosen) < 0:
@@ -58,8 +59,9 @@ def label_conditioning(labels: Tensor, unconditional: int | None = None) -> Cond
         labels: (n,) int64.
         unconditional: the label of no class, where there is guidance.
 
-    >>> label_conditioning(torch.tensor([3, 1]), unconditional=10)
-    {'class_labels': tensor([3, 1]), 'uncond_class_labels': tensor([10, 10])}
+    Example:
+        >>> label_conditioning(torch.tensor([3, 1]), unconditional=10)
+        {'class_labels': tensor([3, 1]), 'uncond_class_labels': tensor([10, 10])}
     """
     if unconditional is None:
         return {"class_labels": labels}
@@ -121,10 +123,11 @@ def prompt_conditioning(
         ConfigurationError: no prompts, or embeddings of other shapes.
         QuantizationError: embeddings with NaN or infinities.
 
-    >>> length = lambda texts: torch.tensor([float(len(text)) for text in texts]).view(-1, 1, 1)
-    >>> found = prompt_conditioning([0, 1, 2], ["a cat", "two dogs"], length)
-    >>> found["encoder_hidden_states"].flatten()
-    tensor([5., 8., 5.])
+    Example:
+        >>> length = lambda texts: torch.tensor([float(len(text)) for text in texts]).view(-1, 1, 1)
+        >>> found = prompt_conditioning([0, 1, 2], ["a cat", "two dogs"], length)
+        >>> found["encoder_hidden_states"].flatten()
+        tensor([5., 8., 5.])
     """
     if not prompts or batch < 1:
         raise ConfigurationError(f"{len(prompts)} prompts in batches of {batch}: expected at least one of each.")

@@ -46,8 +46,9 @@ def to_images(states: Tensor, decoder: Any = None, batch: int | None = None) -> 
     Returns:
         (n, C', H', W').
 
-    >>> to_images(torch.tensor([[[[-1.0, 0.0, 3.0]]]]))
-    tensor([[[[0.0000, 0.5000, 1.0000]]]])
+    Example:
+        >>> to_images(torch.tensor([[[[-1.0, 0.0, 3.0]]]]))
+        tensor([[[[0.0000, 0.5000, 1.0000]]]])
     """
     if decoder is not None:
         states = torch.cat([decoder(rows) for rows in states.split(batch or max(len(states), 1))])

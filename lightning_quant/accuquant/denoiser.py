@@ -40,13 +40,14 @@ class Denoiser:
         ConfigurationError: guidance below 1.
         UnsupportedModelError: another denoiser of diffusers, or one that needs more conditions than a state has.
 
-    >>> class Half(nn.Module):
-    ...     def forward(self, sample, timestep, class_labels):
-    ...         return sample / 2 + class_labels.view(-1, 1, 1, 1)
-    >>> denoiser = Denoiser(Half(), guidance=3.0)
-    >>> labels = {"class_labels": torch.tensor([1.0]), "uncond_class_labels": torch.tensor([0.0])}
-    >>> denoiser(torch.zeros(1, 1, 1, 1), 10, labels).item(), denoiser.calls
-    (3.0, 1)
+    Example:
+        >>> class Half(nn.Module):
+        ...     def forward(self, sample, timestep, class_labels):
+        ...         return sample / 2 + class_labels.view(-1, 1, 1, 1)
+        >>> denoiser = Denoiser(Half(), guidance=3.0)
+        >>> labels = {"class_labels": torch.tensor([1.0]), "uncond_class_labels": torch.tensor([0.0])}
+        >>> denoiser(torch.zeros(1, 1, 1, 1), 10, labels).item(), denoiser.calls
+        (3.0, 1)
     """
 
     def __init__(self, network: nn.Module, guidance: float | None = None, call: Call | None = None) -> None:
@@ -102,8 +103,9 @@ class Denoiser:
 def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) -> Denoiser:
     """A :class:`Denoiser` of a network; one that is a Denoiser already is taken as it is where guidance is None.
 
-    >>> denoiser_of(nn.Identity())
-    Denoiser(Identity, guidance=None)
+    Example:
+        >>> denoiser_of(nn.Identity())
+        Denoiser(Identity, guidance=None)
     """
     if isinstance(network, Denoiser):
         return network if guidance is None else Denoiser(network.network, guidance, network._call)

@@ -60,13 +60,14 @@ class AccuQuantModule(CalibratingModule):
         ConfigurationError, UnsupportedModelError, CheckpointError: see ``load_float_pipeline`` and
             :class:`lightning_quant.AccuQuant`.
 
-    >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-    >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
-    >>> module = AccuQuantModule(pipeline, quantization=AccuQuant(4, 8, steps=20, window=4))
-    >>> module.quantization.settings.window
-    4
+    Example:
+        >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
+        >>> module = AccuQuantModule(pipeline, quantization=AccuQuant(4, 8, steps=20, window=4))
+        >>> module.quantization.settings.window
+        4
     """
 
     calibration_key: ClassVar[str] = "accuquant"

@@ -61,13 +61,14 @@ class PNDMSampler(Sampler):
     output, and each of the four of Runge-Kutta. The history before step k holds the states and outputs that step k or
     a later one needs again.
 
-    >>> from diffusers import PNDMScheduler
-    >>> from lightning_quant.accuquant.samplers import sampler_of
-    >>> sampler = sampler_of(PNDMScheduler(skip_prk_steps=True), steps=5)
-    >>> sampler.timesteps
-    (800, 600, 600, 400, 200, 0)
-    >>> [sampler.carried(k) for k in range(7)]
-    [0, 2, 1, 2, 3, 3, 0]
+    Example:
+        >>> from diffusers import PNDMScheduler
+        >>> from lightning_quant.accuquant.samplers import sampler_of
+        >>> sampler = sampler_of(PNDMScheduler(skip_prk_steps=True), steps=5)
+        >>> sampler.timesteps
+        (800, 600, 600, 400, 200, 0)
+        >>> [sampler.carried(k) for k in range(7)]
+        [0, 2, 1, 2, 3, 3, 0]
     """
 
     OPTIONS: ClassVar = {"prediction_type": (EPSILON, VELOCITY)}

@@ -151,12 +151,14 @@ def load_float_pipeline(
         UnsupportedModelError: a pipeline, denoiser or scheduler that is not supported.
         CheckpointError: files that are cut off or do not fit.
 
-    >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-    >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    >>> model = load_float_pipeline(DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler()))
-    >>> model.kind, model.sample_shape, model.pipeline_class
-    ('ddpm', (3, 8, 8), 'DDIMPipeline')
+    Example:
+        >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> network = UNet2DModel(**sizes, **blocks, add_attention=False)
+        >>> model = load_float_pipeline(DDIMPipeline(network, DDIMScheduler()))
+        >>> model.kind, model.sample_shape, model.pipeline_class
+        ('ddpm', (3, 8, 8), 'DDIMPipeline')
     """
     if not isinstance(source, str | Path):
         return _of_object(source, scheduler, network, class_embedding)

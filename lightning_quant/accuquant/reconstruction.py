@@ -63,8 +63,9 @@ class Schedule:
     def beta(self, iteration: int) -> float | None:
         """Exponent of the penalty at an iteration; None where there is none yet.
 
-        >>> [Schedule(10).beta(i) for i in (0, 1, 2, 6, 9)]
-        [None, None, 20.0, 11.0, 4.25]
+        Example:
+            >>> [Schedule(10).beta(i) for i in (0, 1, 2, 6, 9)]
+            [None, None, 20.0, 11.0, 4.25]
         """
         start = WARM_UP * self.iterations
         if iteration < start:

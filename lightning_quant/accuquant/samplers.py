@@ -54,9 +54,10 @@ def sampler_of(scheduler: Any, steps: int, eta: float = 0.0) -> Sampler:
         ConfigurationError: steps out of range, an option or a prediction type that the step does not know, or numbers
             with which diffusers would compute NaN.
 
-    >>> from diffusers import PNDMScheduler
-    >>> sampler_of(PNDMScheduler(skip_prk_steps=True), steps=4).timesteps
-    (750, 500, 500, 250, 0)
+    Example:
+        >>> from diffusers import PNDMScheduler
+        >>> sampler_of(PNDMScheduler(skip_prk_steps=True), steps=4).timesteps
+        (750, 500, 500, 250, 0)
     """
     name = _kind(scheduler)
     kind = SUPPORTED[name]

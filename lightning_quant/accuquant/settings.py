@@ -101,8 +101,9 @@ def usual_window(steps: int) -> int:
 
     Fewer than 40 steps in windows of 4: of 20 steps, windows of 2 came out behind those of 4 and of 10.
 
-    >>> [usual_window(steps) for steps in (3, 10, 20, 50, 100, 200)]
-    [3, 4, 4, 5, 5, 10]
+    Example:
+        >>> [usual_window(steps) for steps in (3, 10, 20, 50, 100, 200)]
+        [3, 4, 4, 5, 5, 10]
     """
     return min(max(4, min(steps // 10, 5), steps // 20), steps)
 
@@ -110,7 +111,8 @@ def usual_window(steps: int) -> int:
 def windows_of(steps: int, window: int) -> list[range]:
     """Consecutive windows that cover all steps; the last may be shorter.
 
-    >>> windows_of(7, 3)
-    [range(0, 3), range(3, 6), range(6, 7)]
+    Example:
+        >>> windows_of(7, 3)
+        [range(0, 3), range(3, 6), range(6, 7)]
     """
     return [range(start, min(start + window, steps)) for start in range(0, steps, window)]

@@ -65,16 +65,17 @@ class _SingleStepSampler(Sampler):
 class DDIMSampler(_SingleStepSampler):
     """DDIM with any eta: 0 adds no noise, 1 as much as DDPM.
 
-    >>> import torch
-    >>> from diffusers import DDIMScheduler
-    >>> from lightning_quant.accuquant.samplers import sampler_of
-    >>> sampler = sampler_of(DDIMScheduler(clip_sample=False), steps=4)
-    >>> sampler.timesteps
-    (750, 500, 250, 0)
-    >>> x, noise = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
-    >>> x_next, history = sampler.step(0, x, noise)
-    >>> round(float(x_next.mean()), 4), history
-    (-3.8869, ())
+    Example:
+        >>> import torch
+        >>> from diffusers import DDIMScheduler
+        >>> from lightning_quant.accuquant.samplers import sampler_of
+        >>> sampler = sampler_of(DDIMScheduler(clip_sample=False), steps=4)
+        >>> sampler.timesteps
+        (750, 500, 250, 0)
+        >>> x, noise = torch.zeros(1, 3, 8, 8), torch.ones(1, 3, 8, 8)
+        >>> x_next, history = sampler.step(0, x, noise)
+        >>> round(float(x_next.mean()), 4), history
+        (-3.8869, ())
     """
 
     OPTIONS: ClassVar = {"prediction_type": PREDICTIONS, "thresholding": (False,)}

@@ -131,9 +131,10 @@ class Prediction:
     def original(self, x: Tensor, output: Tensor) -> Tensor:
         """The image behind ``x``.
 
-        >>> import torch
-        >>> Prediction("epsilon", 0.8, 0.6).original(torch.tensor([2.0]), torch.tensor([2.0]))
-        tensor([1.0000])
+        Example:
+            >>> import torch
+            >>> Prediction("epsilon", 0.8, 0.6).original(torch.tensor([2.0]), torch.tensor([2.0]))
+            tensor([1.0000])
         """
         if self.kind == EPSILON:
             return (x - self.root_beta * output) / self.root_alpha

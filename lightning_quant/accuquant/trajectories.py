@@ -145,16 +145,17 @@ def generate(
         QuantizationError: an output with NaN or infinities.
         ConfigurationError: numbers of images, noise and conditioning that do not agree.
 
-    >>> from diffusers import DDIMScheduler
-    >>> from lightning_quant.accuquant.samplers import sampler_of
-    >>> class Denoiser:
-    ...     network, guidance = torch.nn.Identity(), None
-    ...     def __call__(self, x, t, conditioning):
-    ...         return 0.1 * x
-    >>> x = torch.ones(4, 1, 2, 2)
-    >>> found = generate(Denoiser(), sampler_of(DDIMScheduler(), 10), x, {}, range(4), seed=0, keep=True)
-    >>> found.states.shape, found.window(6, 8, sampler_of(DDIMScheduler(), 10)).states.shape
-    (torch.Size([11, 4, 1, 2, 2]), torch.Size([3, 4, 1, 2, 2]))
+    Example:
+        >>> from diffusers import DDIMScheduler
+        >>> from lightning_quant.accuquant.samplers import sampler_of
+        >>> class Denoiser:
+        ...     network, guidance = torch.nn.Identity(), None
+        ...     def __call__(self, x, t, conditioning):
+        ...         return 0.1 * x
+        >>> x = torch.ones(4, 1, 2, 2)
+        >>> found = generate(Denoiser(), sampler_of(DDIMScheduler(), 10), x, {}, range(4), seed=0, keep=True)
+        >>> found.states.shape, found.window(6, 8, sampler_of(DDIMScheduler(), 10)).states.shape
+        (torch.Size([11, 4, 1, 2, 2]), torch.Size([3, 4, 1, 2, 2]))
     """
     found = numbers(ids)
     _check_rows(x, conditioning, found)
@@ -225,8 +226,9 @@ def trajectory_bytes(images: int, steps: int, shape: Iterable[int], history: int
         shape: (C, H, W) of a state.
         history: of the sampler; with one, outputs are kept too.
 
-    >>> trajectory_bytes(256, 50, (4, 64, 64)) / 1e9
-    0.855638016
+    Example:
+        >>> trajectory_bytes(256, 50, (4, 64, 64)) / 1e9
+        0.855638016
     """
     return 4 * images * prod(shape) * (steps + 1 + (steps if history else 0))
 

@@ -86,20 +86,21 @@ class TrajectoryCache:
         folder: made where it is missing.
         chunk: images in a file, which is what a stopped generation loses at most.
 
-    >>> from tempfile import mkdtemp
-    >>> from diffusers import DDIMScheduler
-    >>> from lightning_quant.accuquant.samplers import sampler_of
-    >>> class Denoiser:
-    ...     network, guidance = torch.nn.Identity(), None
-    ...     def __call__(self, x, t, conditioning):
-    ...         return 0.1 * x
-    >>> cache = TrajectoryCache(mkdtemp())
-    >>> cache.ensure(Denoiser(), sampler_of(DDIMScheduler(), 10), {}, range(8), shape=(1, 2, 2), seed=0)
-    8
-    >>> cache.ensure(Denoiser(), sampler_of(DDIMScheduler(), 10), {}, range(8), shape=(1, 2, 2), seed=0)
-    0
-    >>> cache.window([5, 2], start=6, stop=8).states.shape
-    torch.Size([3, 2, 1, 2, 2])
+    Example:
+        >>> from tempfile import mkdtemp
+        >>> from diffusers import DDIMScheduler
+        >>> from lightning_quant.accuquant.samplers import sampler_of
+        >>> class Denoiser:
+        ...     network, guidance = torch.nn.Identity(), None
+        ...     def __call__(self, x, t, conditioning):
+        ...         return 0.1 * x
+        >>> cache = TrajectoryCache(mkdtemp())
+        >>> cache.ensure(Denoiser(), sampler_of(DDIMScheduler(), 10), {}, range(8), shape=(1, 2, 2), seed=0)
+        8
+        >>> cache.ensure(Denoiser(), sampler_of(DDIMScheduler(), 10), {}, range(8), shape=(1, 2, 2), seed=0)
+        0
+        >>> cache.window([5, 2], start=6, stop=8).states.shape
+        torch.Size([3, 2, 1, 2, 2])
     """
 
     def __init__(self, folder: str | Path, chunk: int = 32) -> None:

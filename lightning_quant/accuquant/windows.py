@@ -107,13 +107,14 @@ def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoi
     Returns:
         the loss, detached.
 
-    >>> from lightning_quant.accuquant.samplers import sampler_of
-    >>> from diffusers import DDIMScheduler
-    >>> scale = torch.ones((), requires_grad=True)
-    >>> window = Window(0, torch.zeros(3, 1, 1, 2, 2), x=torch.ones(1, 1, 2, 2))
-    >>> loss = window_loss(lambda x, t: scale * x, sampler_of(DDIMScheduler(), 10), window)
-    >>> bool(loss > 0), bool(scale.grad != 0)
-    (True, True)
+    Example:
+        >>> from lightning_quant.accuquant.samplers import sampler_of
+        >>> from diffusers import DDIMScheduler
+        >>> scale = torch.ones((), requires_grad=True)
+        >>> window = Window(0, torch.zeros(3, 1, 1, 2, 2), x=torch.ones(1, 1, 2, 2))
+        >>> loss = window_loss(lambda x, t: scale * x, sampler_of(DDIMScheduler(), 10), window)
+        >>> bool(loss > 0), bool(scale.grad != 0)
+        (True, True)
     """
     return _ADJOINTS[adjoint](denoise, sampler, window)
 
@@ -121,8 +122,9 @@ def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoi
 def network_calls(adjoint: Adjoint, length: int) -> int:
     """Calls of the network that :func:`window_loss` makes over a window; as many as it has steps are with a backward.
 
-    >>> network_calls("identity", 4), network_calls("per_step", 4)
-    (7, 4)
+    Example:
+        >>> network_calls("identity", 4), network_calls("per_step", 4)
+        (7, 4)
     """
     return 2 * length - 1 if adjoint in _WALKING else length
 

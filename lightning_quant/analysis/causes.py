@@ -44,12 +44,13 @@ class Cause:
 def find_causes(layer: LayerAnalysis) -> list[Cause]:
     """What stands out in a layer's figures; empty where nothing does.
 
-    >>> figures = TensorFigures(4, 0.0, 90.0, 8.0, 0.0, 0.3, 0.0, True, 40.0)
-    >>> for cause in find_causes(LayerAnalysis("fc", "Linear", (8, 8), 0, {"input": figures})):
-    ...     print(cause)
-    input: outlier channels, the widest is 40 times the median one
-    input: codes for values below 0, of which there are none
-    input: 70% of the codes are never used
+    Example:
+        >>> figures = TensorFigures(4, 0.0, 90.0, 8.0, 0.0, 0.3, 0.0, True, 40.0)
+        >>> for cause in find_causes(LayerAnalysis("fc", "Linear", (8, 8), 0, {"input": figures})):
+        ...     print(cause)
+        input: outlier channels, the widest is 40 times the median one
+        input: codes for values below 0, of which there are none
+        input: 70% of the codes are never used
     """
     return [Cause(kind, slot, text) for slot, figures in layer.tensors.items() for kind, text in _of(slot, figures)]
 

@@ -73,8 +73,9 @@ def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float
     Raises:
         QuantizationError: outputs of other sizes than the float network's.
 
-    >>> relative_error([Tensor([3.0, 5.0])], [Tensor([3.0, 4.0])])
-    0.2
+    Example:
+        >>> relative_error([Tensor([3.0, 5.0])], [Tensor([3.0, 4.0])])
+        0.2
     """
     if [each.shape for each in found] != [each.shape for each in expected]:
         raise QuantizationError(

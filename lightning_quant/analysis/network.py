@@ -135,8 +135,9 @@ def analyze_network(
 def tensors_of(outputs: Any) -> list[Tensor]:
     """All tensors of floating point in what a forward returns, in their order.
 
-    >>> [each.shape for each in tensors_of({"a": torch.zeros(1), "b": [torch.ones(2), 3]})]
-    [torch.Size([1]), torch.Size([2])]
+    Example:
+        >>> [each.shape for each in tensors_of({"a": torch.zeros(1), "b": [torch.ones(2), 3]})]
+        [torch.Size([1]), torch.Size([2])]
     """
     match outputs:
         case Tensor():
@@ -154,8 +155,9 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 def trained_quantized(module: nn.Module) -> bool:
     """Whether the weights of a module were trained with its quantizers, whose ranges are learned then.
 
-    >>> trained_quantized(nn.Linear(2, 2))
-    False
+    Example:
+        >>> trained_quantized(nn.Linear(2, 2))
+        False
     """
     return any(isinstance(quantizer, LearnedQuantizer) and quantizer.ready for _, quantizer in quantizers_of(module))
 

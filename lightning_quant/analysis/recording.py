@@ -35,13 +35,14 @@ class Call:
 def quantized_root(module: nn.Module) -> str:
     """Name of the smallest submodule that holds all that is quantized; empty for the module itself.
 
-    >>> from lightning_quant.nn import swap
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> module = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))})
-    >>> for layer in (module["net"][0], module["net"][2]):
-    ...     _ = swap(layer, FixedQuantizer(4), FixedQuantizer(4))
-    >>> quantized_root(module)
-    'net'
+    Example:
+        >>> from lightning_quant.nn import swap
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> module = nn.ModuleDict({"net": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2))})
+        >>> for layer in (module["net"][0], module["net"][2]):
+        ...     _ = swap(layer, FixedQuantizer(4), FixedQuantizer(4))
+        >>> quantized_root(module)
+        'net'
     """
     # Without the slot; a layer that is the only one is a root itself.
     owners = [name.rpartition(".")[0].split(".") for name, _ in quantizers_of(module)]
@@ -64,13 +65,14 @@ class Recorder:
         images: how many rows of a batch are kept at least, where there are as many; a call is kept whole.
         seed: of the choice.
 
-    >>> layer = nn.Linear(1, 1)
-    >>> recorder = Recorder(layer, images=4)
-    >>> for _ in range(5):
-    ...     _ = layer(Tensor([[0.0], [1.0]]))
-    >>> recorder.stop()
-    >>> len(recorder.calls), recorder.seen
-    (2, 5)
+    Example:
+        >>> layer = nn.Linear(1, 1)
+        >>> recorder = Recorder(layer, images=4)
+        >>> for _ in range(5):
+        ...     _ = layer(Tensor([[0.0], [1.0]]))
+        >>> recorder.stop()
+        >>> len(recorder.calls), recorder.seen
+        (2, 5)
     """
 
     def __init__(self, module: nn.Module, images: int = 32, seed: int = 0) -> None:

@@ -240,8 +240,9 @@ class CalibratingModule(pl.LightningModule):
 def is_calibrated(module: nn.Module) -> bool:
     """Whether all weight quantizers of a module have ranges.
 
-    >>> is_calibrated(nn.Linear(2, 2))
-    False
+    Example:
+        >>> is_calibrated(nn.Linear(2, 2))
+        False
     """
     quantizers = [layer.weight_quantizer for _, layer in quantized_layers(module)]
     return bool(quantizers) and all(quantizer is not None and quantizer.ready for quantizer in quantizers)

@@ -19,9 +19,10 @@ STEPS, PLAN, SETTINGS = "steps", "plan", "settings"
 def begin_record(done: int, total: int, plan: object, settings: Mapping[str, Any]) -> dict[str, Tensor]:
     """What records of all methods hold.
 
-    >>> record = begin_record(3, 3, "a plan", {"groups": 8})
-    >>> plan_of(record), settings_of(record), is_finished(record)
-    ('a plan', {'groups': 8}, True)
+    Example:
+        >>> record = begin_record(3, 3, "a plan", {"groups": 8})
+        >>> plan_of(record), settings_of(record), is_finished(record)
+        ('a plan', {'groups': 8}, True)
     """
     texts = {PLAN: str(plan), SETTINGS: json.dumps(settings)}
     packed = {key: torch.tensor(list(text.encode()), dtype=torch.uint8) for key, text in texts.items()}
@@ -50,8 +51,9 @@ def settings_of(record: Record) -> dict[str, Any]:
 def below(record: Record, prefix: str) -> dict[str, Tensor]:
     """The entries of a kind, by what follows it, in an order that means nothing.
 
-    >>> below({"error/end": torch.zeros(1), "sweep/4": torch.zeros(1)}, "error/")
-    {'end': tensor([0.])}
+    Example:
+        >>> below({"error/end": torch.zeros(1), "sweep/4": torch.zeros(1)}, "error/")
+        {'end': tensor([0.])}
     """
     return {key.removeprefix(prefix): value for key, value in record.items() if key.startswith(prefix)}
 

@@ -36,10 +36,11 @@ class StateFile:
             :func:`~lightning_quant.nn.structure.weights_hash`; the file's name is made of their ``repr``.
         active: False neither reads nor writes, where a state is not enough to go on from.
 
-    >>> trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    >>> first, second = (StateFile(trainer, None, "igq_vit", "settings", weights).path for weights in ("a", "b"))
-    >>> first.parent.name, first.suffix, first == second
-    ('igq_vit', '.safetensors', False)
+    Example:
+        >>> trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+        >>> first, second = (StateFile(trainer, None, "igq_vit", "settings", weights).path for weights in ("a", "b"))
+        >>> first.parent.name, first.suffix, first == second
+        ('igq_vit', '.safetensors', False)
     """
 
     def __init__(

@@ -36,8 +36,9 @@ class _Loader(DataLoader[Any]):
 def step_loader(count: int) -> DataLoader[Any]:
     """Numbers of steps, all of them for every rank.
 
-    >>> list(step_loader(3))
-    [0, 1, 2]
+    Example:
+        >>> list(step_loader(3))
+        [0, 1, 2]
     """
     return _Loader(_Steps(count), batch_size=None)
 

@@ -33,10 +33,11 @@ class UsageError(Exception):
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """A phrase that names near matches, or nothing.
 
-    >>> did_you_mean("quikstart", ["quickstart.yaml", "other.yaml"])
-    ' (did you mean quickstart.yaml?)'
-    >>> did_you_mean("xyz", ["quickstart.yaml"])
-    ''
+    Example:
+        >>> did_you_mean("quikstart", ["quickstart.yaml", "other.yaml"])
+        ' (did you mean quickstart.yaml?)'
+        >>> did_you_mean("xyz", ["quickstart.yaml"])
+        ''
     """
     names = sorted(set(known))
     near = get_close_matches(given, names, n=3, cutoff=0.6)
@@ -47,13 +48,14 @@ def did_you_mean(given: str, known: Iterable[str]) -> str:
 def check_verb(argv: Sequence[str]) -> None:
     """Refuse a command line whose first word is not a verb.
 
-    >>> check_verb(["fit"])
-    >>> check_verb(["--config", "x.yaml", "fit"])
-    Traceback (most recent call last):
-    lightning_quant.cli.advice.UsageError: The verb comes first: lightning-quant fit --config x.yaml
-
     Raises:
         UsageError: No verb, an unknown one, or an option before it.
+
+    Example:
+        >>> check_verb(["fit"])
+        >>> check_verb(["--config", "x.yaml", "fit"])
+        Traceback (most recent call last):
+        lightning_quant.cli.advice.UsageError: The verb comes first: lightning-quant fit --config x.yaml
     """
     known = ", ".join(VERBS)
     if not argv:

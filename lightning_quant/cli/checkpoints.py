@@ -61,8 +61,9 @@ def check_root(trainer: Trainer) -> None:
 def listed(paths: Iterable[Path], folder: Path | None = None) -> str:
     """Return some files as words, the first ten.
 
-    >>> listed([Path("a.ckpt"), Path("b.ckpt")]), listed([])
-    ('a.ckpt, b.ckpt', 'nothing')
+    Example:
+        >>> listed([Path("a.ckpt"), Path("b.ckpt")]), listed([])
+        ('a.ckpt, b.ckpt', 'nothing')
     """
     names = [str(path.relative_to(folder)) for path in paths] if folder else sorted(path.name for path in paths)
     return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "") if names else "nothing"

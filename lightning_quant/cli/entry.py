@@ -37,8 +37,9 @@ def main(args: Sequence[str] | None = None) -> None:
         SystemExit: With code 2 if the command line is wrong, 1 if the package refuses to go on; both
             with one message on stderr. `--debug` lets the error through instead.
 
-    >>> main(["configs", "quickstart"])  # doctest: +ELLIPSIS
-    # Digits...
+    Example:
+        >>> main(["configs", "quickstart"])  # doctest: +ELLIPSIS
+        # Digits...
     """
     argv = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in argv or os.environ.get("LIGHTNING_QUANT_DEBUG", "0") not in ("", "0")

@@ -42,8 +42,9 @@ def explain(message: str, classes: Iterable[str] = (), options: Iterable[str] = 
         classes: Names that could have been meant where a class is unknown.
         options: Names that could have been meant where an option is unknown.
 
-    >>> explain("Parser key \"model\":\n  - Expected a dot import path string: Clasifier", ["Classifier"])
-    '--model: there is no class Clasifier (did you mean Classifier?).'
+    Example:
+        >>> explain("Parser key \"model\":\n  - Expected a dot import path string: Clasifier", ["Classifier"])
+        '--model: there is no class Clasifier (did you mean Classifier?).'
     """
     message = _GROUP.sub(r"does not accept option '\1.", message)
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]

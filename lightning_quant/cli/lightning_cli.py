@@ -280,10 +280,11 @@ def _check_exists(path: Path) -> None:
 def object_alone(typehint: Any) -> Any:
     """The type of an option that is an object or a mapping, without the mapping; others as they are.
 
-    >>> object_alone(Path | dict[str, int] | None)
-    pathlib.Path | None
-    >>> object_alone(str | dict[str, int] | None)
-    str | dict[str, int] | None
+    Example:
+        >>> object_alone(Path | dict[str, int] | None)
+        pathlib.Path | None
+        >>> object_alone(str | dict[str, int] | None)
+        str | dict[str, int] | None
     """
     options = get_args(typehint)
     mappings = [option for option in options if get_origin(option) is dict]

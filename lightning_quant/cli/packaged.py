@@ -16,8 +16,9 @@ FOLDER = next(filter(Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "conf
 def names() -> list[str]:
     """Names of all packaged configs, as `--config` takes them.
 
-    >>> "quickstart.yaml" in names()
-    True
+    Example:
+        >>> "quickstart.yaml" in names()
+        True
     """
     return sorted(path.relative_to(FOLDER).as_posix() for path in FOLDER.rglob("*.yaml"))
 
@@ -25,8 +26,9 @@ def names() -> list[str]:
 def describe(name: str) -> str:
     """The first comment line of a packaged config.
 
-    >>> describe("quickstart.yaml").startswith("Digits")
-    True
+    Example:
+        >>> describe("quickstart.yaml").startswith("Digits")
+        True
     """
     first = (FOLDER / name).read_text(encoding="utf-8").partition("\n")[0]
     return first.removeprefix("#").strip()
@@ -62,8 +64,9 @@ def resolve(argv: Sequence[str]) -> list[str]:
 
     YAML given in place, `-` and addresses such as `s3://...` are left as they are.
 
-    >>> resolve(["fit", "--trainer.max_epochs", "1"])
-    ['fit', '--trainer.max_epochs', '1']
+    Example:
+        >>> resolve(["fit", "--trainer.max_epochs", "1"])
+        ['fit', '--trainer.max_epochs', '1']
     """
     resolved: list[str] = []
     expects_path = False

@@ -101,12 +101,13 @@ class CalibratingTrainer(Trainer):
         Raises:
             UsageError: A module that is trained by its fit.
 
-        >>> from lightning.pytorch.demos.boring_classes import BoringModel
-        >>> trainer = CalibratingTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-        >>> trainer.calibrate(BoringModel())
-        Traceback (most recent call last):
-        ...
-        lightning_quant.cli.advice.UsageError: BoringModel is trained, not calibrated...
+        Example:
+            >>> from lightning.pytorch.demos.boring_classes import BoringModel
+            >>> trainer = CalibratingTrainer(logger=False, enable_checkpointing=False, accelerator="cpu")
+            >>> trainer.calibrate(BoringModel())
+            Traceback (most recent call last):
+            ...
+            lightning_quant.cli.advice.UsageError: BoringModel is trained, not calibrated...
         """
         if getattr(model, "fit_is_calibration", False):
             with warnings.catch_warnings():

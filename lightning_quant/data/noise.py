@@ -23,8 +23,9 @@ def numbers(ids: Iterable[int] | Tensor) -> list[int]:
     Raises:
         ConfigurationError: others.
 
-    >>> numbers(torch.arange(3)), numbers(range(2))
-    ([0, 1, 2], [0, 1])
+    Example:
+        >>> numbers(torch.arange(3)), numbers(range(2))
+        ([0, 1, 2], [0, 1])
     """
     found = [int(number) for number in (ids.tolist() if isinstance(ids, Tensor) else ids)]
     wrong = [number for number in found if not 0 <= number < 2**32]
@@ -47,9 +48,10 @@ def initial_noise(
     Returns:
         (n, C, H, W) on the CPU; the row of an image is the same in every batch and on every rank.
 
-    >>> both = initial_noise((1, 2, 2), [4, 7], seed=0)
-    >>> torch.equal(both[1:], initial_noise((1, 2, 2), [7], seed=0))
-    True
+    Example:
+        >>> both = initial_noise((1, 2, 2), [4, 7], seed=0)
+        >>> torch.equal(both[1:], initial_noise((1, 2, 2), [7], seed=0))
+        True
     """
     return _normal(shape, ids, seed, _INITIAL).to(dtype)
 
@@ -66,8 +68,9 @@ def step_noise(shape: Sequence[int], ids: Iterable[int] | Tensor, k: int, seed: 
     Returns:
         (n, C, H, W) FP32 on the CPU.
 
-    >>> torch.equal(step_noise((1, 2, 2), [4], 0, seed=0), initial_noise((1, 2, 2), [4], seed=0))
-    False
+    Example:
+        >>> torch.equal(step_noise((1, 2, 2), [4], 0, seed=0), initial_noise((1, 2, 2), [4], seed=0))
+        False
     """
     return _normal(shape, ids, seed, _FIRST_STEP + k)
 
@@ -75,8 +78,9 @@ def step_noise(shape: Sequence[int], ids: Iterable[int] | Tensor, k: int, seed: 
 def drawn_number(number: int, seed: int, below: int) -> int:
     """A number in 0 .. below - 1, drawn for one image, as for its label.
 
-    >>> [drawn_number(number, seed=0, below=10) for number in range(6)]
-    [8, 1, 6, 7, 4, 3]
+    Example:
+        >>> [drawn_number(number, seed=0, below=10) for number in range(6)]
+        [8, 1, 6, 7, 4, 3]
     """
     return int(_generator(number, seed, _LABEL).integers(below))
 

@@ -50,16 +50,17 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
         QuantizationError: none of the quantizers has a range yet, or some are still learning.
         ConfigurationError: a folder with other files; a ``build`` that makes another network.
 
-    >>> import tempfile
-    >>> from lightning_quant.nn import swap
-    >>> network, plain = (nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 2)) for _ in range(2))
-    >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
-    >>> layer.weight_quantizer.initialize(layer.weight)
-    >>> with tempfile.TemporaryDirectory() as parent:
-    ...     loaded = load_quantized(save_quantized(network, parent + "/four_bits"), model=plain)
-    >>> x = torch.randn(3, 64)
-    >>> torch.equal(loaded(x), network(x))
-    True
+    Example:
+        >>> import tempfile
+        >>> from lightning_quant.nn import swap
+        >>> network, plain = (nn.Sequential(nn.Linear(64, 8), nn.GELU(), nn.Linear(8, 2)) for _ in range(2))
+        >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
+        >>> layer.weight_quantizer.initialize(layer.weight)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     loaded = load_quantized(save_quantized(network, parent + "/four_bits"), model=plain)
+        >>> x = torch.randn(3, 64)
+        >>> torch.equal(loaded(x), network(x))
+        True
     """
     folder = user_path(folder)
     check_replaceable(folder, WRITER)

@@ -36,8 +36,9 @@ def construct(build: Mapping[str, Any], device: str = "cpu") -> nn.Module:
     Raises:
         CheckpointError: a class that cannot be imported or is none of ``nn.Module``, arguments that it does not take.
 
-    >>> construct({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
-    Linear(in_features=2, out_features=3, bias=True)
+    Example:
+        >>> construct({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
+        Linear(in_features=2, out_features=3, bias=True)
     """
     path, arguments = build.get("class_path"), build.get("init_args")
     if not isinstance(path, str) or not isinstance(arguments, Mapping):

@@ -21,8 +21,9 @@ class SaveQuantized(pl.Callback):
     Args:
         folder: where to; an earlier one of the same kind is replaced.
 
-    >>> from lightning_quant import IGQViT
-    >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), SaveQuantized("vit_4bit")], logger=False, accelerator="cpu")
+    Example:
+        >>> from lightning_quant import IGQViT
+        >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), SaveQuantized("vit_4bit")], logger=False, accelerator="cpu")
     """
 
     def __init__(self, folder: str | Path) -> None:

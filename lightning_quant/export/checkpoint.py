@@ -31,20 +31,21 @@ def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Pat
     Raises:
         CheckpointError: an unknown version of the format, or layers that the module does not have.
 
-    >>> import tempfile
-    >>> from lightning.pytorch.demos.boring_classes import BoringModel
-    >>> from lightning_quant import GradientQuantization
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     trainer = pl.Trainer(
-    ...         accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, logger=False,
-    ...         callbacks=[GradientQuantization(first_and_last="same")], default_root_dir=folder,
-    ...         enable_progress_bar=False, enable_model_summary=False,
-    ...     )
-    ...     trainer.fit(BoringModel())
-    ...     trainer.save_checkpoint(folder + "/last.ckpt")
-    ...     loaded = load_from_checkpoint(BoringModel, folder + "/last.ckpt")
-    >>> type(loaded.layer).__name__
-    'QuantizedLinear'
+    Example:
+        >>> import tempfile
+        >>> from lightning.pytorch.demos.boring_classes import BoringModel
+        >>> from lightning_quant import GradientQuantization
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = pl.Trainer(
+        ...         accelerator="cpu", max_steps=1, limit_val_batches=0, enable_checkpointing=False, logger=False,
+        ...         callbacks=[GradientQuantization(first_and_last="same")], default_root_dir=folder,
+        ...         enable_progress_bar=False, enable_model_summary=False,
+        ...     )
+        ...     trainer.fit(BoringModel())
+        ...     trainer.save_checkpoint(folder + "/last.ckpt")
+        ...     loaded = load_from_checkpoint(BoringModel, folder + "/last.ckpt")
+        >>> type(loaded.layer).__name__
+        'QuantizedLinear'
     """
     with _rebuilding(cls):
         return cls.load_from_checkpoint(local_path(checkpoint_path), **kwargs)

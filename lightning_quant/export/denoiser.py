@@ -17,7 +17,7 @@ from lightning_quant.export.artifact import load_quantized
 
 
 class QuantizedDenoiser(ModelMixin):  # type: ignore[misc, no-untyped-call]
-    """A denoiser on disk, written by :func:`lightning_quant.save_quantized_pipeline`; in memory it has its own class."""
+    """A denoiser on disk, of :func:`lightning_quant.save_quantized_pipeline`; in memory it has its own class."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **arguments: Any) -> nn.Module:  # type: ignore[override]

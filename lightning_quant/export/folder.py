@@ -46,8 +46,9 @@ class Description:
 def written_files(folder: Path) -> tuple[str, ...]:
     """Return the files of a folder that :func:`write_folder` wrote, by what its description says of itself.
 
-    >>> written_files(Path("no-such-folder"))
-    ()
+    Example:
+        >>> written_files(Path("no-such-folder"))
+        ()
     """
     try:
         ours = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["format"] == FORMAT
@@ -123,8 +124,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
 def description_digest(content: Mapping[str, Any]) -> str:
     """SHA-256 of all that the JSON says but this.
 
-    >>> description_digest({"a": 1, "b": 2}) == description_digest({"b": 2, "a": 1, "description_sha256": "x"})
-    True
+    Example:
+        >>> description_digest({"a": 1, "b": 2}) == description_digest({"b": 2, "a": 1, "description_sha256": "x"})
+        True
     """
     # As it is read again: keys of JSON are texts.
     rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "description_sha256"}))

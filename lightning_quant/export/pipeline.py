@@ -50,19 +50,20 @@ def save_quantized_pipeline(
         UnsupportedModelError: a denoiser that is not quantized.
         QuantizationError: none of its quantizers has a range yet.
 
-    >>> import tempfile
-    >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
-    >>> from lightning_quant.nn import swap
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
-    >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
-    >>> layer = swap(pipeline.unet.conv_in, weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
-    >>> layer.weight_quantizer.initialize(layer.weight)
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     opened = load_quantized_pipeline(save_quantized_pipeline(load_float_pipeline(pipeline), folder))
-    >>> type(opened).__name__, opened.unet.conv_in.weight_quantizer
-    ('DDIMPipeline', FixedQuantizer(bits=4, ready=True))
+    Example:
+        >>> import tempfile
+        >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+        >>> from lightning_quant.nn import swap
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> sizes = {"sample_size": 8, "block_out_channels": (8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+        >>> blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+        >>> pipeline = DDIMPipeline(UNet2DModel(**sizes, **blocks, add_attention=False), DDIMScheduler())
+        >>> layer = swap(pipeline.unet.conv_in, weight_quantizer=FixedQuantizer(4, symmetric=False, axis=0))
+        >>> layer.weight_quantizer.initialize(layer.weight)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     opened = load_quantized_pipeline(save_quantized_pipeline(load_float_pipeline(pipeline), folder))
+        >>> type(opened).__name__, opened.unet.conv_in.weight_quantizer
+        ('DDIMPipeline', FixedQuantizer(bits=4, ready=True))
     """
     target = user_path(folder)
     check_replaceable(target, WRITER)

@@ -18,8 +18,9 @@ SAMPLE = 2**10
 def is_dense(x: Tensor) -> bool:
     """Whether the elements lie side by side in memory, without gaps or overlaps, in whatever order of axes.
 
-    >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(1, 3).expand(2, 3))
-    (True, False)
+    Example:
+        >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(1, 3).expand(2, 3))
+        (True, False)
     """
     expected = 1
     for stride, size in sorted((st, sz) for st, sz in zip(x.stride(), x.shape, strict=True) if sz != 1):
@@ -42,8 +43,9 @@ def in_memory(x: Tensor) -> Tensor:
 def sampled(x: Tensor) -> Tensor:
     """Copy of about a thousand values at most, evenly spaced in memory, FP32.
 
-    >>> sampled(torch.arange(3)).tolist(), len(sampled(torch.zeros(100, 100)))
-    ([0.0, 1.0, 2.0], 910)
+    Example:
+        >>> sampled(torch.arange(3)).tolist(), len(sampled(torch.zeros(100, 100)))
+        ([0.0, 1.0, 2.0], 910)
     """
     # Odd, so as not to run along one axis of a tensor whose sizes are powers of two.
     stride = (-(-x.numel() // SAMPLE)) | 1
@@ -53,11 +55,12 @@ def sampled(x: Tensor) -> Tensor:
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Slices of dense tensors of the same shape and strides, aligned, block by block.
 
-    >>> a, b = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
-    >>> for x, y in blocks(a, b):
-    ...     _ = y.copy_(x)
-    >>> bool((a == b).all())
-    True
+    Example:
+        >>> a, b = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
+        >>> for x, y in blocks(a, b):
+        ...     _ = y.copy_(x)
+        >>> bool((a == b).all())
+        True
     """
     flat = tuple(in_memory(t) for t in tensors)
     numel = tensors[0].numel()

@@ -39,10 +39,11 @@ def quantized_backward(
         packed: which of the two ``kept`` is.
         factor: multiplies ``grad`` first, 0-dim.
 
-    >>> x, grad = torch.tensor([-1.0, 0.4, 1.0, 9.0]), torch.ones(4)
-    >>> result = quantized_backward(grad, x, torch.tensor(0.5), Grid(0, 3), packed=False)
-    >>> result.grad.tolist(), float(result.inner), result.codes.tolist()
-    ([0.0, 1.0, 1.0, 0.0], 1.399999976158142, [0.0, 1.0, 2.0, 3.0])
+    Example:
+        >>> x, grad = torch.tensor([-1.0, 0.4, 1.0, 9.0]), torch.ones(4)
+        >>> result = quantized_backward(grad, x, torch.tensor(0.5), Grid(0, 3), packed=False)
+        >>> result.grad.tolist(), float(result.inner), result.codes.tolist()
+        ([0.0, 1.0, 1.0, 0.0], 1.399999976158142, [0.0, 1.0, 2.0, 3.0])
     """
     kept = dense(kept)
     wide = torch.promote_types(grad.dtype, torch.float32)

@@ -18,8 +18,9 @@ from lightning_quant.functional.grid import Grid
 def container(grid: Grid) -> tuple[torch.dtype, int] | None:
     """Dtype that holds a code with its residual, and the residual's levels; None above 8 bits.
 
-    >>> container(Grid(0, 15)), container(Grid(-127, 127)), container(Grid(0, 1023))
-    ((torch.uint8, 16), (torch.int16, 128), None)
+    Example:
+        >>> container(Grid(0, 15)), container(Grid(-127, 127)), container(Grid(0, 1023))
+        ((torch.uint8, 16), (torch.int16, 128), None)
     """
     match grid.high - grid.low:
         case width if width < 16:
@@ -39,11 +40,12 @@ def pack(x: Tensor, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         scale: step size, 0-dim.
         grid: smallest and largest code, of at most 8 bits.
 
-    >>> from lightning_quant.functional.grid import encode
-    >>> grid, scale, x = Grid(-7, 7), torch.tensor(0.1), torch.tensor([-9.0, 0.0, 0.24])
-    >>> packed = pack(x, encode(x, scale, grid), scale, grid)
-    >>> packed.dtype, [round(position, 1) for position in unpack(packed, grid).tolist()]
-    (torch.uint8, [-7.5, 0.0, 2.4])
+    Example:
+        >>> from lightning_quant.functional.grid import encode
+        >>> grid, scale, x = Grid(-7, 7), torch.tensor(0.1), torch.tensor([-9.0, 0.0, 0.24])
+        >>> packed = pack(x, encode(x, scale, grid), scale, grid)
+        >>> packed.dtype, [round(position, 1) for position in unpack(packed, grid).tolist()]
+        (torch.uint8, [-7.5, 0.0, 2.4])
     """
     dtype, levels = _container(grid)
     x = dense(x)

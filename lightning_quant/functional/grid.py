@@ -18,8 +18,9 @@ _NEXT_TO_ZERO = torch.finfo(torch.float32).tiny
 class Grid(NamedTuple):
     """Smallest and largest integer code.
 
-    >>> symmetric_grid(4), unsigned_grid(4)
-    (Grid(low=-7, high=7), Grid(low=0, high=15))
+    Example:
+        >>> symmetric_grid(4), unsigned_grid(4)
+        (Grid(low=-7, high=7), Grid(low=0, high=15))
     """
 
     low: int
@@ -74,8 +75,9 @@ def encode(
         noise: broadcastable to ``x``, in units of the step.
         out: where to write, of the shape and strides of ``x``; may be ``noise`` itself.
 
-    >>> encode(torch.tensor([-2.0, 0.25, 0.5, 1.5, 9.0]), torch.tensor(1.0), Grid(0, 7)).tolist()
-    [0.0, 0.0, 0.0, 2.0, 7.0]
+    Example:
+        >>> encode(torch.tensor([-2.0, 0.25, 0.5, 1.5, 9.0]), torch.tensor(1.0), Grid(0, 7)).tolist()
+        [0.0, 0.0, 0.0, 2.0, 7.0]
     """
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     with torch.no_grad():
@@ -111,8 +113,9 @@ def clamp_bounds(grid: Grid) -> tuple[float, float]:
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
     """Real values ``(codes - zero_point) * scale`` of integer codes of any dtype, in the dtype of ``scale``.
 
-    >>> decode(torch.tensor([0, 3], dtype=torch.int8), torch.tensor(0.5)).tolist()
-    [0.0, 1.5]
+    Example:
+        >>> decode(torch.tensor([0, 3], dtype=torch.int8), torch.tensor(0.5)).tolist()
+        [0.0, 1.5]
     """
     values = codes.to(scale.dtype)
     return (values if zero_point is None else values - zero_point) * scale
@@ -183,8 +186,9 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | Non
         grid: smallest and largest code.
         zero_point: integral, of the shape of ``scale``.
 
-    >>> fake_quantize(torch.tensor([0.2, 0.9, 5.0]), torch.tensor(0.5), symmetric_grid(3)).tolist()
-    [0.0, 1.0, 1.5]
+    Example:
+        >>> fake_quantize(torch.tensor([0.2, 0.9, 5.0]), torch.tensor(0.5), symmetric_grid(3)).tolist()
+        [0.0, 1.0, 1.5]
     """
     result: Tensor = _FakeQuantize.apply(x, scale, zero_point, grid)
     return result
@@ -193,8 +197,9 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | Non
 def per_channel(parameter: Tensor, axis: int, ndim: int) -> Tensor:
     """View of a (channels,) tensor that broadcasts along ``axis`` of a tensor of ``ndim`` dimensions.
 
-    >>> per_channel(torch.ones(5), 0, 4).shape
-    torch.Size([5, 1, 1, 1])
+    Example:
+        >>> per_channel(torch.ones(5), 0, 4).shape
+        torch.Size([5, 1, 1, 1])
     """
     return parameter.reshape([-1 if dim == axis % ndim else 1 for dim in range(ndim)])
 
@@ -205,8 +210,9 @@ def split_groups(x: Tensor, group_size: int) -> Tensor:
     Raises:
         ConfigurationError: where the last dimension is not a multiple of ``group_size``.
 
-    >>> split_groups(torch.zeros(2, 12), 4).shape
-    torch.Size([2, 3, 4])
+    Example:
+        >>> split_groups(torch.zeros(2, 12), 4).shape
+        torch.Size([2, 3, 4])
     """
     channels = x.shape[-1]
     if group_size < 1 or channels % group_size:
@@ -217,7 +223,8 @@ def split_groups(x: Tensor, group_size: int) -> Tensor:
 def exact_in(dtype: torch.dtype, grid: Grid) -> bool:
     """Whether every code of the grid is represented exactly in ``dtype`` (BF16 holds integers up to 256).
 
-    >>> exact_in(torch.bfloat16, unsigned_grid(8)), exact_in(torch.bfloat16, unsigned_grid(9))
-    (True, False)
+    Example:
+        >>> exact_in(torch.bfloat16, unsigned_grid(8)), exact_in(torch.bfloat16, unsigned_grid(9))
+        (True, False)
     """
     return max(-grid.low, grid.high) <= 2 / torch.finfo(dtype).eps

@@ -23,8 +23,9 @@ def channel_ranges(x: Tensor) -> Tensor:
     Returns:
         (images, channels, 2).
 
-    >>> channel_ranges(torch.tensor([[[1.0, 5.0], [2.0, -5.0]]])).tolist()
-    [[[1.0, 2.0], [-5.0, 5.0]]]
+    Example:
+        >>> channel_ranges(torch.tensor([[[1.0, 5.0], [2.0, -5.0]]])).tolist()
+        [[[1.0, 2.0], [-5.0, 5.0]]]
     """
     return torch.stack([x.amin(dim=-2), x.amax(dim=-2)], dim=-1)
 
@@ -44,8 +45,9 @@ def assign(points: Tensor, centres: Tensor) -> Tensor:
     Returns:
         int64 (...,): argmin over j of ``sum((point - centre_j)^2)``.
 
-    >>> assign(torch.tensor([[0.0, 1.0], [-4.0, 5.0]]), torch.tensor([[0.0, 2.0], [-5.0, 5.0]])).tolist()
-    [0, 1]
+    Example:
+        >>> assign(torch.tensor([[0.0, 1.0], [-4.0, 5.0]]), torch.tensor([[0.0, 2.0], [-5.0, 5.0]])).tolist()
+        [0, 1]
     """
     distance = torch.zeros(*points.shape[:-1], len(centres), dtype=points.dtype, device=points.device)
     for dimension in range(points.shape[-1]):
@@ -63,8 +65,10 @@ def channel_groups(x: Tensor, centres: Tensor) -> Tensor:
     Returns:
         int64 (images, 1, channels), which broadcasts to ``x``.
 
-    >>> channel_groups(torch.tensor([[[0.0, -10.0], [1.1, 20.0]]]), torch.tensor([[0.0, 3.0], [-10.0, 20.0]])).tolist()
-    [[[0, 1]]]
+    Example:
+        >>> centres = torch.tensor([[0.0, 3.0], [-10.0, 20.0]])
+        >>> channel_groups(torch.tensor([[[0.0, -10.0], [1.1, 20.0]]]), centres).tolist()
+        [[[0, 1]]]
     """
     return assign(channel_ranges(x).to(centres.dtype), centres).unsqueeze(-2)
 
@@ -79,8 +83,9 @@ def row_groups(attention: Tensor, centres: Tensor) -> Tensor:
     Returns:
         int64 (..., rows, 1), which broadcasts to ``attention``.
 
-    >>> row_groups(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0.6, 0.9])).tolist()
-    [[1], [0]]
+    Example:
+        >>> row_groups(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0.6, 0.9])).tolist()
+        [[1], [0]]
     """
     return assign(row_maxima(attention).to(centres.dtype), centres[:, None]).unsqueeze(-1)
 
@@ -97,8 +102,9 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int, clip_zero_point: boo
         bits: 2..16.
         clip_zero_point: clip z to the codes, as the paper writes it: a range of one sign is then moved to 0.
 
-    >>> affine_parameters(torch.tensor(2.0), torch.tensor(5.0), 2)
-    (tensor(1.), tensor(-2.))
+    Example:
+        >>> affine_parameters(torch.tensor(2.0), torch.tensor(5.0), 2)
+        (tensor(1.), tensor(-2.))
     """
     top = unsigned_grid(bits).high
     scale = ((high - low) / top).clamp_min(SMALLEST_SCALE)
@@ -109,8 +115,9 @@ def affine_parameters(low: Tensor, high: Tensor, bits: int, clip_zero_point: boo
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
     """Values of ``x`` on grids of codes 0 .. 2^b-1, in the dtype of ``x``; parameters broadcast to ``x``.
 
-    >>> quantize_affine(torch.tensor([1.9, 4.4, 9.0]), torch.tensor(1.0), torch.tensor(-2.0), 2).tolist()
-    [2.0, 4.0, 5.0]
+    Example:
+        >>> quantize_affine(torch.tensor([1.9, 4.4, 9.0]), torch.tensor(1.0), torch.tensor(-2.0), 2).tolist()
+        [2.0, 4.0, 5.0]
     """
     codes = encode(x, scale, unsigned_grid(bits), zero_point)
     return decode(codes, scale, zero_point).to(x.dtype)
@@ -126,11 +133,12 @@ def quantize_channels(x: Tensor, centres: Tensor, scale: Tensor, zero_point: Ten
         zero_point: (groups,).
         bits: 2..16.
 
-    >>> x = torch.tensor([[[0.0, -10.0], [1.1, 20.0]]])
-    >>> centres = torch.tensor([[0.0, 3.0], [-10.0, 20.0]])
-    >>> scale, zero_point = affine_parameters(centres[:, 0], centres[:, 1], 2)
-    >>> quantize_channels(x, centres, scale, zero_point, 2).tolist()
-    [[[0.0, -10.0], [1.0, 20.0]]]
+    Example:
+        >>> x = torch.tensor([[[0.0, -10.0], [1.1, 20.0]]])
+        >>> centres = torch.tensor([[0.0, 3.0], [-10.0, 20.0]])
+        >>> scale, zero_point = affine_parameters(centres[:, 0], centres[:, 1], 2)
+        >>> quantize_channels(x, centres, scale, zero_point, 2).tolist()
+        [[[0.0, -10.0], [1.0, 20.0]]]
     """
     group = channel_groups(x, centres)
     return quantize_affine(x, scale[group], zero_point[group], bits)
@@ -145,9 +153,10 @@ def quantize_rows(attention: Tensor, centres: Tensor, scale: Tensor, bits: int) 
         scale: (groups,).
         bits: 2..16.
 
-    >>> attention = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
-    >>> quantize_rows(attention, torch.tensor([0.6, 0.9]), torch.tensor([0.2, 0.3]), 2)
-    tensor([[0.9000, 0.0000],
-            [0.4000, 0.6000]])
+    Example:
+        >>> attention = torch.tensor([[0.9, 0.1], [0.4, 0.6]])
+        >>> quantize_rows(attention, torch.tensor([0.6, 0.9]), torch.tensor([0.2, 0.3]), 2)
+        tensor([[0.9000, 0.0000],
+                [0.4000, 0.6000]])
     """
     return quantize_affine(attention, scale[row_groups(attention, centres)], None, bits)

@@ -27,8 +27,9 @@ LARGEST_CODE = 127
 def fits_int8(grid: Grid) -> bool:
     """Whether every code of the grid is an int8: signed codes of up to 8 bits, unsigned ones of up to 7.
 
-    >>> fits_int8(Grid(-127, 127)), fits_int8(Grid(0, 255))
-    (True, False)
+    Example:
+        >>> fits_int8(Grid(-127, 127)), fits_int8(Grid(0, 255))
+        (True, False)
     """
     return grid.low >= _INT8.low and grid.high <= _INT8.high
 
@@ -41,9 +42,10 @@ def integer_matmul(a: Tensor, b: Tensor, largest: int = LARGEST_CODE**2) -> Tens
         b: int8, (K, N).
         largest: largest absolute value of a product of two elements; decides how many are added in int32.
 
-    >>> integer_matmul(torch.full((2, 3), 7, dtype=torch.int8), torch.full((3, 2), -7, dtype=torch.int8))
-    tensor([[-147, -147],
-            [-147, -147]], dtype=torch.int32)
+    Example:
+        >>> integer_matmul(torch.full((2, 3), 7, dtype=torch.int8), torch.full((3, 2), -7, dtype=torch.int8))
+        tensor([[-147, -147],
+                [-147, -147]], dtype=torch.int32)
     """
     depth = max(1, _INT32_MAX // largest)
     if a.shape[1] <= depth:
@@ -88,8 +90,9 @@ def _inner(x: Tensor, spans: tuple[slice, ...]) -> Tensor:
 class IntegerLinear(LinearProduct):
     """:class:`LinearProduct` of codes that fit int8 (given in any dtype), summed in int32.
 
-    >>> IntegerLinear()(torch.full((2, 3), 7.0), torch.full((4, 3), 7.0))[0, 0]
-    tensor(147.)
+    Example:
+        >>> IntegerLinear()(torch.full((2, 3), 7.0), torch.full((4, 3), 7.0))[0, 0]
+        tensor(147.)
     """
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -112,9 +115,10 @@ class IntegerLinear(LinearProduct):
 class IntegerConvolution(ConvolutionProduct):
     """:class:`ConvolutionProduct` (groups 1, not transposed) of codes that fit int8, by unfold and int8 GEMM.
 
-    >>> product = IntegerConvolution((1, 1), (1, 1), (1, 1))
-    >>> product(torch.full((1, 2, 4, 4), 7.0), torch.full((3, 2, 3, 3), -7.0))[0, 0, 1, 1]
-    tensor(-882.)
+    Example:
+        >>> product = IntegerConvolution((1, 1), (1, 1), (1, 1))
+        >>> product(torch.full((1, 2, 4, 4), 7.0), torch.full((3, 2, 3, 3), -7.0))[0, 0, 1, 1]
+        tensor(-882.)
     """
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -17,8 +17,9 @@ from lightning_quant.functional.grid import check_bits
 def packed_size(count: int, bits: int) -> int:
     """Bytes that ``count`` codes take: ``ceil(count * bits / 8)``.
 
-    >>> packed_size(4, 6)
-    3
+    Example:
+        >>> packed_size(4, 6)
+        3
     """
     return math.ceil(count * check_bits(bits) / 8)
 
@@ -36,8 +37,9 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ConfigurationError: a code that does not fit.
 
-    >>> [f"{byte:08b}" for byte in pack_bits(torch.tensor([1, 2, 15]), 4).tolist()]
-    ['00100001', '00001111']
+    Example:
+        >>> [f"{byte:08b}" for byte in pack_bits(torch.tensor([1, 2, 15]), 4).tolist()]
+        ['00100001', '00001111']
     """
     flat = codes.reshape(-1)
     packed = torch.empty(packed_size(len(flat), bits), dtype=torch.uint8, device=codes.device)
@@ -64,8 +66,9 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     Raises:
         ConfigurationError: bytes of another number of codes.
 
-    >>> unpack_bits(pack_bits(torch.tensor([5, 0, 63]), 6), 6, 3).tolist()
-    [5, 0, 63]
+    Example:
+        >>> unpack_bits(pack_bits(torch.tensor([5, 0, 63]), 6), 6, 3).tolist()
+        [5, 0, 63]
     """
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(count, bits),):
         raise ConfigurationError(

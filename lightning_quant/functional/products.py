@@ -21,8 +21,9 @@ class LinearProduct:
 
     ``channel_axis`` is where the output has its channels.
 
-    >>> LinearProduct()(torch.ones(2, 3), torch.ones(4, 3)).shape
-    torch.Size([2, 4])
+    Example:
+        >>> LinearProduct()(torch.ones(2, 3), torch.ones(4, 3)).shape
+        torch.Size([2, 4])
     """
 
     channel_axis: ClassVar[int] = -1
@@ -49,9 +50,10 @@ class LinearProduct:
 class ConvolutionProduct:
     """A convolution or transposed convolution in 1, 2 or 3 dimensions, arguments as in ``torch.convolution``.
 
-    >>> product = ConvolutionProduct((2, 2), (1, 1), (1, 1))
-    >>> product(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3)).shape
-    torch.Size([1, 4, 4, 4])
+    Example:
+        >>> product = ConvolutionProduct((2, 2), (1, 1), (1, 1))
+        >>> product(torch.ones(1, 3, 8, 8), torch.ones(4, 3, 3, 3)).shape
+        torch.Size([1, 4, 4, 4])
     """
 
     channel_axis: ClassVar[int] = 1

@@ -21,8 +21,9 @@ def _squeeze(low: Tensor, high: Tensor, axis: int | None) -> tuple[Tensor, Tenso
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
     """Smallest and largest value, 0-dim or one per index of ``axis``.
 
-    >>> [float(v) for v in min_max(torch.tensor([-1.0, 0.0, 3.0]))]
-    [-1.0, 3.0]
+    Example:
+        >>> [float(v) for v in min_max(torch.tensor([-1.0, 0.0, 3.0]))]
+        [-1.0, 3.0]
     """
     low, high = rows(x, axis).aminmax(dim=1)
     return _squeeze(low, high, axis)
@@ -39,8 +40,9 @@ def percentile(x: Tensor, keep: float, axis: int | None = None) -> tuple[Tensor,
     Raises:
         ConfigurationError: ``keep`` outside (0, 100].
 
-    >>> [float(v) for v in percentile(torch.arange(101.0), 90.0)]
-    [5.0, 95.0]
+    Example:
+        >>> [float(v) for v in percentile(torch.arange(101.0), 90.0)]
+        [5.0, 95.0]
     """
     if not 0 < keep <= 100:
         raise ConfigurationError(f"keep={keep}: expected a percentage in (0, 100], for example 99.9.")
@@ -55,9 +57,10 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) 
 
     A range of width 0 gets the smallest normal step, so that it can be divided by.
 
-    >>> scale, zero_point, grid = scale_and_zero_point(torch.tensor(-1.0), torch.tensor(2.0), 2, False)
-    >>> float(scale), float(zero_point), grid
-    (1.0, 1.0, Grid(low=0, high=3))
+    Example:
+        >>> scale, zero_point, grid = scale_and_zero_point(torch.tensor(-1.0), torch.tensor(2.0), 2, False)
+        >>> float(scale), float(zero_point), grid
+        (1.0, 1.0, Grid(low=0, high=3))
     """
     tiny = torch.finfo(low.dtype).tiny
     if symmetric:
@@ -81,9 +84,10 @@ def mse_search(
         axis: None for one range, else one for each index of it.
         candidates: how many ranges, in equal steps from min-max down to 1/candidates of it.
 
-    >>> x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([10.0])])
-    >>> bool(mse_search(x, 4, True)[1] < 10)
-    True
+    Example:
+        >>> x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([10.0])])
+        >>> bool(mse_search(x, 4, True)[1] < 10)
+        True
     """
     flat = rows(x, axis)
     best_low, best_high = low, high = flat.aminmax(dim=1)

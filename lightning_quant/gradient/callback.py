@@ -57,9 +57,10 @@ class GradientQuantization(WhatRan):
     Raises:
         ConfigurationError: an argument out of its range; for patterns and layers when the Trainer starts.
 
-    >>> import lightning.pytorch as pl
-    >>> callback = GradientQuantization(4, 4, 4)
-    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    Example:
+        >>> import lightning.pytorch as pl
+        >>> callback = GradientQuantization(4, 4, 4)
+        >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
     def __init__(

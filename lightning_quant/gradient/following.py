@@ -26,8 +26,9 @@ ROWS = 5
 def usual_size(layer: nn.Module, kind: str) -> float:
     """Root mean square of a tensor of a layer that is initialized as PyTorch does it, in a network that is normalized.
 
-    >>> usual_size(nn.Linear(12, 4), "weight_quantizer"), usual_size(nn.Linear(12, 4), "input_quantizer")
-    (0.16666666666666666, 1.0)
+    Example:
+        >>> usual_size(nn.Linear(12, 4), "weight_quantizer"), usual_size(nn.Linear(12, 4), "input_quantizer")
+        (0.16666666666666666, 1.0)
     """
     weight = layer.weight
     assert isinstance(weight, Tensor)
@@ -67,9 +68,10 @@ def factors(sums: Tensor, ranges: Tensor, usual: Tensor) -> Tensor:
         ranges: (ranges,).
         usual: what :func:`usual_size` gives, (ranges,).
 
-    >>> sums = torch.tensor([[10.0, 10.0], [10.0, 0.1], [10.0, 10.0], [4.0, 0.0], [10.0, 0.0]])
-    >>> factors(sums, torch.ones(2), torch.ones(2)).tolist()
-    [2.0, 0.5]
+    Example:
+        >>> sums = torch.tensor([[10.0, 10.0], [10.0, 0.1], [10.0, 10.0], [4.0, 0.0], [10.0, 0.0]])
+        >>> factors(sums, torch.ones(2), torch.ones(2)).tolist()
+        [2.0, 0.5]
     """
     count, squares, nonzero, clipped, coded = sums
     size = (squares / count.clamp_min(1)).sqrt()

@@ -19,11 +19,12 @@ class History:
         state: of an earlier part of the training, which it goes on from; None begins.
         points: how many are kept at most; at least half as many are, of a long training.
 
-    >>> history = History(points=4)
-    >>> for step in range(9):
-    ...     history.add(step, {"gamma": 1.0})
-    >>> [step for step, _ in history.rows]
-    [0, 4, 8]
+    Example:
+        >>> history = History(points=4)
+        >>> for step in range(9):
+        ...     history.add(step, {"gamma": 1.0})
+        >>> [step for step, _ in history.rows]
+        [0, 4, 8]
     """
 
     def __init__(self, state: Mapping[str, Any] | None = None, points: int = POINTS) -> None:

@@ -64,9 +64,10 @@ class LargeGradientInterval(IntervalStrategy):
     Raises:
         ConfigurationError: for other values.
 
-    >>> strategy = LargeGradientInterval()
-    >>> round(strategy.target(4) * 15, 6)
-    0.001
+    Example:
+        >>> strategy = LargeGradientInterval()
+        >>> round(strategy.target(4) * 15, 6)
+        0.001
     """
 
     def __init__(self, alpha: float = 1e-3, step: float = 1e-3) -> None:
@@ -98,8 +99,9 @@ class LargeGradientInterval(IntervalStrategy):
 class FixedInterval(IntervalStrategy):
     """Gamma is a constant (the paper compares 0.8 and 0.6).
 
-    >>> float(FixedInterval(0.5).start(torch.ones(3), 4))
-    0.5
+    Example:
+        >>> float(FixedInterval(0.5).start(torch.ones(3), 4))
+        0.5
     """
 
     def __init__(self, ratio: float) -> None:
@@ -115,8 +117,9 @@ class FixedInterval(IntervalStrategy):
 class MinMaxInterval(FixedInterval):
     """Gamma is 1: nothing is clipped.
 
-    >>> float(MinMaxInterval().start(torch.ones(3), 4))
-    1.0
+    Example:
+        >>> float(MinMaxInterval().start(torch.ones(3), 4))
+        1.0
     """
 
     def __init__(self) -> None:
@@ -134,9 +137,10 @@ class MinimumErrorInterval(IntervalStrategy):
         every: optimizer steps from one search to the next, at least 1.
         candidates: how many gammas are compared, in equal steps up to 1.
 
-    >>> g = torch.cat([torch.linspace(0, 1, 10_000), torch.tensor([20.0])])
-    >>> bool(MinimumErrorInterval().start(g, 4) < 0.2)
-    True
+    Example:
+        >>> g = torch.cat([torch.linspace(0, 1, 10_000), torch.tensor([20.0])])
+        >>> bool(MinimumErrorInterval().start(g, 4) < 0.2)
+        True
     """
 
     bins = 4096

@@ -23,12 +23,13 @@ class NoiseSource:
 
     Nothing but the seed and the number of the batch is needed to continue, and no random number of the user's changes.
 
-    >>> source = NoiseSource(seed=1)
-    >>> source.restart(batch=5)
-    >>> first = source.draw(3, torch.device("cpu"))
-    >>> source.restart(batch=5)
-    >>> bool((source.draw(3, torch.device("cpu")) == first).all())
-    True
+    Example:
+        >>> source = NoiseSource(seed=1)
+        >>> source.restart(batch=5)
+        >>> first = source.draw(3, torch.device("cpu"))
+        >>> source.restart(batch=5)
+        >>> bool((source.draw(3, torch.device("cpu")) == first).all())
+        True
     """
 
     def __init__(self, seed: int, rank: int = 0) -> None:

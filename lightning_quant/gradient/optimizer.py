@@ -31,13 +31,14 @@ class QuantizerOptimizer:
         optimizer: the user's; the learning rate follows its schedule.
         lr: learning rate of Adam for the ranges, at the base learning rate of ``optimizer``.
 
-    >>> from lightning_quant.gradient import LargeGradientInterval
-    >>> from lightning_quant.gradient.preparation import quantize_layers
-    >>> from lightning_quant.nn import Bits
-    >>> network = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> layers = quantize_layers(network, {"0": Bits(4, 4, 4)}, LargeGradientInterval())
-    >>> user_optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    >>> QuantizerOptimizer(layers, user_optimizer, lr=1e-5).step()
+    Example:
+        >>> from lightning_quant.gradient import LargeGradientInterval
+        >>> from lightning_quant.gradient.preparation import quantize_layers
+        >>> from lightning_quant.nn import Bits
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> layers = quantize_layers(network, {"0": Bits(4, 4, 4)}, LargeGradientInterval())
+        >>> user_optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> QuantizerOptimizer(layers, user_optimizer, lr=1e-5).step()
     """
 
     def __init__(self, layers: dict[str, QuantizedLayer], optimizer: torch.optim.Optimizer, lr: float) -> None:

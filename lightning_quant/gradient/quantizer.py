@@ -45,10 +45,11 @@ def gradient_errors(gradient: Tensor, codes: Tensor, step: Tensor, gamma: Tensor
         gamma: share of the largest gradient that the interval spans, 0-dim.
         alpha: share of gradients that count as large.
 
-    >>> g = torch.tensor([0.0, 0.5, 2.0])
-    >>> errors = gradient_errors(g, torch.tensor([0.0, 1.0, 1.0]), torch.tensor(1.0), torch.tensor(0.5), 0.3)
-    >>> [round(float(e), 2) for e in errors]
-    [0.25, 0.5, 0.33, 0.33]
+    Example:
+        >>> g = torch.tensor([0.0, 0.5, 2.0])
+        >>> errors = gradient_errors(g, torch.tensor([0.0, 1.0, 1.0]), torch.tensor(1.0), torch.tensor(0.5), 0.3)
+        >>> [round(float(e), 2) for e in errors]
+        [0.25, 0.5, 0.33, 0.33]
     """
     magnitude = gradient.abs().flatten()
     large = magnitude.topk(max(1, int(alpha * magnitude.numel())))
@@ -79,11 +80,12 @@ class GradientQuantizer(Quantizer, kind=3):
         agreed: whether gamma has been made equal over the ranks once.
         observes: whether the errors of the next gradient are measured, into ``errors``.
 
-    >>> from lightning_quant.gradient import MinMaxInterval
-    >>> quantizer = GradientQuantizer(4, MinMaxInterval())
-    >>> quantizer.noise = NoiseSource(seed=0)
-    >>> quantizer.quantize(torch.tensor([1.0, -7.0, 7.0])).values.tolist()
-    [1.0, -7.0, 7.0]
+    Example:
+        >>> from lightning_quant.gradient import MinMaxInterval
+        >>> quantizer = GradientQuantizer(4, MinMaxInterval())
+        >>> quantizer.noise = NoiseSource(seed=0)
+        >>> quantizer.quantize(torch.tensor([1.0, -7.0, 7.0])).values.tolist()
+        [1.0, -7.0, 7.0]
     """
 
     gamma: Tensor

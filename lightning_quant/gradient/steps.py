@@ -24,17 +24,18 @@ class StepListener:
         quantizers: Quantizers of the layers of each optimizer.
         step: Function that steps one of them.
 
-    >>> import torch
-    >>> from lightning_quant.gradient import LargeGradientInterval
-    >>> from lightning_quant.gradient.preparation import quantize_layers
-    >>> from lightning_quant.nn import Bits
-    >>> network = torch.nn.Sequential(torch.nn.Linear(4, 4))
-    >>> layers = quantize_layers(network, {"0": Bits(4, 4, 4)}, LargeGradientInterval())
-    >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
-    >>> listener = StepListener([QuantizerOptimizer(layers, optimizer, lr=1e-5)], lambda ours: print("stepped"))
-    >>> optimizer.step()
-    stepped
-    >>> listener.stop()
+    Example:
+        >>> import torch
+        >>> from lightning_quant.gradient import LargeGradientInterval
+        >>> from lightning_quant.gradient.preparation import quantize_layers
+        >>> from lightning_quant.nn import Bits
+        >>> network = torch.nn.Sequential(torch.nn.Linear(4, 4))
+        >>> layers = quantize_layers(network, {"0": Bits(4, 4, 4)}, LargeGradientInterval())
+        >>> optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        >>> listener = StepListener([QuantizerOptimizer(layers, optimizer, lr=1e-5)], lambda ours: print("stepped"))
+        >>> optimizer.step()
+        stepped
+        >>> listener.stop()
     """
 
     def __init__(self, quantizers: Sequence[QuantizerOptimizer], step: Callable[[QuantizerOptimizer], None]) -> None:

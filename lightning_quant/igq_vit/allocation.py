@@ -59,8 +59,9 @@ def candidates(limit: int, also: int | None = None) -> tuple[int, ...]:
     Raises:
         ConfigurationError: a limit or a target below 1.
 
-    >>> candidates(8, also=3)
-    (1, 2, 3, 4, 6, 8)
+    Example:
+        >>> candidates(8, also=3)
+        (1, 2, 3, 4, 6, 8)
     """
     if limit < 1 or (also is not None and also < 1):
         raise ConfigurationError(f"candidates({limit}, also={also}): expected numbers of at least 1.")
@@ -74,8 +75,9 @@ def uniform(cost: Costs, groups: int) -> list[int]:
     Raises:
         ConfigurationError: a layer all of whose candidates are above it.
 
-    >>> uniform([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
-    [8, 2]
+    Example:
+        >>> uniform([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
+        [8, 2]
     """
     smallest = [min(layer) for layer in cost]
     if smallest and groups < max(smallest):
@@ -88,8 +90,9 @@ def uniform(cost: Costs, groups: int) -> list[int]:
 def budget_at(cost: Costs, groups: int) -> int:
     """Cost of the same number of groups in every layer, see :func:`uniform`.
 
-    >>> budget_at([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
-    32
+    Example:
+        >>> budget_at([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
+        32
     """
     return _total(cost, uniform(cost, groups))
 
@@ -112,8 +115,9 @@ def allocate(omega: Table, cost: Costs, budget: int) -> list[int]:
         ConfigurationError: tables that do not fit each other, or a budget below that of the cheapest choice.
         QuantizationError: a perturbation that is NaN, infinite or negative beyond rounding.
 
-    >>> allocate([{1: 9.0, 8: 1.0}, {1: 3.0, 8: 2.0}], [{1: 1, 8: 8}, {1: 1, 8: 8}], budget=9)
-    [8, 1]
+    Example:
+        >>> allocate([{1: 9.0, 8: 1.0}, {1: 3.0, 8: 2.0}], [{1: 1, 8: 8}, {1: 1, 8: 8}], budget=9)
+        [8, 1]
     """
     omega = _checked(omega, cost)
     least = sum(min(layer.values()) for layer in cost)
@@ -133,9 +137,10 @@ def budget_curve(omega: Table, cost: Costs) -> list[BudgetPoint]:
         ConfigurationError: see :func:`allocate`.
         QuantizationError: see :func:`allocate`.
 
-    >>> omega, cost = [{1: 9.0, 2: 1.0, 3: 0.5}, {1: 3.0, 2: 2.0, 3: 2.0}], [{1: 1, 2: 2, 3: 3}] * 2
-    >>> [(point.budget, point.choice, point.omega, point.uniform_omega) for point in budget_curve(omega, cost)]
-    [(2, (1, 1), 12.0, 12.0), (4, (2, 2), 3.0, 3.0), (6, (3, 2), 2.5, 2.5)]
+    Example:
+        >>> omega, cost = [{1: 9.0, 2: 1.0, 3: 0.5}, {1: 3.0, 2: 2.0, 3: 2.0}], [{1: 1, 2: 2, 3: 3}] * 2
+        >>> [(point.budget, point.choice, point.omega, point.uniform_omega) for point in budget_curve(omega, cost)]
+        [(2, (1, 1), 12.0, 12.0), (4, (2, 2), 3.0, 3.0), (6, (3, 2), 2.5, 2.5)]
     """
     omega = _checked(omega, cost)
     fewest = max(min(layer) for layer in cost)

@@ -70,15 +70,16 @@ class Calibration:
         omega: the perturbations that were measured: all where there are no estimates, else those that may matter.
         groups: that were allocated.
 
-    >>> import timm
-    >>> from lightning_quant.igq_vit.perturbation import log_posteriors
-    >>> network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
-    >>> images = torch.randn(4, 3, 32, 32)
-    >>> settings = Settings(groups=4, allocate=False, calibration_images=4)
-    >>> plan = prepare(network, settings, images[:1], network)
-    >>> calibration = Calibration(Source(network, plan, network, images, log_posteriors))
-    >>> calibration.step(), calibration.finished
-    ('quantizers', True)
+    Example:
+        >>> import timm
+        >>> from lightning_quant.igq_vit.perturbation import log_posteriors
+        >>> network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
+        >>> images = torch.randn(4, 3, 32, 32)
+        >>> settings = Settings(groups=4, allocate=False, calibration_images=4)
+        >>> plan = prepare(network, settings, images[:1], network)
+        >>> calibration = Calibration(Source(network, plan, network, images, log_posteriors))
+        >>> calibration.step(), calibration.finished
+        ('quantizers', True)
     """
 
     def __init__(self, source: Source) -> None:

@@ -73,8 +73,9 @@ class IGQViT(CalibratingCallback):
         ConfigurationError: an argument out of its range; for layers and images when the Trainer starts.
         UnsupportedModelError: a network without attention, or with one that is not known.
 
-    >>> callback = IGQViT(4, 4, groups=8)
-    >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
+    Example:
+        >>> callback = IGQViT(4, 4, groups=8)
+        >>> trainer = pl.Trainer(callbacks=[callback], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
     callback_name: ClassVar[str] = "IGQViT"

@@ -42,9 +42,10 @@ def kmeans(points: Tensor, groups: int) -> Clustering:
     Raises:
         ConfigurationError: more groups than points, or none.
 
-    >>> kmeans(torch.tensor([[0.0, 1.0], [0.0, 1.2], [-5.0, 5.0], [-5.2, 5.0]]), 2).centres
-    tensor([[ 0.0000,  1.1000],
-            [-5.1000,  5.0000]], dtype=torch.float64)
+    Example:
+        >>> kmeans(torch.tensor([[0.0, 1.0], [0.0, 1.2], [-5.0, 5.0], [-5.2, 5.0]]), 2).centres
+        tensor([[ 0.0000,  1.1000],
+                [-5.1000,  5.0000]], dtype=torch.float64)
     """
     if not 1 <= groups <= len(points):
         raise ConfigurationError(f"groups={groups}: expected 1 .. {len(points)}, the number of points to group.")

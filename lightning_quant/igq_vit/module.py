@@ -39,9 +39,10 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
         ConfigurationError: see :class:`lightning_quant.ImageClassifier` and :class:`lightning_quant.IGQViT`.
         UnsupportedModelError: a network without attention, or with one that is not known.
 
-    >>> module = IGQViTModule("vit_tiny_patch16_224", 10, quantization=IGQViT(4, 4, groups=8))
-    >>> module.quantization.settings.groups
-    8
+    Example:
+        >>> module = IGQViTModule("vit_tiny_patch16_224", 10, quantization=IGQViT(4, 4, groups=8))
+        >>> module.quantization.settings.groups
+        8
     """
 
     calibration_key: ClassVar[str] = "igq_vit"

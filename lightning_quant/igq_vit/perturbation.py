@@ -28,8 +28,9 @@ def log_posteriors(outputs: Any) -> Tensor:
     Raises:
         ConfigurationError: anything else.
 
-    >>> log_posteriors(torch.zeros(2, 4)).exp().tolist()[0]
-    [0.25, 0.25, 0.25, 0.25]
+    Example:
+        >>> log_posteriors(torch.zeros(2, 4)).exp().tolist()[0]
+        [0.25, 0.25, 0.25, 0.25]
     """
     for name in ("logits", "out"):
         found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)

@@ -25,8 +25,9 @@ SINGLE_EXTENSIONS = (-0.15, -0.05, 0.0, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0)
 def thinned(x: Tensor, axis: int, images: int, values: int = SEARCHED_VALUES) -> Tensor:
     """Every n-th slice of an axis, so that about ``values`` numbers an image are left, however the images are split.
 
-    >>> thinned(torch.arange(8), 0, images=2, values=2).tolist()
-    [0, 2, 4, 6]
+    Example:
+        >>> thinned(torch.arange(8), 0, images=2, values=2).tolist()
+        [0, 2, 4, 6]
     """
     step = min(max(1, x.numel() // images // values), x.shape[axis])
     return x[(slice(None),) * (axis % x.dim()) + (slice(None, None, step),)]
@@ -42,8 +43,9 @@ def tail_bounds(x: Tensor, tails: Sequence[float]) -> Tensor:
     Returns:
         (tails, 2).
 
-    >>> tail_bounds(torch.arange(101.0), [0.0, 5.0]).tolist()
-    [[0.0, 100.0], [5.0, 95.0]]
+    Example:
+        >>> tail_bounds(torch.arange(101.0), [0.0, 5.0]).tolist()
+        [[0.0, 100.0], [5.0, 95.0]]
     """
     flat = x.detach().float().flatten()
     count = int(all_reduce_sum(torch.tensor([flat.numel()], device=flat.device)))

@@ -23,8 +23,9 @@ def table(values: Mapping[int, float]) -> Tensor:
 def tables_of(record: Record, kind: str) -> dict[str, dict[int, float]]:
     """What each number of groups comes to, by slot.
 
-    >>> tables_of({"omega/head.input_quantizer": table({2: 0.5, 4: 0.25})}, OMEGA)
-    {'head.input_quantizer': {2: 0.5, 4: 0.25}}
+    Example:
+        >>> tables_of({"omega/head.input_quantizer": table({2: 0.5, 4: 0.25})}, OMEGA)
+        {'head.input_quantizer': {2: 0.5, 4: 0.25}}
     """
     return {
         slot: {int(g): float(v) for g, v in sorted(value.T.tolist())} for slot, value in below(record, kind).items()

@@ -24,9 +24,10 @@ def expected_gains(estimates: Table, cost: Costs, budget: int) -> list[dict[int,
         cost: Costs of the same numbers of groups.
         budget: Most that all layers may cost together.
 
-    >>> (gains,) = expected_gains([{1: 1.0, 2: 0.9, 4: 0.1}], [{1: 1, 2: 2, 4: 4}], budget=4)
-    >>> gains[4] > gains[2] > gains[1]
-    True
+    Example:
+        >>> (gains,) = expected_gains([{1: 1.0, 2: 0.9, 4: 0.1}], [{1: 1, 2: 2, 4: 4}], budget=4)
+        >>> gains[4] > gains[2] > gains[1]
+        True
     """
     price = _price(estimates, cost, budget)
     gains = []
@@ -48,8 +49,9 @@ def shortlist(gains: Sequence[Mapping[int, float]], passes: Sequence[float], lim
         passes: Share of the network that a measurement runs, for each layer.
         limit: Most that all measurements may take together.
 
-    >>> shortlist([{1: 0.0, 8: 0.3}, {1: 0.1, 8: 0.2}], passes=[1.0, 0.5], limit=2.0)
-    [[8], [1, 8]]
+    Example:
+        >>> shortlist([{1: 0.0, 8: 0.3}, {1: 0.1, 8: 0.2}], passes=[1.0, 0.5], limit=2.0)
+        [[8], [1, 8]]
     """
     ordered = sorted(
         (-gain / passes[layer], layer, groups) for layer, each in enumerate(gains) for groups, gain in each.items()
@@ -66,10 +68,11 @@ def shortlist(gains: Sequence[Mapping[int, float]], passes: Sequence[float], lim
 def combined(estimates: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
     """What is known of a layer: what was measured, the rest estimated in proportion to it.
 
-    >>> combined({1: 4.0, 8: 2.0}, {8: 1.0})
-    {1: 2.0, 8: 1.0}
-    >>> combined({}, {8: 1.0})
-    {8: 1.0}
+    Example:
+        >>> combined({1: 4.0, 8: 2.0}, {8: 1.0})
+        {1: 2.0, 8: 1.0}
+        >>> combined({}, {8: 1.0})
+        {8: 1.0}
     """
     estimated = sum(estimates.get(groups, 0.0) for groups in measured)
     factor = sum(measured.values()) / estimated if estimated > 0 else 1.0

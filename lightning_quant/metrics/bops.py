@@ -87,10 +87,11 @@ def fully_connected_bops(
     Raises:
         ConfigurationError: more groups than channels, or less than none.
 
-    >>> fully_connected_bops(2, 3, 5, 4, 8)
-    960
-    >>> fully_connected_bops(2, 3, 5, 4, 8, groups=1) - 960 == 32 * (2 * 2 * 3 + 4 * 3 + 2 * 5)
-    True
+    Example:
+        >>> fully_connected_bops(2, 3, 5, 4, 8)
+        960
+        >>> fully_connected_bops(2, 3, 5, 4, 8, groups=1) - 960 == 32 * (2 * 2 * 3 + 4 * 3 + 2 * 5)
+        True
     """
     if not 0 <= groups <= in_features:
         raise ConfigurationError(f"groups={groups}: expected 0 (layer-wise) .. {in_features}, the number of channels.")
@@ -110,8 +111,9 @@ def attention_bops(tokens: int, channels: int, bits: int, windows: int = 1, keys
         windows: of one image.
         keys: M, of one window; None: as many as queries.
 
-    >>> attention_bops(4, 8, bits=2, windows=3)
-    1536
+    Example:
+        >>> attention_bops(4, 8, bits=2, windows=3)
+        1536
     """
     return windows * tokens * (tokens if keys is None else keys) * channels * bits**2
 
@@ -121,8 +123,9 @@ def convolution_bops(
 ) -> int:
     """As a fully connected layer at each output position, over the values of one patch.
 
-    >>> convolution_bops(196, 3 * 16 * 16, 768, 4, 8) == 196 * 768 * 768 * 4 * 8
-    True
+    Example:
+        >>> convolution_bops(196, 3 * 16 * 16, 768, 4, 8) == 196 * 768 * 768 * 4 * 8
+        True
     """
     return fully_connected_bops(positions, in_features, out_features, weight_bits, activation_bits)
 
@@ -149,11 +152,12 @@ def model_bops(
     Raises:
         ConfigurationError: groups of a layer that is not among the shapes, not fully connected, or has fewer channels.
 
-    >>> shapes = [LayerShape("embed", "convolution", 4, 12, 8), LayerShape("fc", "linear", 4, 8, 16)]
-    >>> model_bops(shapes, 4, 4).layers
-    {'embed': 12288, 'fc': 8192}
-    >>> model_bops(shapes, 32, 32, first=None).total
-    917504
+    Example:
+        >>> shapes = [LayerShape("embed", "convolution", 4, 12, 8), LayerShape("fc", "linear", 4, 8, 16)]
+        >>> model_bops(shapes, 4, 4).layers
+        {'embed': 12288, 'fc': 8192}
+        >>> model_bops(shapes, 32, 32, first=None).total
+        917504
     """
     chosen = groups if isinstance(groups, Mapping) else _same(shapes, groups)
     linear = {shape.name for shape in shapes if shape.kind == "linear"}
@@ -186,8 +190,9 @@ def measure_shapes(network: nn.Module, *inputs: Any, run: Callable[..., object] 
     Raises:
         UnsupportedModelError: where no such layer was called.
 
-    >>> measure_shapes(nn.Sequential(nn.Linear(4, 8)), torch.zeros(2, 5, 4))
-    [LayerShape(name='0', kind='linear', tokens=5, in_features=4, out_features=8, windows=1)]
+    Example:
+        >>> measure_shapes(nn.Sequential(nn.Linear(4, 8)), torch.zeros(2, 5, 4))
+        [LayerShape(name='0', kind='linear', tokens=5, in_features=4, out_features=8, windows=1)]
     """
     calls: list[LayerShape] = []
     with ExitStack() as stack:

@@ -22,8 +22,9 @@ SPATIAL_CHANNELS = 7
 def to_bytes(images: Tensor) -> Tensor:
     """Images in [0, 1] as they would be written to a file: uint8, rounded to the nearest level.
 
-    >>> to_bytes(torch.tensor([0.0, 0.4999, 1.0])).tolist()
-    [0, 127, 255]
+    Example:
+        >>> to_bytes(torch.tensor([0.0, 0.4999, 1.0])).tolist()
+        [0, 127, 255]
     """
     return (images * 255).round().to(torch.uint8)
 
@@ -93,9 +94,10 @@ class ModuleFeatures(nn.Module):
     Args:
         module: images (n, 3, H, W) in [0, 1] to features (n, D), or to a pair of these and class logits (n, K).
 
-    >>> rows = ModuleFeatures(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)))(torch.rand(2, 3, 4, 4))
-    >>> {name: tuple(row.shape) for name, row in rows.items()}
-    {'pooled': (2, 5)}
+    Example:
+        >>> rows = ModuleFeatures(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)))(torch.rand(2, 3, 4, 4))
+        >>> {name: tuple(row.shape) for name, row in rows.items()}
+        {'pooled': (2, 5)}
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -40,9 +40,10 @@ def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
         UnavailableError: fewer than two images in a set.
         ConfigurationError: features of different length.
 
-    >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
-    >>> round(frechet_distance(x, x + torch.tensor([0.0, 3.0])), 6)
-    9.0
+    Example:
+        >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
+        >>> round(frechet_distance(x, x + torch.tensor([0.0, 3.0])), 6)
+        9.0
     """
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
 
@@ -73,9 +74,10 @@ def kernel_distance(features: Tensor, reference: Tensor, subset_size: int | None
     Raises:
         UnavailableError: fewer images than a subset holds.
 
-    >>> x = torch.arange(12.0).reshape(4, 3)
-    >>> kernel_distance(x, x + 9) > 0
-    True
+    Example:
+        >>> x = torch.arange(12.0).reshape(4, 3)
+        >>> kernel_distance(x, x + 9) > 0
+        True
     """
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 
@@ -94,8 +96,9 @@ def inception_score(logits: Tensor) -> float:
     Args:
         logits: (n, K) of a classifier.
 
-    >>> round(inception_score(torch.zeros(20, 7)), 6)
-    1.0
+    Example:
+        >>> round(inception_score(torch.zeros(20, 7)), 6)
+        1.0
     """
     from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 

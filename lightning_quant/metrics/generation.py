@@ -43,13 +43,14 @@ class GenerationMetrics:
     Attributes:
         missing: measure to why :meth:`compute` left it out, from its last call.
 
-    >>> metrics = GenerationMetrics(nn.Flatten(), lpips_net=None)
-    >>> images = torch.rand(4, 1, 8, 8)
-    >>> metrics.update(images, images)
-    >>> {name: round(value, 3) for name, value in metrics.compute().items()}
-    {'FID2FP32': 0.0, 'PSNR': 100.0, 'SSIM': 1.0}
-    >>> sorted(metrics.missing)
-    ['FID', 'IS', 'KID', 'sFID', 'sFID2FP32']
+    Example:
+        >>> metrics = GenerationMetrics(nn.Flatten(), lpips_net=None)
+        >>> images = torch.rand(4, 1, 8, 8)
+        >>> metrics.update(images, images)
+        >>> {name: round(value, 3) for name, value in metrics.compute().items()}
+        {'FID2FP32': 0.0, 'PSNR': 100.0, 'SSIM': 1.0}
+        >>> sorted(metrics.missing)
+        ['FID', 'IS', 'KID', 'sFID', 'sFID2FP32']
     """
 
     def __init__(

@@ -25,10 +25,11 @@ class ImageTable:
     Attributes:
         columns: batches of each column, on the CPU; ``ids`` among them where they were given.
 
-    >>> table = ImageTable()
-    >>> table.add({"error": torch.tensor([3.0, 1.0, 1.0])}, ids=torch.tensor([7, 2, 2]))
-    >>> merge([table])["error"].tolist()
-    [1.0, 3.0]
+    Example:
+        >>> table = ImageTable()
+        >>> table.add({"error": torch.tensor([3.0, 1.0, 1.0])}, ids=torch.tensor([7, 2, 2]))
+        >>> merge([table])["error"].tolist()
+        [1.0, 3.0]
     """
 
     columns: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -20,14 +20,15 @@ def peak_saved_bytes(call: Callable[[], object], without: Iterable[Tensor] = ())
         call: does forward and backward passes.
         without: tensors whose memory is there anyway, for example the parameters.
 
-    >>> import torch
-    >>> x = torch.ones(1000, requires_grad=True)
-    >>> peak_saved_bytes(lambda: x.exp().sum().backward())
-    4000
-    >>> peak_saved_bytes(lambda: [x.exp().sum().backward() for _ in range(5)])
-    4000
-    >>> peak_saved_bytes(lambda: x.exp().exp().sum().backward(), without=[x])
-    8000
+    Example:
+        >>> import torch
+        >>> x = torch.ones(1000, requires_grad=True)
+        >>> peak_saved_bytes(lambda: x.exp().sum().backward())
+        4000
+        >>> peak_saved_bytes(lambda: [x.exp().sum().backward() for _ in range(5)])
+        4000
+        >>> peak_saved_bytes(lambda: x.exp().exp().sum().backward(), without=[x])
+        8000
     """
     held = _Held({_place(tensor) for tensor in without})
     with saved_tensors_hooks(held.pack, _Saved.unpack):

@@ -35,8 +35,9 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     Returns:
         (n,).
 
-    >>> psnr(torch.full((1, 1, 2, 2), 0.6), torch.full((1, 1, 2, 2), 0.5)).round()
-    tensor([20.])
+    Example:
+        >>> psnr(torch.full((1, 1, 2, 2), 0.6), torch.full((1, 1, 2, 2), 0.5)).round()
+        tensor([20.])
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -60,9 +61,10 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
     Raises:
         UnavailableError: images of fewer than 3 x 3 pixels.
 
-    >>> x = torch.rand(2, 3, 8, 8)
-    >>> ssim(x, x)
-    tensor([1., 1.])
+    Example:
+        >>> x = torch.rand(2, 3, 8, 8)
+        >>> ssim(x, x)
+        tensor([1., 1.])
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
 

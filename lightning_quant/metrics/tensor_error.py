@@ -53,15 +53,16 @@ class TensorError:
         channel_axis: of the tensor.
         own_codes: whether each channel has a grid of its own, as the output channels of weights.
 
-    >>> from lightning_quant.quantizers import LearnedQuantizer
-    >>> quantizer = LearnedQuantizer(2, signed=False)
-    >>> quantizer.initialize(torch.tensor([0.0, 1.0]))
-    >>> _ = quantizer.range.data.fill_(3.0)
-    >>> error = TensorError(quantizer, channel_axis=1)
-    >>> error.update(torch.tensor([[0.0, 1.0], [0.0, 9.0]]).repeat(8, 1))
-    >>> found = error.figures()
-    >>> found.clipped, found.codes_used, round(found.sqnr, 2)
-    (0.25, 0.75, 3.58)
+    Example:
+        >>> from lightning_quant.quantizers import LearnedQuantizer
+        >>> quantizer = LearnedQuantizer(2, signed=False)
+        >>> quantizer.initialize(torch.tensor([0.0, 1.0]))
+        >>> _ = quantizer.range.data.fill_(3.0)
+        >>> error = TensorError(quantizer, channel_axis=1)
+        >>> error.update(torch.tensor([[0.0, 1.0], [0.0, 9.0]]).repeat(8, 1))
+        >>> found = error.figures()
+        >>> found.clipped, found.codes_used, round(found.sqnr, 2)
+        (0.25, 0.75, 3.58)
     """
 
     def __init__(self, quantizer: Quantizer, channel_axis: int, own_codes: bool = False) -> None:

@@ -75,7 +75,8 @@ def register_timm(name: str) -> None:
     Raises:
         ConfigurationError: timm has no such model.
 
-    >>> register_timm("timm:tf_efficientnet_lite0")
+    Example:
+        >>> register_timm("timm:tf_efficientnet_lite0")
     """
     if not timm.is_model(name.removeprefix(_PREFIX)):
         raise ConfigurationError(

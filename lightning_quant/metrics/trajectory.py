@@ -23,9 +23,10 @@ def accumulated_error(quantized_states: Tensor | Sequence[Tensor], float_states:
     Raises:
         ConfigurationError: different numbers of steps, or shapes.
 
-    >>> noise = torch.zeros(1, 1, 2, 2)
-    >>> accumulated_error([noise, noise + 1, noise + 3], [noise, noise, noise]).tolist()
-    [0.0, 1.0, 3.0]
+    Example:
+        >>> noise = torch.zeros(1, 1, 2, 2)
+        >>> accumulated_error([noise, noise + 1, noise + 3], [noise, noise, noise]).tolist()
+        [0.0, 1.0, 3.0]
     """
     return _rmse(quantized_states, float_states)
 
@@ -43,9 +44,10 @@ def single_step_error(predicted_states: Tensor | Sequence[Tensor], float_states:
     Raises:
         ConfigurationError: different numbers of steps, or shapes.
 
-    >>> states = torch.zeros(3, 1, 1, 2, 2)
-    >>> single_step_error(states[1:] + 2, states).tolist()
-    [2.0, 2.0]
+    Example:
+        >>> states = torch.zeros(3, 1, 1, 2, 2)
+        >>> single_step_error(states[1:] + 2, states).tolist()
+        [2.0, 2.0]
     """
     return _rmse(predicted_states, float_states[1:])
 

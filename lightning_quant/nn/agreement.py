@@ -27,7 +27,8 @@ def check_weights_agree(network: nn.Module) -> None:
     Raises:
         QuantizationError: with the name of the first tensor that is not the same, or not whole.
 
-    >>> check_weights_agree(nn.Linear(2, 2))
+    Example:
+        >>> check_weights_agree(nn.Linear(2, 2))
     """
     named = list(network.named_parameters())
     if name := divided_parameter(network):
@@ -42,8 +43,9 @@ def check_weights_agree(network: nn.Module) -> None:
 def divided_parameter(network: nn.Module) -> str:
     """Name of the first parameter of which this rank has only a piece, as FSDP2 leaves it; empty where all are whole.
 
-    >>> divided_parameter(nn.Linear(2, 2))
-    ''
+    Example:
+        >>> divided_parameter(nn.Linear(2, 2))
+        ''
     """
     # Only a DTensor has this, and importing it takes time.
     return next((name for name, each in network.named_parameters() if hasattr(each, "full_tensor")), "")
@@ -55,7 +57,8 @@ def check_quantizers_agree(network: nn.Module) -> None:
     Raises:
         QuantizationError: with the name of the first one.
 
-    >>> check_quantizers_agree(nn.Linear(2, 2))
+    Example:
+        >>> check_quantizers_agree(nn.Linear(2, 2))
     """
     prefixes = tuple(f"{name}." for name, module in network.named_modules() if isinstance(module, Quantizer))
     buffers = [(name, buffer) for name, buffer in network.named_buffers() if name.startswith(prefixes)]

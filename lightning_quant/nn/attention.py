@@ -50,16 +50,17 @@ def register_attention(
     Args:
         classes: attention classes, or their full names, ``"package.module.Class"``.
 
-    >>> import torch.nn.functional as F
-    >>> class MyAttention(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.qkv = nn.Linear(4, 12)
-    ...     def forward(self, x):
-    ...         return F.scaled_dot_product_attention(*self.qkv(x).unsqueeze(1).chunk(3, -1)).squeeze(1)
-    >>> _ = register_attention(MyAttention)
-    >>> swap_attention(MyAttention()).observer is None
-    True
+    Example:
+        >>> import torch.nn.functional as F
+        >>> class MyAttention(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.qkv = nn.Linear(4, 12)
+        ...     def forward(self, x):
+        ...         return F.scaled_dot_product_attention(*self.qkv(x).unsqueeze(1).chunk(3, -1)).squeeze(1)
+        >>> _ = register_attention(MyAttention)
+        >>> swap_attention(MyAttention()).observer is None
+        True
     """
 
     def add(form: type[QuantizedAttention]) -> type[QuantizedAttention]:
@@ -110,11 +111,12 @@ def swap_attention(
         UnsupportedModelError: a class that is not known, or a setting of it that cannot be opened.
         ConfigurationError: an attention that is open already; a windowed one without its parent.
 
-    >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
-    >>> swap_attention(attention) is attention
-    True
-    >>> type(attention).__name__, type(restore_attention(attention)).__name__
-    ('QuantizedMultiheadAttention', 'MultiheadAttention')
+    Example:
+        >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        >>> swap_attention(attention) is attention
+        True
+        >>> type(attention).__name__, type(restore_attention(attention)).__name__
+        ('QuantizedMultiheadAttention', 'MultiheadAttention')
     """
     kind = type(module)
     if isinstance(module, QuantizedAttention):

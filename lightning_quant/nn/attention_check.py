@@ -24,8 +24,9 @@ def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str
     Raises:
         UnsupportedModelError: no attention at all; one whose class is not known, or that cannot be opened.
 
-    >>> check_attentions(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)))
-    ['1']
+    Example:
+        >>> check_attentions(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)))
+        ['1']
     """
     found = list(find_attentions(module))
     if not found:

@@ -12,8 +12,9 @@ from torch import nn
 def builds_late(module: nn.Module) -> bool:
     """Whether a module may get layers after Lightning has called ``setup`` of the callbacks.
 
-    >>> builds_late(pl.LightningModule())
-    False
+    Example:
+        >>> builds_late(pl.LightningModule())
+        False
     """
     hooks = ("setup", "configure_model")
     return isinstance(module, pl.LightningModule) and any(is_overridden(hook, module) for hook in hooks)
@@ -24,11 +25,12 @@ def after_setup(module: pl.LightningModule, then: Callable[[], object]) -> None:
 
     Lightning has no hook of callbacks there: it calls theirs before the module's.
 
-    >>> module = pl.LightningModule()
-    >>> after_setup(module, lambda: print("built"))
-    >>> module.setup("fit")
-    built
-    >>> module.setup("fit")
+    Example:
+        >>> module = pl.LightningModule()
+        >>> after_setup(module, lambda: print("built"))
+        >>> module.setup("fit")
+        built
+        >>> module.setup("fit")
     """
     cancel_after_setup(module)
     vars(module)["setup"] = _Setup(module, then)

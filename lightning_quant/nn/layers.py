@@ -245,11 +245,12 @@ def swap(
         UnsupportedModelError: a layer of another class, or with a forward of its own.
         ConfigurationError: a gradient quantizer or integers with other forward quantizers than learned ones.
 
-    >>> layer = nn.Linear(4, 2)
-    >>> swap(layer, LearnedQuantizer(4), LearnedQuantizer(4, signed=True)) is layer
-    True
-    >>> type(layer).__name__, type(restore(layer)).__name__
-    ('QuantizedLinear', 'Linear')
+    Example:
+        >>> layer = nn.Linear(4, 2)
+        >>> swap(layer, LearnedQuantizer(4), LearnedQuantizer(4, signed=True)) is layer
+        True
+        >>> type(layer).__name__, type(restore(layer)).__name__
+        ('QuantizedLinear', 'Linear')
     """
     reason = obstacle(layer)
     if reason:

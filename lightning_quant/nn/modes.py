@@ -21,8 +21,9 @@ def eager_execution() -> Iterator[None]:
 
     What was compiled before would go on with the layers and the empty quantizers that it has seen.
 
-    >>> with eager_execution():
-    ...     y = torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
+    Example:
+        >>> with eager_execution():
+        ...     y = torch.compile(torch.nn.Linear(2, 2))(torch.ones(1, 2))
     """
     if not _imported():
         yield
@@ -37,8 +38,9 @@ def eager_execution() -> Iterator[None]:
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook for a network that may be compiled, which runs as it is written in any case.
 
-    >>> never_compiled(len)([1, 2])
-    2
+    Example:
+        >>> never_compiled(len)([1, 2])
+        2
     """
     return torch.compiler.disable(hook) if _imported() else hook
 
@@ -50,8 +52,9 @@ def untraced(function: Callable[P, R], when: Callable[..., bool] | None = None) 
         function: Function or method.
         when: Function of the same arguments, false for a call that sets no state and may be traced. Default: none may.
 
-    >>> untraced(len)([1, 2])
-    2
+    Example:
+        >>> untraced(len)([1, 2])
+        2
     """
     disabled: Callable[P, R] | None = None
 
@@ -77,12 +80,13 @@ def _imported() -> bool:
 def evaluating(network: nn.Module) -> Iterator[None]:
     """The network in evaluation mode; afterwards each module in the mode that it had.
 
-    >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
-    >>> with evaluating(network):
-    ...     network[0].training
-    False
-    >>> [module.training for module in network]
-    [True, False]
+    Example:
+        >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())
+        >>> with evaluating(network):
+        ...     network[0].training
+        False
+        >>> [module.training for module in network]
+        [True, False]
     """
     training = [module for module in network.modules() if module.training]
     network.eval()

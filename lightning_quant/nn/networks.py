@@ -38,12 +38,13 @@ def networks_of(module: nn.Module) -> Networks:
     is one. A part is a copy where its layers have the values of another's: of one that trains, and it trains itself or
     can be updated from another module, as averages can.
 
-    >>> class Perceptual(pl.LightningModule):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.net, self.vgg = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
-    >>> networks_of(Perceptual()).frozen
-    {'vgg': 'vgg'}
+    Example:
+        >>> class Perceptual(pl.LightningModule):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.net, self.vgg = nn.Linear(2, 2), nn.Linear(2, 2).requires_grad_(False)
+        >>> networks_of(Perceptual()).frozen
+        {'vgg': 'vgg'}
     """
     found, training = Networks(), dict[str, Layers]()
     if not isinstance(module, pl.LightningModule):

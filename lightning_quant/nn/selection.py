@@ -31,8 +31,9 @@ FROZEN = "frozen: "
 class Bits(NamedTuple):
     """Bit-widths of weight, activation and gradient; 32 leaves a tensor in float.
 
-    >>> str(Bits(4, 4, 32))
-    '4/4/32'
+    Example:
+        >>> str(Bits(4, 4, 32))
+        '4/4/32'
     """
 
     weight: int
@@ -62,9 +63,10 @@ class PlannedLayer:
 class Plan(Tabled):
     """What will be quantized. Prints as a table.
 
-    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
-    >>> print(plan_layers(network, Bits(4, 4, 4)).summary())
-    1 of 3 layers quantized to 4/4/4 bits (weight/activation/gradient), 2 left in float.
+    Example:
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
+        >>> print(plan_layers(network, Bits(4, 4, 4)).summary())
+        1 of 3 layers quantized to 4/4/4 bits (weight/activation/gradient), 2 left in float.
     """
 
     heads: ClassVar[tuple[str, ...]] = ("layer", "kind", "weight shape", "bits w/a/g", "note")
@@ -205,8 +207,9 @@ def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str
 def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a pattern matches the name of a module, or of one that holds it: the meaning of every ``exclude``.
 
-    >>> matches("blocks.0.attn.qkv", ["blocks.0"]), matches("blocks.0.attn.qkv", ["attn"])
-    (True, False)
+    Example:
+        >>> matches("blocks.0.attn.qkv", ["blocks.0"]), matches("blocks.0.attn.qkv", ["attn"])
+        (True, False)
     """
     return any(fnmatchcase(outer, pattern) for outer in _outwards(name) for pattern in patterns)
 

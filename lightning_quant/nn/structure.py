@@ -33,11 +33,12 @@ def mark(state_dict: dict[str, Tensor], callback: str) -> None:
         state_dict: of a quantized module.
         callback: name of the callback that quantized it.
 
-    >>> state = {}
-    >>> mark(state, "IGQViT")
-    >>> list(state)
-    ["lightning_quant: this checkpoint is quantized; add IGQViT to the Trainer's callbacks, or load it with
-      lightning_quant.load_from_checkpoint(YourModule, path)"]
+    Example:
+        >>> state = {}
+        >>> mark(state, "IGQViT")
+        >>> list(state)
+        ["lightning_quant: this checkpoint is quantized; add IGQViT to the Trainer's callbacks, or load it with
+          lightning_quant.load_from_checkpoint(YourModule, path)"]
     """
     what = f"add {callback} to the Trainer's callbacks, or load it with"
     state_dict[f"{HINT}{what} lightning_quant.load_from_checkpoint(YourModule, path)"] = torch.tensor(True)
@@ -68,12 +69,13 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
     Raises:
         CheckpointError: quantized layers that the module does not have, an unknown version or kind of quantizer.
 
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> quantized, plain = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
-    >>> _ = swap(quantized[0], weight_quantizer=FixedQuantizer(6, axis=0))
-    >>> rebuild(plain, quantized.state_dict())
-    >>> plain[0].weight_quantizer
-    FixedQuantizer(bits=6, ready=False)
+    Example:
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> quantized, plain = nn.Sequential(nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2))
+        >>> _ = swap(quantized[0], weight_quantizer=FixedQuantizer(6, axis=0))
+        >>> rebuild(plain, quantized.state_dict())
+        >>> plain[0].weight_quantizer
+        FixedQuantizer(bits=6, ready=False)
     """
     found: dict[str, dict[str, Tensor]] = {name: {} for name in opened}
     for key, value in state_dict.items():
@@ -141,12 +143,13 @@ def strip(module: Module) -> Module:
 
     The weights are the float master weights that were trained; the state dict is that of the float network.
 
-    >>> from lightning_quant.nn import Bits, plan_layers, swap
-    >>> from lightning_quant.quantizers import LearnedQuantizer
-    >>> network = nn.Sequential(nn.Linear(2, 2))
-    >>> _ = swap(network[0], LearnedQuantizer(4))
-    >>> list(strip(network).state_dict())
-    ['0.weight', '0.bias']
+    Example:
+        >>> from lightning_quant.nn import Bits, plan_layers, swap
+        >>> from lightning_quant.quantizers import LearnedQuantizer
+        >>> network = nn.Sequential(nn.Linear(2, 2))
+        >>> _ = swap(network[0], LearnedQuantizer(4))
+        >>> list(strip(network).state_dict())
+        ['0.weight', '0.bias']
     """
     unwatch_timesteps(module)
     for _, layer in list(quantized_layers(module)):
@@ -164,16 +167,17 @@ def in_float(module: nn.Module, owners: Collection[str] | None = None) -> Iterat
         module: quantized.
         owners: names of the layers and attentions whose quantizers are taken; None takes all.
 
-    >>> import torch
-    >>> from lightning_quant.nn import swap
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> network = nn.Sequential(nn.Linear(4, 4)).eval()
-    >>> x = torch.randn(2, 4)
-    >>> expected = network(x)
-    >>> _ = swap(network[0], FixedQuantizer(4), FixedQuantizer(4))
-    >>> with in_float(network):
-    ...     torch.equal(network(x), expected)
-    True
+    Example:
+        >>> import torch
+        >>> from lightning_quant.nn import swap
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> network = nn.Sequential(nn.Linear(4, 4)).eval()
+        >>> x = torch.randn(2, 4)
+        >>> expected = network(x)
+        >>> _ = swap(network[0], FixedQuantizer(4), FixedQuantizer(4))
+        >>> with in_float(network):
+        ...     torch.equal(network(x), expected)
+        True
     """
     taken = []
     for name, quantizer in list(quantizers_of(module)):

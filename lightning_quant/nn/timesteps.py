@@ -22,18 +22,19 @@ def watch_timesteps(module: nn.Module) -> None:
     Args:
         module: with quantized layers; hooks are set once.
 
-    >>> class Denoiser(nn.Module):
-    ...     def __init__(self):
-    ...         super().__init__()
-    ...         self.quantizer = TimestepQuantizer(8, starts=(900, 400))
-    ...     def forward(self, sample, timestep):
-    ...         return self.quantizer(sample)
-    >>> denoiser = Denoiser()
-    >>> watch_timesteps(denoiser)
-    >>> import torch
-    >>> _ = denoiser(torch.zeros(1), timestep=30)
-    >>> denoiser.quantizer.group
-    1
+    Example:
+        >>> class Denoiser(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.quantizer = TimestepQuantizer(8, starts=(900, 400))
+        ...     def forward(self, sample, timestep):
+        ...         return self.quantizer(sample)
+        >>> denoiser = Denoiser()
+        >>> watch_timesteps(denoiser)
+        >>> import torch
+        >>> _ = denoiser(torch.zeros(1), timestep=30)
+        >>> denoiser.quantizer.group
+        1
     """
     for child in module.modules():
         position = _position(type(child))

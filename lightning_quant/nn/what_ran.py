@@ -20,7 +20,8 @@ class WhatRan(pl.Callback):
 
     The callbacks of the methods are of this class; of several in one Trainer the first one speaks.
 
-    >>> trainer = pl.Trainer(callbacks=[WhatRan()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[WhatRan()], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -36,16 +37,17 @@ def quantized_share(module: nn.Module) -> str:
     Args:
         module: Module in float or quantized; quantizers without a range count as float.
 
-    >>> import torch
-    >>> from lightning_quant.nn import swap
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    >>> quantized_share(network)
-    'in float'
-    >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4))
-    >>> layer.weight_quantizer.initialize(layer.weight)
-    >>> quantized_share(network)
-    'quantized, W4A32, 1 of 2 layers'
+    Example:
+        >>> import torch
+        >>> from lightning_quant.nn import swap
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        >>> quantized_share(network)
+        'in float'
+        >>> layer = swap(network[0], weight_quantizer=FixedQuantizer(4))
+        >>> layer.weight_quantizer.initialize(layer.weight)
+        >>> quantized_share(network)
+        'quantized, W4A32, 1 of 2 layers'
     """
     layers = [layer for layer in module.modules() if isinstance(layer, tuple(LAYERS))]
     found = Counter(bits for layer in layers if (bits := _bits(layer)) != _FLOAT)

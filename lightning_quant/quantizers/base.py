@@ -219,9 +219,10 @@ def quantizer_of_state(state: Tensor) -> Quantizer:
     Raises:
         CheckpointError: an unknown version, or a class of quantizers that is not known here.
 
-    >>> from lightning_quant.quantizers import FixedQuantizer
-    >>> quantizer_of_state(FixedQuantizer(6, axis=0).get_extra_state())
-    FixedQuantizer(bits=6, ready=False)
+    Example:
+        >>> from lightning_quant.quantizers import FixedQuantizer
+        >>> quantizer_of_state(FixedQuantizer(6, axis=0).get_extra_state())
+        FixedQuantizer(bits=6, ready=False)
     """
     kind, signature = read_state(state)
     name = _name(kind)

@@ -22,9 +22,10 @@ class TokenQuantizer(InstanceQuantizer, kind=6):
     Shape:
         (..., channels).
 
-    >>> TokenQuantizer(2)(torch.tensor([[0.0, 1.1, 3.0], [0.0, 0.4, 0.3]]))
-    tensor([[0.0000, 1.0000, 3.0000],
-            [0.0000, 0.4000, 0.2667]])
+    Example:
+        >>> TokenQuantizer(2)(torch.tensor([[0.0, 1.1, 3.0], [0.0, 0.4, 0.3]]))
+        tensor([[0.0000, 1.0000, 3.0000],
+                [0.0000, 0.4000, 0.2667]])
     """
 
     def __init__(self, bits: int, from_zero: bool = False) -> None:
@@ -58,8 +59,9 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
     Shape:
         (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
 
-    >>> ChannelQuantizer(2)(torch.tensor([[[0.0, -3.0], [0.9, -0.9], [3.0, 0.0]]])).tolist()
-    [[[0.0, -3.0], [1.0, -1.0], [3.0, 0.0]]]
+    Example:
+        >>> ChannelQuantizer(2)(torch.tensor([[[0.0, -3.0], [0.9, -0.9], [3.0, 0.0]]])).tolist()
+        [[[0.0, -3.0], [1.0, -1.0], [3.0, 0.0]]]
     """
 
     def __init__(self, bits: int) -> None:
@@ -96,10 +98,11 @@ class LogQuantizer(InstanceQuantizer, kind=9):
     Shape:
         any, not negative.
 
-    >>> quantizer = LogQuantizer(3)
-    >>> quantizer.scale, quantizer.ready = torch.tensor(1.0), True
-    >>> quantizer(torch.tensor([1.0, 0.26, 0.001]))
-    tensor([1.0000, 0.2500, 0.0000])
+    Example:
+        >>> quantizer = LogQuantizer(3)
+        >>> quantizer.scale, quantizer.ready = torch.tensor(1.0), True
+        >>> quantizer(torch.tensor([1.0, 0.26, 0.001]))
+        tensor([1.0000, 0.2500, 0.0000])
     """
 
     scale: Tensor

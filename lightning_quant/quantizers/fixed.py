@@ -31,12 +31,13 @@ class FixedQuantizer(Quantizer, kind=2):
         estimator: from a tensor and ``axis`` to its (low, high); default min-max. Bind arguments with
             ``functools.partial``, for example ``partial(percentile, keep=99.9)``.
 
-    >>> quantizer = FixedQuantizer(8, axis=0)
-    >>> quantizer.initialize(torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]))
-    >>> quantizer.scale.tolist() == [1 / 127, 2 / 127]
-    False
-    >>> quantizer(torch.tensor([[5.0, 0.0], [5.0, 0.0]])).tolist()
-    [[1.0, 0.0], [2.0, 0.0]]
+    Example:
+        >>> quantizer = FixedQuantizer(8, axis=0)
+        >>> quantizer.initialize(torch.tensor([[-1.0, 1.0], [-2.0, 2.0]]))
+        >>> quantizer.scale.tolist() == [1 / 127, 2 / 127]
+        False
+        >>> quantizer(torch.tensor([[5.0, 0.0], [5.0, 0.0]])).tolist()
+        [[1.0, 0.0], [2.0, 0.0]]
     """
 
     scale: Tensor

@@ -57,10 +57,11 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
     Shape:
         (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
 
-    >>> quantizer = GroupQuantizer(2, 2)
-    >>> quantizer.set_ranges(torch.tensor([[0.0, 3.0], [-10.0, 20.0]]))
-    >>> quantizer(torch.tensor([[[0.0, -10.0], [1.1, 20.0]]])).tolist()
-    [[[0.0, -10.0], [1.0, 20.0]]]
+    Example:
+        >>> quantizer = GroupQuantizer(2, 2)
+        >>> quantizer.set_ranges(torch.tensor([[0.0, 3.0], [-10.0, 20.0]]))
+        >>> quantizer(torch.tensor([[[0.0, -10.0], [1.1, 20.0]]])).tolist()
+        [[[0.0, -10.0], [1.0, 20.0]]]
     """
 
     centres: Tensor
@@ -132,11 +133,12 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
     Shape:
         (..., rows, keys).
 
-    >>> quantizer = RowGroupQuantizer(2, 2)
-    >>> quantizer.set_ranges(torch.tensor([0.6, 0.9]))
-    >>> quantizer(torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
-    tensor([[0.9000, 0.0000],
-            [0.4000, 0.6000]])
+    Example:
+        >>> quantizer = RowGroupQuantizer(2, 2)
+        >>> quantizer.set_ranges(torch.tensor([0.6, 0.9]))
+        >>> quantizer(torch.tensor([[0.9, 0.1], [0.4, 0.6]]))
+        tensor([[0.9000, 0.0000],
+                [0.4000, 0.6000]])
     """
 
     centres: Tensor

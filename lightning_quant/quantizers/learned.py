@@ -53,10 +53,11 @@ class LearnedQuantizer(Quantizer, kind=1):
     Shape:
         any input; the output has its shape and dtype.
 
-    >>> quantizer = LearnedQuantizer(4)
-    >>> quantizer.initialize(torch.arange(16.0))
-    >>> quantizer.signed, quantizer(torch.tensor([-1.0, 100.0])).tolist()[0]
-    (False, 0.0)
+    Example:
+        >>> quantizer = LearnedQuantizer(4)
+        >>> quantizer.initialize(torch.arange(16.0))
+        >>> quantizer.signed, quantizer(torch.tensor([-1.0, 100.0])).tolist()[0]
+        (False, 0.0)
     """
 
     range: Tensor

@@ -54,15 +54,16 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         holds: compute the learned weight once for all calls between two changes of the variables, whose gradients then
             wait for :meth:`release`: with several calls in an update this is most of the cost of learning.
 
-    >>> weight = torch.tensor([[0.4, 1.0], [-0.2, 3.0]])
-    >>> quantizer = RoundedQuantizer(2, symmetric=False, axis=0)
-    >>> quantizer.initialize(weight)
-    >>> leaves = quantizer.begin(weight)
-    >>> with torch.no_grad():
-    ...     _ = leaves["alpha"].sub_(3)  # now all is rounded down
-    >>> quantizer.end()
-    >>> [round(value, 2) for value in quantizer(weight)[0].tolist()]
-    [0.33, 1.0]
+    Example:
+        >>> weight = torch.tensor([[0.4, 1.0], [-0.2, 3.0]])
+        >>> quantizer = RoundedQuantizer(2, symmetric=False, axis=0)
+        >>> quantizer.initialize(weight)
+        >>> leaves = quantizer.begin(weight)
+        >>> with torch.no_grad():
+        ...     _ = leaves["alpha"].sub_(3)  # now all is rounded down
+        >>> quantizer.end()
+        >>> [round(value, 2) for value in quantizer(weight)[0].tolist()]
+        [0.33, 1.0]
     """
 
     codes: Tensor

@@ -24,8 +24,9 @@ class Moments(NamedTuple):
 def moments(x: Tensor) -> Moments:
     """Of the union of all ranks' tensors, in one collective, accumulated in FP64.
 
-    >>> moments(torch.tensor([-1.0, 1.0]))
-    Moments(mean=0.0, std=1.0, largest=1.0, has_negative=True)
+    Example:
+        >>> moments(torch.tensor([-1.0, 1.0]))
+        Moments(mean=0.0, std=1.0, largest=1.0, has_negative=True)
     """
     values = x.double()
     # A maximum among sums: each rank's in a place of its own.

@@ -31,10 +31,11 @@ class TimestepQuantizer(Quantizer, kind=10):
     Raises:
         ConfigurationError: starts that do not fall.
 
-    >>> quantizer = TimestepQuantizer(2, starts=(900, 400))
-    >>> quantizer.set_range(torch.tensor([[0.0], [0.0]]), torch.tensor([[3.0], [6.0]]))
-    >>> [quantizer.at(t)(torch.tensor([4.0])).item() for t in (999, 401, 400, 0)]
-    [3.0, 3.0, 4.0, 4.0]
+    Example:
+        >>> quantizer = TimestepQuantizer(2, starts=(900, 400))
+        >>> quantizer.set_range(torch.tensor([[0.0], [0.0]]), torch.tensor([[3.0], [6.0]]))
+        >>> [quantizer.at(t)(torch.tensor([4.0])).item() for t in (999, 401, 400, 0)]
+        [3.0, 3.0, 4.0, 4.0]
     """
 
     scale: Tensor
@@ -188,8 +189,9 @@ def group_of(starts: Sequence[int], timestep: float | Tensor) -> int | Tensor:
     A tensor of timesteps that are not all in one group gives a tensor; one on an accelerator is not waited for, and a
     compiled network is one graph for all groups.
 
-    >>> group_of((900, 400), 400), group_of((900, 400), torch.tensor([950, 3]))
-    (1, tensor([0, 1]))
+    Example:
+        >>> group_of((900, 400), 400), group_of((900, 400), torch.tensor([950, 3]))
+        (1, tensor([0, 1]))
     """
     if len(starts) == 1:
         return 0

@@ -56,15 +56,16 @@ def analyze(
         QuantizationError: nothing that is quantized, or could be.
         ConfigurationError: data that cannot be read twice, or is not in batches; a folder that cannot be written to.
 
-    >>> from tempfile import TemporaryDirectory
-    >>> from lightning_quant import DigitsDataModule, GradientQuantization, ImageClassifier
-    >>> module = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
-    >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    >>> trainer = pl.Trainer(callbacks=[GradientQuantization()], accelerator="cpu", limit_test_batches=1, **quiet)
-    >>> with TemporaryDirectory() as folder:
-    ...     found = analyze(module, DigitsDataModule(), folder, sensitivity=False, trainer=trainer)
-    >>> len(found.layers)
-    18
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from lightning_quant import DigitsDataModule, GradientQuantization, ImageClassifier
+        >>> module = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
+        >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        >>> trainer = pl.Trainer(callbacks=[GradientQuantization()], accelerator="cpu", limit_test_batches=1, **quiet)
+        >>> with TemporaryDirectory() as folder:
+        ...     found = analyze(module, DigitsDataModule(), folder, sensitivity=False, trainer=trainer)
+        >>> len(found.layers)
+        18
     """
     data = None if datamodule is None else _readable(datamodule)
     ckpt_path = None if ckpt_path is None else local_path(ckpt_path)

@@ -30,8 +30,10 @@ class CalibrationPictures(pl.Callback):
         folder: where to.
         layer: whose channels are drawn; None takes the one whose groups differ most in width.
 
-    >>> from lightning_quant import IGQViT
-    >>> trainer = pl.Trainer(callbacks=[IGQViT(4, 4), CalibrationPictures("pictures")], logger=False, accelerator="cpu")
+    Example:
+        >>> from lightning_quant import IGQViT
+        >>> callbacks = [IGQViT(4, 4), CalibrationPictures("pictures")]
+        >>> trainer = pl.Trainer(callbacks=callbacks, logger=False, accelerator="cpu")
     """
 
     def __init__(self, folder: str | Path, layer: str | None = None) -> None:

@@ -28,10 +28,11 @@ class Comparison(Tabled):
     Attributes:
         metrics: Float and quantized value by the name that the module logs.
 
-    >>> print(Comparison({"test/acc": (0.975, 0.95)}))
-     metric    float  quantized  difference
-     test/acc  0.975  0.95       -0.025
-    1 metric, in float and quantized.
+    Example:
+        >>> print(Comparison({"test/acc": (0.975, 0.95)}))
+         metric    float  quantized  difference
+         test/acc  0.975  0.95       -0.025
+        1 metric, in float and quantized.
     """
 
     heads: ClassVar[tuple[str, ...]] = ("metric", "float", "quantized", "difference")

@@ -52,9 +52,10 @@ def draw_image_pairs(
         ConfigurationError: no image, no method, shapes that differ, channels that are not a picture, values outside
             0..1, or not as many ids as images.
 
-    >>> figure = draw_image_pairs(torch.full((2, 1, 8, 8), 0.5), {"4/8": torch.full((2, 1, 8, 8), 0.6)}, ids=[3, 7])
-    >>> [text.get_text() for text in figure.axes[0].texts][:-1]
-    ['image 3', 'image 7', 'float', '4/8', '20.0 dB', '20.0 dB']
+    Example:
+        >>> figure = draw_image_pairs(torch.full((2, 1, 8, 8), 0.5), {"4/8": torch.full((2, 1, 8, 8), 0.6)}, ids=[3, 7])
+        >>> [text.get_text() for text in figure.axes[0].texts][:-1]
+        ['image 3', 'image 7', 'float', '4/8', '20.0 dB', '20.0 dB']
     """
     reference = _checked("float", float_images, None)
     others = {name: _checked(name, each, reference) for name, each in images.items()}
@@ -130,8 +131,9 @@ def _psnr(images: Tensor, reference: Tensor) -> list[str]:
 def _cell(height: int, width: int) -> tuple[int, int]:
     """Pixels that an image is drawn over.
 
-    >>> _cell(8, 8), _cell(28, 28), _cell(32, 16), _cell(512, 256)
-    ((112, 112), (112, 112), (128, 64), (256, 128))
+    Example:
+        >>> _cell(8, 8), _cell(28, 28), _cell(32, 16), _cell(512, 256)
+        ((112, 112), (112, 112), (128, 64), (256, 128))
     """
     longest = max(height, width)
     factor = math.ceil(_SMALLEST / longest) if longest <= _LARGEST else _LARGEST / longest

@@ -53,8 +53,9 @@ class Curve:
     def end(self, count: int = _WINDOW) -> float:
         """Mean of the last ``count`` values.
 
-        >>> Curve((1, 2, 3), (9.0, 1.0, 3.0)).end(2)
-        2.0
+        Example:
+            >>> Curve((1, 2, 3), (9.0, 1.0, 3.0)).end(2)
+            2.0
         """
         last = self.values[-count:]
         return sum(last) / len(last)
@@ -62,8 +63,9 @@ class Curve:
     def smooth(self, count: int = _WINDOW) -> Curve:
         """The mean of each value and up to ``count - 1`` before it.
 
-        >>> Curve((1, 2, 3), (1.0, 3.0, 5.0)).smooth(2).values
-        (1.0, 2.0, 4.0)
+        Example:
+            >>> Curve((1, 2, 3), (1.0, 3.0, 5.0)).smooth(2).values
+            (1.0, 2.0, 4.0)
         """
         windows = (self.values[max(0, i + 1 - count) : i + 1] for i in range(len(self.values)))
         return Curve(self.steps, tuple(sum(window) / len(window) for window in windows))
@@ -83,8 +85,10 @@ class LayerMetrics:
     def mean_end(self, measure: str) -> float:
         """Mean over the layers of a measure at the end of the run.
 
-        >>> LayerMetrics({"a": {"gamma": Curve((1,), (0.5,))}, "b": {"gamma": Curve((1,), (1.0,))}}).mean_end("gamma")
-        0.75
+        Example:
+            >>> one, other = Curve((1,), (0.5,)), Curve((1,), (1.0,))
+            >>> LayerMetrics({"a": {"gamma": one}, "b": {"gamma": other}}).mean_end("gamma")
+            0.75
         """
         ends = [curves[measure].end() for curves in self.layers.values()]
         return sum(ends) / len(ends)
@@ -98,9 +102,10 @@ def parse_layer_metrics(rows: Iterable[Mapping[str, str]]) -> LayerMetrics:
     Raises:
         ConfigurationError: where no row holds a measure of a layer.
 
-    >>> metrics = parse_layer_metrics([{"step": "5", "gradient_quantization/conv/gamma": "0.5", "loss": ""}])
-    >>> metrics.layers["conv"]["gamma"]
-    Curve(steps=(5,), values=(0.5,))
+    Example:
+        >>> metrics = parse_layer_metrics([{"step": "5", "gradient_quantization/conv/gamma": "0.5", "loss": ""}])
+        >>> metrics.layers["conv"]["gamma"]
+        Curve(steps=(5,), values=(0.5,))
     """
     points: dict[str, dict[str, dict[int, float]]] = {}
     for row in rows:

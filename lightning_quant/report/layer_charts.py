@@ -30,9 +30,10 @@ def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float | None, path:
     Raises:
         ConfigurationError: no layer that was measured.
 
-    >>> figure = draw_sensitivity([LayerAnalysis("fc", "Linear", (8, 8), 0, {}, 0.1, 0.02)], error=0.11)
-    >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
-    ['fc']
+    Example:
+        >>> figure = draw_sensitivity([LayerAnalysis("fc", "Linear", (8, 8), 0, {}, 0.1, 0.02)], error=0.11)
+        >>> [label.get_text() for label in figure.axes[0].get_yticklabels()]
+        ['fc']
     """
     measured = [layer for layer in layers if layer.cost is not None]
     if not measured:
@@ -61,10 +62,11 @@ def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Fig
     Raises:
         ConfigurationError: no tensor.
 
-    >>> draw_noise([])
-    Traceback (most recent call last):
-    ...
-    lightning_quant.errors.ConfigurationError: No quantized tensor to draw.
+    Example:
+        >>> draw_noise([])
+        Traceback (most recent call last):
+        ...
+        lightning_quant.errors.ConfigurationError: No quantized tensor to draw.
     """
     slots = list(dict.fromkeys(slot for layer in layers for slot in layer.tensors))
     if not slots:

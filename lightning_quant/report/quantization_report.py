@@ -57,8 +57,9 @@ class QuantizationReport(pl.Callback):
     Raises:
         ConfigurationError: fewer images than one.
 
-    >>> from lightning_quant import GradientQuantization
-    >>> trainer = pl.Trainer(callbacks=[GradientQuantization(), QuantizationReport("report")], logger=False)
+    Example:
+        >>> from lightning_quant import GradientQuantization
+        >>> trainer = pl.Trainer(callbacks=[GradientQuantization(), QuantizationReport("report")], logger=False)
     """
 
     def __init__(

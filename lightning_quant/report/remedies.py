@@ -30,8 +30,9 @@ class Remedy(NamedTuple):
 def in_float(name: str, settings: Settings) -> Remedy:
     """Leave a layer in float, beside what is already.
 
-    >>> in_float("head", {"exclude": ["stem"]}).line
-    "exclude=['stem', 'head']"
+    Example:
+        >>> in_float("head", {"exclude": ["stem"]}).line
+        "exclude=['stem', 'head']"
     """
     return Remedy("leave it in float", joint_line([name], settings))
 

@@ -75,7 +75,8 @@ class GenerationPictures(pl.Callback):
     Raises:
         ConfigurationError: fewer images than one.
 
-    >>> trainer = pl.Trainer(callbacks=[GenerationPictures("pictures")], logger=False, accelerator="cpu")
+    Example:
+        >>> trainer = pl.Trainer(callbacks=[GenerationPictures("pictures")], logger=False, accelerator="cpu")
     """
 
     def __init__(self, folder: str | Path | None = None, images: int = 8, amplify: float | None = 4.0) -> None:
@@ -124,8 +125,9 @@ def draw_generation(
     Raises:
         ConfigurationError: images without those of the float model, or what a picture refuses.
 
-    >>> draw_generation({}, Path("pictures"))
-    []
+    Example:
+        >>> draw_generation({}, Path("pictures"))
+        []
     """
     folder, written = user_path(folder), []
     pictures = {name: each[:images] for name, each in (report.get("images") or {}).items()}
@@ -167,10 +169,12 @@ def draw_error_curves(
     Raises:
         ConfigurationError: no method, or lengths that do not fit each other.
 
-    >>> import torch
-    >>> figure = draw_error_curves({"per_step": torch.linspace(0, 0.17, 21), "identity": torch.linspace(0, 0.11, 21)})
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['per_step\n0.170', 'identity\n0.110']
+    Example:
+        >>> import torch
+        >>> curves = {"per_step": torch.linspace(0, 0.17, 21), "identity": torch.linspace(0, 0.11, 21)}
+        >>> figure = draw_error_curves(curves)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['per_step\n0.170', 'identity\n0.110']
     """
     if not accumulated:
         raise ConfigurationError("No error to draw: give those of at least one method, by its name.")

@@ -53,9 +53,10 @@ def draw_window_sweep(
     Raises:
         ConfigurationError: no window, a window without an error, or a chosen one that was not tried.
 
-    >>> figure = draw_window_sweep({1: 0.170, 4: [0.108, 0.112], 10: 0.140}, calls=4800)
-    >>> figure.axes[0].get_title(loc="left")
-    'lowest at M = 4: 0.110, each with 4,800 network calls'
+    Example:
+        >>> figure = draw_window_sweep({1: 0.170, 4: [0.108, 0.112], 10: 0.140}, calls=4800)
+        >>> figure.axes[0].get_title(loc="left")
+        'lowest at M = 4: 0.110, each with 4,800 network calls'
     """
     seeds = _by_window(errors, "window sweep")
     means = {window: float(values.mean()) for window, values in seeds.items()}
@@ -96,9 +97,10 @@ def draw_memory(
     Raises:
         ConfigurationError: no adjoint, or one without a window.
 
-    >>> figure = draw_memory({"identity": {1: 2e6, 20: 2e6}, "bptt": {1: 2e6, 20: 40e6}})
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['identity\n2.00 MB (x1.00)', 'bptt\n40.0 MB (x20.0)']
+    Example:
+        >>> figure = draw_memory({"identity": {1: 2e6, 20: 2e6}, "bptt": {1: 2e6, 20: 40e6}})
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['identity\n2.00 MB (x1.00)', 'bptt\n40.0 MB (x20.0)']
     """
     figure, (axes,) = panels(1)
     ends, windows = [], set[int]()
@@ -136,9 +138,11 @@ def draw_gradient_cosines(
     Raises:
         ConfigurationError: no adjoint, or one without a window.
 
-    >>> figure = draw_gradient_cosines({"identity": {1: 1.0, 4: [0.96, 0.98]}, "per_step": {1: 1.0, 4: [-0.2, 0.4]}})
-    >>> [text.get_text() for text in figure.axes[0].texts]
-    ['identity\nmean 0.97', 'per_step\nmean 0.10']
+    Example:
+        >>> cosines = {"identity": {1: 1.0, 4: [0.96, 0.98]}, "per_step": {1: 1.0, 4: [-0.2, 0.4]}}
+        >>> figure = draw_gradient_cosines(cosines)
+        >>> [text.get_text() for text in figure.axes[0].texts]
+        ['identity\nmean 0.97', 'per_step\nmean 0.10']
     """
     found = {name: _by_window(each, name) for name, each in _named(cosines, "adjoint").items()}
     windows = sorted({window for each in found.values() for window in each})
@@ -169,8 +173,9 @@ def draw_gradient_cosines(
 def numbers(values: Values) -> NDArray[np.float64]:
     """Numbers, or a tensor on any device, as an array.
 
-    >>> numbers(torch.ones(2))
-    array([1., 1.])
+    Example:
+        >>> numbers(torch.ones(2))
+        array([1., 1.])
     """
     array: NDArray[np.float64] = torch.as_tensor(values, dtype=torch.float64).detach().cpu().numpy()
     return array
@@ -179,8 +184,9 @@ def numbers(values: Values) -> NDArray[np.float64]:
 def short(value: float) -> str:
     """Three digits.
 
-    >>> short(0.11), short(12.0), short(480.0), short(12345.6)
-    ('0.110', '12.0', '480', '12346')
+    Example:
+        >>> short(0.11), short(12.0), short(480.0), short(12345.6)
+        ('0.110', '12.0', '480', '12346')
     """
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:#.3g}".rstrip(".")
 
@@ -188,8 +194,9 @@ def short(value: float) -> str:
 def wrapped(name: str) -> str:
     r"""In lines short enough to stand beside a panel.
 
-    >>> wrapped("AccuQuant, identity, windows of 4")
-    'AccuQuant, identity,\nwindows of 4'
+    Example:
+        >>> wrapped("AccuQuant, identity, windows of 4")
+        'AccuQuant, identity,\nwindows of 4'
     """
     return textwrap.fill(name, 22)
 

@@ -36,8 +36,9 @@ def all_reduce_max(values: Tensor) -> Tensor:
 def gather(values: Tensor) -> Tensor:
     """Concatenation of all ranks' tensors along the first dimension, whose length may differ from rank to rank.
 
-    >>> gather(torch.arange(3))
-    tensor([0, 1, 2])
+    Example:
+        >>> gather(torch.arange(3))
+        tensor([0, 1, 2])
     """
     if not several_ranks():
         return values
@@ -62,8 +63,9 @@ def on_all_ranks(job: Callable[[], T], device: torch.device, what: str) -> T:
     Raises:
         QuantizationError: another rank failed; this one's own failure is raised as it is.
 
-    >>> on_all_ranks(lambda: 3, torch.device("cpu"), "count")
-    3
+    Example:
+        >>> on_all_ranks(lambda: 3, torch.device("cpu"), "count")
+        3
     """
     failure: Exception | None = None
     try:

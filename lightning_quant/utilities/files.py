@@ -32,12 +32,13 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     What a killed process of this machine left there is cleared away.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole_file(Path(folder) / "state.json") as temporary:
-    ...         _ = temporary.write_text("{}")
-    ...     [path.name for path in Path(folder).iterdir()]
-    ['state.json']
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_file(Path(folder) / "state.json") as temporary:
+        ...         _ = temporary.write_text("{}")
+        ...     [path.name for path in Path(folder).iterdir()]
+        ['state.json']
     """
     for left in _left(path, "tmp"):
         left.unlink(missing_ok=True)
@@ -93,8 +94,9 @@ def list_files(folder: Path, index: str) -> None:
 def listed_files(folder: Path, index: str) -> list[str]:
     """Return the files that :func:`list_files` noted; none where there is no such note.
 
-    >>> listed_files(Path("no-such-folder"), "model_index.json")
-    []
+    Example:
+        >>> listed_files(Path("no-such-folder"), "model_index.json")
+        []
     """
     try:
         return [str(name) for name in json.loads((folder / index).read_text(encoding="utf-8"))[_LISTED]["files"]]
@@ -141,12 +143,13 @@ def whole_folder(path: Path, writer: Writer) -> Iterator[Path]:
     Raises:
         ConfigurationError: See :func:`check_replaceable`, at the beginning and again at the end.
 
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole_folder(Path(folder) / "model", Writer("save", lambda folder: ["weights"], "weights")) as new:
-    ...         _ = (new / "weights").write_text("...")
-    ...     [path.name for path in Path(folder).rglob("*")]
-    ['model', 'weights']
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with whole_folder(Path(folder) / "model", Writer("save", lambda folder: ["weights"], "weights")) as new:
+        ...         _ = (new / "weights").write_text("...")
+        ...     [path.name for path in Path(folder).rglob("*")]
+        ['model', 'weights']
     """
     check_replaceable(path, writer)
     new, old = _beside(path, "new"), _beside(path, "old")

@@ -26,10 +26,11 @@ def user_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigurationError: An empty text, an unknown user, or an address such as ``s3://``.
 
-    >>> user_path("~/states") == Path.home().resolve() / "states"
-    True
-    >>> user_path("states") == user_path("./states/") == Path.cwd() / "states"
-    True
+    Example:
+        >>> user_path("~/states") == Path.home().resolve() / "states"
+        True
+        >>> user_path("states") == user_path("./states/") == Path.cwd() / "states"
+        True
     """
     given = os.fspath(path)
     if not given:
@@ -52,8 +53,9 @@ def trainer_path(path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigurationError: An address such as ``s3://``.
 
-    >>> trainer_path("lightning_logs") == Path.cwd() / "lightning_logs"
-    True
+    Example:
+        >>> trainer_path("lightning_logs") == Path.cwd() / "lightning_logs"
+        True
     """
     if "://" in (given := os.fspath(path)):
         raise ConfigurationError(
@@ -65,8 +67,9 @@ def trainer_path(path: str | os.PathLike[str]) -> Path:
 def local_path(name: str | os.PathLike[str]) -> str:
     """Return :func:`user_path` where a file or folder is there; else the text, which may be a name or an address.
 
-    >>> local_path("google/ddpm-cifar10-32")
-    'google/ddpm-cifar10-32'
+    Example:
+        >>> local_path("google/ddpm-cifar10-32")
+        'google/ddpm-cifar10-32'
     """
     with suppress(ConfigurationError):
         if (found := user_path(name)).exists():
@@ -84,8 +87,9 @@ def check_on_first_rank(trainer: pl.Trainer, check: Callable[[], None]) -> None:
     Raises:
         ConfigurationError: The check's.
 
-    >>> from lightning.pytorch import Trainer
-    >>> check_on_first_rank(Trainer(logger=False, accelerator="cpu"), lambda: check_writable(user_path("reports")))
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> check_on_first_rank(Trainer(logger=False, accelerator="cpu"), lambda: check_writable(user_path("reports")))
     """
     refusal = ""
     if trainer.is_global_zero:
@@ -106,7 +110,8 @@ def check_writable(folder: Path) -> None:
     Raises:
         ConfigurationError: A file in its place, no right to write there, no space, a disk that is read-only.
 
-    >>> check_writable(user_path("reports/of/today"))
+    Example:
+        >>> check_writable(user_path("reports/of/today"))
     """
     remedy = "give a folder that can be made and written to."
     try:

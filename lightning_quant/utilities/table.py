@@ -18,17 +18,18 @@ _WIDTH = 180
 class Tabled:
     """What has rows and a summary; ``print`` writes both, ``rich.print`` and notebooks draw them.
 
-    >>> class Pairs(Tabled):
-    ...     heads = ("number", "square")
-    ...     def cells(self):
-    ...         return ((str(number), str(number**2)) for number in (1, 2))
-    ...     def summary(self):
-    ...         return "2 numbers."
-    >>> print(Pairs())
-     number  square
-     1       1
-     2       4
-    2 numbers.
+    Example:
+        >>> class Pairs(Tabled):
+        ...     heads = ("number", "square")
+        ...     def cells(self):
+        ...         return ((str(number), str(number**2)) for number in (1, 2))
+        ...     def summary(self):
+        ...         return "2 numbers."
+        >>> print(Pairs())
+         number  square
+         1       1
+         2       4
+        2 numbers.
     """
 
     heads: ClassVar[tuple[str, ...]]

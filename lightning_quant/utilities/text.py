@@ -8,8 +8,9 @@ from collections.abc import Sequence
 def duration(seconds: float) -> str:
     """Seconds as a person says them.
 
-    >>> duration(85), duration(700), duration(12_000)
-    ('85 s', '12 min', '3.3 h')
+    Example:
+        >>> duration(85), duration(700), duration(12_000)
+        ('85 s', '12 min', '3.3 h')
     """
     if seconds < 120:
         return f"{seconds:.0f} s"
