@@ -19,6 +19,8 @@ from tempfile import TemporaryDirectory
 
 import lightning.pytorch as pl
 import torch
+from adjoint_plots import draw_gradient_cosines, draw_memory
+from saved_bytes import peak_saved_bytes
 from torch import Tensor
 
 from lightning_quant.accuquant.calibration import Calibration
@@ -27,8 +29,6 @@ from lightning_quant.accuquant.pipelines import load_float_pipeline
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.accuquant.windows import Adjoint, Window, window_loss
-from lightning_quant.metrics.saved_bytes import peak_saved_bytes
-from lightning_quant.report import draw_gradient_cosines, draw_memory
 
 STEPS, IMAGES = 20, 8
 LENGTHS = (1, 2, 5, 10, 20)

@@ -35,7 +35,6 @@ class CalibratingCallback(WhatRan):
         calibration: the one that this callback made; None before, and where a checkpoint brought another.
     """
 
-    calibrates: ClassVar[bool] = True
     callback_name: ClassVar[str]
 
     calibration: StepwiseCalibration | None

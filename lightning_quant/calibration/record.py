@@ -96,6 +96,9 @@ class StepwiseCalibration(Protocol):
     def finished(self) -> bool:
         """Whether nothing is left to do."""
 
+    def replay(self) -> object:
+        """Call the network on the data that it was calibrated on."""
+
     def step(self, advance: Callable[[str], None] = ...) -> str:
         """Do the next step, and return what was done in a few words; ``advance`` is told of parts of a long one."""
 

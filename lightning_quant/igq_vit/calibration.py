@@ -73,6 +73,8 @@ class Calibration:
     Example:
         >>> import timm
         >>> from lightning_quant.igq_vit.perturbation import log_posteriors
+        >>> from lightning_quant.igq_vit.preparation import prepare
+        >>> from lightning_quant.igq_vit.settings import Settings
         >>> network = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1).eval()
         >>> images = torch.randn(4, 3, 32, 32)
         >>> settings = Settings(groups=4, allocate=False, calibration_images=4)

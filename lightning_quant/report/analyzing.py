@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lightning_quant.analysis import Analysis, trained_quantized
+from lightning_quant.calibration.module import CalibratingModule
 from lightning_quant.errors import ConfigurationError, QuantizationError
 from lightning_quant.gradient import GradientQuantization
 from lightning_quant.gradient.preparation import quantize_layers
@@ -94,7 +95,7 @@ def analyze(
             " Trainer's callbacks, or give ckpt_path= of a quantized run."
         )
     plain = report.starts_in_float or not trained_quantized(module) or float_ckpt_path is not None
-    if plain and not getattr(module, "own_batches", False):
+    if plain and not (isinstance(module, CalibratingModule) and module.own_batches):
         metrics = float_metrics(run, module, "test", float_ckpt_path, dataloaders=data)
         write_report(report.written[0].parent, with_float(report.report, metrics))
     rank_zero_info(f"{_in_short(report.report.analysis)}\nReport: {report.written[0]}")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_quant.analysis import trained_quantized
+from lightning_quant.calibration.module import CalibratingModule
 from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.nn.structure import in_float, is_quantized
 from lightning_quant.utilities.paths import user_path
@@ -86,7 +87,7 @@ def check_comparable(module: pl.LightningModule, float_ckpt_path: str | None = N
             f"{name} is in float, and there is nothing to compare: write --quantization IGQViT, or another method, or"
             " --ckpt_path of a quantized run."
         )
-    if getattr(module, "own_batches", False):
+    if isinstance(module, CalibratingModule) and module.own_batches:
         raise ConfigurationError(f"The test of {name} compares with the float network already: leave it out.")
     if float_ckpt_path is None and trained_quantized(module):
         raise ConfigurationError(
@@ -105,7 +106,7 @@ def float_metrics(
     """What an evaluation logs in float; loggers and the callbacks of this package take no part."""
     with ExitStack() as stack:
         stack.enter_context(_alone(trainer))
-        if getattr(module, "fit_is_calibration", False):
+        if isinstance(module, CalibratingModule):
             # It refuses a network without quantizers.
             stack.enter_context(_unchecked(module))
         stack.enter_context(float_network(module, module, float_ckpt_path))

@@ -2,210 +2,196 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.collections import LineCollection
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-from numpy.typing import ArrayLike, NDArray
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
 
+from lightning_quant.analysis import Cause, LayerAnalysis
+from lightning_quant.calibration.callback import CalibratingCallback
+from lightning_quant.calibration.module import CalibratingModule, is_calibrated
+from lightning_quant.calibration.record import Record, is_finished, plan_of, settings_of
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.igq_vit.allocation import BudgetPoint
-from lightning_quant.report.saving import save_figure
+from lightning_quant.functional.groups import channel_groups, channel_ranges
+from lightning_quant.igq_vit.calibration import INPUT, Calibration
+from lightning_quant.igq_vit.records import OMEGA, curve_of, groups_of, tables_of
+from lightning_quant.quantizers.grouped import GroupQuantizer
+from lightning_quant.report import remedies
+from lightning_quant.report.group_charts import draw_budget_curve, draw_channel_ranges
+from lightning_quant.report.remedies import Remedy, Settings
+from lightning_quant.report.section import Section
+from lightning_quant.utilities.paths import check_on_first_rank, check_writable, user_path
 
-# Of Okabe and Ito's colors, as in the other pictures.
-_BLUE, _ORANGE = "#0072B2", "#D55E00"
-_SHADES = (_BLUE, "#E69F00", "#009E73", "#CC79A7")
-_GIGA = 1e9
-
-Range = tuple[float, float]
-
-
-def draw_budget_curve(
-    points: Sequence[BudgetPoint],
-    path: Path,
-    title: str = "",
-    chosen: int | None = None,
-    unit: str = "GBOPs",
-) -> None:
-    """Draw the perturbation over the cost, with the groups allocated and with the same number in every layer.
-
-    Args:
-        points: of :func:`~lightning_quant.igq_vit.allocation.budget_curve`.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
-        title: above the picture.
-        chosen: the target average that is used, whose point is marked.
-        unit: "GBOPs" divides the costs by 1e9; any other is written as it is, as "groups in all layers".
-
-    Raises:
-        ConfigurationError: no point, or none for the number of groups that is chosen.
-    """
-    marked = _marked(points, chosen)
-    scale = _GIGA if unit == "GBOPs" else 1.0
-    figure, (axes,) = _figure(1, height=4.4)
-    for cost, omega, color, style, label in (
-        (
-            [p.budget for p in points],
-            [p.uniform_omega for p in points],
-            _ORANGE,
-            "o--",
-            "same number of groups in every layer",
-        ),
-        ([p.used for p in points], [p.omega for p in points], _BLUE, "o-", "allocated within the same budget"),
-    ):
-        axes.plot(np.array(cost) / scale, omega, style, color=color, label=label, markersize=4.5, linewidth=1.8)
-    if all(min(p.omega, p.uniform_omega) > 0 for p in points):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    for point in points:
-        _label(axes, (point.budget / scale, point.uniform_omega), str(point.groups), _ORANGE)
-    if marked is not None:
-        _mark(axes, marked, scale)
-    axes.set_xlabel("cost of the fully connected layers (GBOPs)" if unit == "GBOPs" else unit)
-    axes.set_ylabel("perturbation: sum over layers of the\nmean KL divergence (nat)")
-    axes.legend(frameon=False, fontsize=9, loc="upper right")
-    _save(figure, path, title)
+TITLES = {
+    "budget.png": "Perturbation over bit operations, same groups everywhere and allocated",
+    "channel_ranges.png": "Channel ranges of one layer, before grouping and after",
+}
 
 
-def draw_channel_ranges(
-    low: ArrayLike,
-    high: ArrayLike,
-    group: ArrayLike,
-    path: Path,
-    title: str = "",
-    bounds: Sequence[Range] | None = None,
-) -> None:
-    """Draw the range of each channel of one image at one layer, before grouping and after.
-
-    On the left channels are in their order, over the one range that a layer-wise quantizer needs; on the right they
-    are sorted by group, over the range of each group's quantizer.
+class CalibrationPictures(pl.Callback):
+    """Draw ``budget.png`` and ``channel_ranges.png`` when a run with IGQViT or IGQViTModule ends.
 
     Args:
-        low: (channels,), the least value of each channel.
-        high: (channels,), the largest.
-        group: (channels,), index of the group of each channel.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
-        title: above the picture.
-        bounds: lower and upper bound of each group's quantizer; None shades what the channels of a group span.
+        folder: where to.
+        layer: whose channels are drawn; None takes the one whose groups differ most in width.
+
+    Example:
+        >>> from lightning_quant import IGQViT
+        >>> callbacks = [IGQViT(4, 4), CalibrationPictures("pictures")]
+        >>> trainer = pl.Trainer(callbacks=callbacks, logger=False, accelerator="cpu")
+    """
+
+    def __init__(self, folder: str | Path, layer: str | None = None) -> None:
+        self.folder, self.layer = user_path(folder), layer
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Refuse a folder that cannot be written to."""
+        if stage in ("fit", "test"):
+            check_on_first_rank(trainer, partial(check_writable, self.folder))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw after a module's calibration."""
+        self._draw(trainer, pl_module)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw after a callback's calibration."""
+        self._draw(trainer, pl_module)
+
+    def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        holders: list[object] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+        calibrating = [each for each in holders if isinstance(each, CalibratingModule | CalibratingCallback)]
+        found = [each.calibration for each in calibrating if isinstance(each.calibration, Calibration)]
+        if found and found[0].finished and trainer.is_global_zero:
+            written = draw_calibration(found[0], self.folder, self.layer)
+            rank_zero_info(f"Pictures of the calibration: {', '.join(map(str, written))}")
+        elif not found and is_calibrated(pl_module):
+            rank_zero_warn(
+                "CalibrationPictures drew nothing: the network was calibrated in an earlier run. QuantizationReport"
+                " draws it from a checkpoint too."
+            )
+
+
+def draw_calibration(calibration: Calibration, folder: str | Path, layer: str | None = None) -> list[Path]:
+    """:func:`draw_groups` of a calibration that is finished, and of its images."""
+    source = calibration.source
+    return draw_groups(calibration.record(), source.network, source.forward, folder, layer)
+
+
+def draw_groups(
+    record: Record, network: nn.Module, forward: Callable[[], Any], folder: str | Path, layer: str | None = None
+) -> list[Path]:
+    """Draw the budget curve, where groups were allocated, and the ranges of one layer's channels in one image.
+
+    Args:
+        record: of a calibration.
+        network: that was calibrated.
+        forward: calls it with images.
+        folder: for ``budget.png`` and ``channel_ranges.png``.
+        layer: name of a grouped layer; None takes the one whose groups differ most in width.
+
+    Returns:
+        what was written; nothing where the scheme has no groups.
 
     Raises:
-        ConfigurationError: no channel, arrays of different lengths, or a group without bounds.
+        ConfigurationError: a layer that has no groups.
     """
-    lows, highs, groups = _channels(low, high, group)
-    figure, (before, after) = _figure(2, height=4.2)
-    _shade(before, 0, len(lows), (float(lows.min()), float(highs.max())), _SHADES[0])
-    _bars(before, lows, highs)
-    before.set_title("layer-wise: one range for all", fontsize=10, loc="left", color="#555555")
-    before.set_xlabel("channel")
-    before.set_ylabel("value: min to max over the tokens")
-
-    ranges = _group_ranges(lows, highs, groups, bounds)
-    order = _order(groups, ranges, highs - lows)
-    used = f"{len(ranges)} of {len(bounds)}" if bounds and len(bounds) > len(ranges) else f"{len(ranges)}"
-    after.set_title(f"{used} groups, each with its own range", fontsize=10, loc="left", color="#555555")
-    start = 0
-    for index, (name, span) in enumerate(sorted(ranges.items(), key=_width)):
-        end = start + int((groups == name).sum())
-        _shade(after, start, end, span, _SHADES[index % len(_SHADES)])
-        start = end
-    _bars(after, lows[order], highs[order])
-    after.set_xlabel("channel, sorted by group")
-    _save(figure, path, title)
+    folder = user_path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings, written = settings_of(record), []
+    if curve := curve_of(record, INPUT):
+        written.append(folder / "budget.png")
+        chosen = settings["groups"] if settings["budget"] is None else None
+        draw_budget_curve(curve, written[-1], "Groups of channels: perturbation and cost", chosen)
+    grouped = _grouped(network)
+    if not grouped:
+        return written
+    if layer is not None and layer not in grouped:
+        raise ConfigurationError(f"layer={layer!r} has no groups: expected one of {', '.join(grouped)}.")
+    name = layer or max(grouped, key=lambda each: _spread(grouped[each]))
+    if _draw_layer(network.get_submodule(name), name, grouped[name], forward, folder / "channel_ranges.png"):
+        written.append(folder / "channel_ranges.png")
+    return written
 
 
-def _marked(points: Sequence[BudgetPoint], chosen: int | None) -> BudgetPoint | None:
-    if not points:
-        raise ConfigurationError("No point to draw: give what budget_curve(omega, cost) returns.")
-    known = {point.groups: point for point in points}
-    if chosen is not None and chosen not in known:
-        raise ConfigurationError(f"No point for chosen={chosen} groups: there are {', '.join(map(str, known))}.")
-    return None if chosen is None else known[chosen]
+def _grouped(network: nn.Module) -> dict[str, GroupQuantizer]:
+    slots = {name: getattr(module, INPUT, None) for name, module in network.named_modules()}
+    return {name: quantizer for name, quantizer in slots.items() if isinstance(quantizer, GroupQuantizer)}
 
 
-def _mark(axes: Axes, point: BudgetPoint, scale: float) -> None:
-    at = (point.used / scale, point.omega)
-    axes.plot(*at, "o", markersize=12, fillstyle="none", markeredgewidth=2, color=_BLUE, label="chosen")
-    axes.annotate(
-        f"average {point.groups}: {point.omega:.3g}",
-        at,
-        xytext=(-8, -8),
-        textcoords="offset points",
-        ha="right",
-        va="top",
-        fontsize=9,
-        color=_BLUE,
-    )
+def _spread(quantizer: GroupQuantizer) -> float:
+    width = quantizer.centres[:, 1] - quantizer.centres[:, 0]
+    return float(width.max() / width.clamp_min(1e-8).min()) if len(width) > 1 else 1.0
 
 
-def _label(axes: Axes, at: Range, text: str, color: str) -> None:
-    axes.annotate(text, at, xytext=(4, 5), textcoords="offset points", fontsize=8, color=color)
+def _draw_layer(
+    module: nn.Module, name: str, quantizer: GroupQuantizer, forward: Callable[[], Any], path: Path
+) -> bool:
+    """Whether the forward came to the layer."""
+    seen: list[Tensor] = []
+
+    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        # Here and not later: windowed attention has told the quantizer how many images this call has.
+        seen.append(quantizer.per_image(args[0].detach())[:1].float())
+
+    handle = module.register_forward_pre_hook(look)
+    try:
+        with torch.no_grad():
+            forward()
+    finally:
+        handle.remove()
+    if not seen:
+        return False
+    ranges, group = channel_ranges(seen[0])[0], channel_groups(seen[0], quantizer.centres)[0, 0]
+    low = -quantizer.zero_point * quantizer.scale
+    bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
+    title = f"Input of {name}, one image, {len(quantizer.centres)} groups"
+    least, most = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
+    draw_channel_ranges(least, most, group.cpu().numpy(), path, title, bounds.tolist())
+    return True
 
 
-def _channels(low: ArrayLike, high: ArrayLike, group: ArrayLike) -> tuple[NDArray[np.float64], ...]:
-    lows, highs, groups = np.asarray(low, np.float64), np.asarray(high, np.float64), np.asarray(group)
-    if not lows.ndim == highs.ndim == groups.ndim == 1 or not 0 < len(lows) == len(highs) == len(groups):
-        raise ConfigurationError(
-            f"low, high and group have shapes {lows.shape}, {highs.shape} and {groups.shape}: expected (channels,) of"
-            " the same length, at least one."
+@dataclass
+class GroupSection(Section):
+    """IGQ-ViT: the groups of channels and what they gain.
+
+    Attributes:
+        record: Record of the calibration.
+    """
+
+    record: Record
+
+    @property
+    def name(self) -> str:
+        return "IGQ-ViT"
+
+    @property
+    def detail(self) -> str:
+        scheme = settings_of(self.record).get("scheme")
+        return f"Scheme '{scheme}'{', groups allocated' if groups_of(self.record) else ''}. " if scheme else ""
+
+    @property
+    def plan(self) -> str:
+        return plan_of(self.record)
+
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        return (
+            {TITLES[path.name]: path for path in draw_groups(self.record, network, forward, folder)}
+            if is_finished(self.record)
+            else {}
         )
-    return lows, highs, groups
 
+    def figures(self) -> Mapping[str, Any]:
+        return {"groups": groups_of(self.record), "perturbations": tables_of(self.record, OMEGA)}
 
-def _group_ranges(
-    low: NDArray[np.float64], high: NDArray[np.float64], group: NDArray[np.float64], bounds: Sequence[Range] | None
-) -> dict[int, Range]:
-    """Of each group that has a channel."""
-    names = [int(name) for name in np.unique(group)]
-    if bounds is None:
-        return {name: (float(low[group == name].min()), float(high[group == name].max())) for name in names}
-    if names[-1] >= len(bounds) or names[0] < 0:
-        raise ConfigurationError(f"A channel is in group {names[-1]}, but there are bounds of {len(bounds)} groups.")
-    return {name: (float(bounds[name][0]), float(bounds[name][1])) for name in names}
+    @property
+    def settings(self) -> Settings:
+        return settings_of(self.record)
 
-
-def _width(item: tuple[int, Range]) -> float:
-    return item[1][1] - item[1][0]
-
-
-def _order(group: NDArray[np.float64], ranges: dict[int, Range], width: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Channels by the width of their group's range, then by their own."""
-    rank = {name: place for place, (name, _) in enumerate(sorted(ranges.items(), key=_width))}
-    return np.lexsort((width, np.array([rank[int(name)] for name in group])))
-
-
-def _bars(axes: Axes, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
-    """One line a channel, as wide as the panel permits."""
-    segments = [[(i + 0.5, low[i]), (i + 0.5, high[i])] for i in range(len(low))]
-    axes.add_collection(LineCollection(segments, colors="#555555", linewidths=min(4.0, max(0.35, 230 / len(low)))))
-    axes.set_xlim(0, len(low))
-
-
-def _shade(axes: Axes, start: int, end: int, span: Range, color: str) -> None:
-    axes.add_patch(Rectangle((start, span[0]), end - start, span[1] - span[0], color=color, alpha=0.25, linewidth=0))
-    # The ends again, above the bars, which hide the shade where channels are many.
-    axes.hlines(span, start, end, colors=color, linewidth=1.8, zorder=3)
-
-
-def _figure(panels: int, height: float) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(6.4, 4.6 * panels), height), dpi=150, layout="constrained")
-    grid = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    for axes in grid:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.tick_params(labelsize=9)
-    return figure, list(grid)
-
-
-def _save(figure: Figure, path: Path, title: str) -> None:
-    for axes in figure.axes:
-        axes.autoscale_view(scalex=False)
-    if title:
-        figure.suptitle(title, fontsize=11, x=0.01, ha="left")
-    save_figure(figure, path)
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_groups(cause, layer, self.settings)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.metrics.similarity import HIGHEST_PSNR, psnr
-from lightning_quant.report.saving import save_figure
+from lightning_quant.report.plotting import GRAY, save_figure
 
-_GREY = "#555555"
 _DPI = 100
 # Sides of a drawn image in pixels: small ones are enlarged by a whole factor, large ones are shrunk.
 _SMALLEST, _LARGEST = 112, 256
@@ -195,4 +194,4 @@ def _picture(axes: Axes, image: Tensor, corner: tuple[int, int], cell: tuple[int
 
 
 def _note(axes: Axes, x: float, y: float, text: str) -> None:
-    axes.text(x, y + 3, text, fontsize=_NOTE_SIZE, color=_GREY, ha="center", va="top")
+    axes.text(x, y + 3, text, fontsize=_NOTE_SIZE, color=GRAY, ha="center", va="top")

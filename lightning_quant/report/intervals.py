@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from torch import nn
 
+from lightning_quant.analysis import Cause, LayerAnalysis
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.gradient import GradientQuantization
 from lightning_quant.gradient.history import PREFIX
-from lightning_quant.report.saving import save_figure
+from lightning_quant.report import remedies
+from lightning_quant.report.plotting import GRAY, color, log_scale, save_figure, style_axes
+from lightning_quant.report.remedies import Finding, Remedy, Settings
+from lightning_quant.report.section import Section
 from lightning_quant.utilities.paths import user_path
 
-# Okabe and Ito's colors, which color-blind readers tell apart.
-_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _WINDOW = 5
 
 
@@ -165,10 +170,10 @@ def draw_intervals(
         axes_row[0].set_ylabel(row.label)
         _scale(axes_row[0], row)
     for axes, name in zip(grid[0], _short(chosen), strict=True):
-        axes.set_title(name, fontsize=10, loc="left", color="#555555")
+        axes.set_title(name, fontsize=10, loc="left", color=GRAY)
     for axes in grid[-1]:
         axes.set_xlabel("optimizer step")
-    handles = [Line2D([], [], color=_color(order), linewidth=2) for order in range(len(runs))]
+    handles = [Line2D([], [], color=color(order), linewidth=2) for order in range(len(runs))]
     legend = figure.legend(
         handles, list(runs), loc="outside upper left", ncols=4, frameon=False, fontsize=10, title=title or None
     )
@@ -198,18 +203,14 @@ def _choose(runs: Mapping[str, LayerMetrics], layers: Sequence[str] | None) -> l
     return chosen
 
 
-def _color(order: int) -> str:
-    return _COLORS[order % len(_COLORS)]
-
-
 def _draw_curve(axes: Axes, curve: Curve | None, noisy: bool, order: int) -> None:
     if curve is None:
         return
     above = 3 - order / 100  # the first on top
     if noisy:
-        axes.plot(curve.steps, curve.values, color=_color(order), linewidth=0.7, alpha=0.35, zorder=above - 1)
+        axes.plot(curve.steps, curve.values, color=color(order), linewidth=0.7, alpha=0.35, zorder=above - 1)
         curve = curve.smooth()
-    axes.plot(curve.steps, curve.values, color=_color(order), linewidth=1.8, zorder=above)
+    axes.plot(curve.steps, curve.values, color=color(order), linewidth=1.8, zorder=above)
 
 
 def _scale(axes: Axes, row: _Row) -> None:
@@ -222,17 +223,11 @@ def _scale(axes: Axes, row: _Row) -> None:
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         return
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    log_scale(axes)
 
 
 def _style(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(labelsize=9)
+    style_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.margins(x=0.01)
 
@@ -244,3 +239,60 @@ def _short(names: Sequence[str]) -> list[str]:
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     return [".".join(p[shared:]) for p in parts]
+
+
+@dataclass
+class TrainingSection(Section):
+    """INT4 training: the intervals of the gradients over time."""
+
+    callback: GradientQuantization
+
+    @property
+    def name(self) -> str:
+        return "INT4 training"
+
+    @property
+    def detail(self) -> str:
+        return f"Gradients by {type(self.callback.interval).__name__}. "
+
+    @property
+    def execution(self) -> str:
+        if self.callback.execution == "simulated":
+            return super().execution
+        return "Products of linear layers and plain convolutions run on int8 codes, others are simulated."
+
+    @property
+    def _metrics(self) -> LayerMetrics | None:
+        rows = self.callback.history.rows
+        texts = [{"step": str(step), **{key: str(value) for key, value in values.items()}} for step, values in rows]
+        return parse_layer_metrics(texts) if texts else None
+
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        metrics = self._metrics
+        if metrics is None:
+            return {}
+        draw_intervals({type(self.callback.interval).__name__: metrics}, folder / "intervals.png")
+        return {"Intervals of the gradients over the training": folder / "intervals.png"}
+
+    def figures(self) -> Mapping[str, Any]:
+        metrics = self._metrics
+        layers = {} if metrics is None else metrics.layers
+        ends = {name: {what: curve.end() for what, curve in curves.items()} for name, curves in layers.items()}
+        return {"gradients_at_the_end": ends}
+
+    def advice(self) -> Iterable[Finding]:
+        metrics = self._metrics
+        for name, curves in ({} if metrics is None else metrics.layers).items():
+            if curves["zero"].end() > 0.95:
+                yield Finding(
+                    f"{name}: {curves['zero'].end():.0%} of its gradients have the code 0.",
+                    "Its gradients have long tails: leave it in float, or give all layers more gradient_bits.",
+                    remedies.in_float(name, self.settings).line,
+                )
+
+    @property
+    def settings(self) -> Settings:
+        return {"exclude": self.callback.exclude, "quantizer_lr": self.callback.quantizer_lr}
+
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_training(cause, layer, self.settings)

@@ -11,7 +11,7 @@ from matplotlib.ticker import MaxNLocator
 
 from lightning_quant.analysis.layers import LayerAnalysis
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.report.windows import color, finish, wrapped
+from lightning_quant.report.plotting import color, finish, wrapped
 
 # More bars than this nobody reads.
 MOST = 25

@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Protocol, TypedDict, cast, runtime_checkable
 
 import lightning.pytorch as pl
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_quant.accuquant.calibration import STAGES, staged
+from lightning_quant.analysis import Cause, LayerAnalysis
+from lightning_quant.calibration.record import Record, numbered, plan_of, settings_of
 from lightning_quant.errors import ConfigurationError
+from lightning_quant.report import remedies
+from lightning_quant.report.error_curves import draw_error_curves
 from lightning_quant.report.html import report_folder
 from lightning_quant.report.image_grids import draw_image_pairs
-from lightning_quant.report.windows import (
-    GREY,
+from lightning_quant.report.plotting import (
     Values,
-    color,
-    dashes,
-    draw_window_sweep,
-    finish,
-    label_ends,
-    numbers,
-    panels,
-    scale_values,
-    short,
-    wrapped,
 )
+from lightning_quant.report.remedies import Finding, Remedy, Settings
+from lightning_quant.report.section import Section
+from lightning_quant.report.windows import draw_window_sweep
 from lightning_quant.utilities.paths import check_on_first_rank, check_writable, user_path
 
+# An error that piles up to more than this many times that of single steps asks for longer windows.
+_PILES_UP = 3.0
+TITLES = {
+    "images.png": "Images from the same seeds",
+    "error_curves.png": "Error over the denoising steps",
+    "window_sweep.png": "End error over the length of windows",
+}
 FLOAT = "float"
 """Name of the float model's images among those of a report."""
 
@@ -59,6 +59,13 @@ class GenerationReport(TypedDict, total=False):
     timesteps: Sequence[int]
     sweep: Mapping[int, Values]
     chosen: int
+
+
+@runtime_checkable
+class Generating(Protocol):
+    """A module or callback that holds what a test of a diffusion model found."""
+
+    generation_report: GenerationReport
 
 
 class GenerationPictures(pl.Callback):
@@ -96,8 +103,8 @@ class GenerationPictures(pl.Callback):
         folder = report_folder(trainer, self.folder)
         if not trainer.is_global_zero:
             return
-        holders: list[Any] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
-        found = [each.generation_report for each in holders if getattr(each, "generation_report", None)]
+        holders: list[object] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
+        found = [each.generation_report for each in holders if isinstance(each, Generating) and each.generation_report]
         written = draw_generation(found[0], folder, self.images, self.amplify) if found else []
         if written:
             rank_zero_info(f"Pictures of the generation: {', '.join(map(str, written))}")
@@ -146,110 +153,84 @@ def draw_generation(
     return written
 
 
-def draw_error_curves(
-    accumulated: Mapping[str, Tensor],
-    single_step: Mapping[str, Tensor] | None = None,
-    timesteps: Sequence[int] | Tensor | None = None,
-    path: Path | None = None,
-    title: str = "Quantization error over the denoising steps",
-) -> Figure:
-    r"""Draw the RMSE to the float trajectory over the denoising steps, a line a method, with the last value at its end.
+@dataclass
+class WindowSection(Section):
+    """AccuQuant: errors over the denoising steps, windows, and generated images.
 
-    Several runs are their mean and a band from the lowest to the highest.
-
-    Args:
-        accumulated: (N + 1,) or (runs, N + 1) by method, the error of x_0 (noise, always 0) to x_N (the sample) where
-            each model goes on from its own states.
-        single_step: the same where each step starts from the float state, in a panel of its own; (N,) leaves out the
-            noise.
-        timesteps: (N,), the scheduler's, written above.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf); None saves nothing.
-        title: above the picture.
-
-    Raises:
-        ConfigurationError: no method, or lengths that do not fit each other.
-
-    Example:
-        >>> import torch
-        >>> curves = {"per_step": torch.linspace(0, 0.17, 21), "identity": torch.linspace(0, 0.11, 21)}
-        >>> figure = draw_error_curves(curves)
-        >>> [text.get_text() for text in figure.axes[0].texts]
-        ['per_step\n0.170', 'identity\n0.110']
+    Attributes:
+        record: Record of the calibration.
+        generated: Report of a test that generated images.
     """
-    if not accumulated:
-        raise ConfigurationError("No error to draw: give those of at least one method, by its name.")
-    steps = numbers(next(iter(accumulated.values()))).shape[-1] - 1
-    given = [("accumulated: from the model's own states", accumulated)]
-    if single_step:
-        given.append(("single step: each from the float state", single_step))
-    found = [(label, {name: _curve(name, each, steps) for name, each in curves.items()}) for label, curves in given]
-    calls = _timesteps(timesteps, steps)
-    names = list(dict.fromkeys(name for _, curves in found for name in curves))
-    figure, grid = panels(len(found))
-    scale_values(grid[0], np.concatenate([curve.ravel() for _, curves in found for curve in curves.values()]))
-    for axes, (label, curves) in zip(grid, found, strict=True):
-        for name, curve in curves.items():
-            _draw_curve(axes, curve, names.index(name))
-        _title_steps(axes, label, steps, calls)
-    for axes, (_, curves) in zip(grid, found, strict=True):
-        label_ends(axes, [(steps, *_end(name, curve), color(names.index(name))) for name, curve in curves.items()])
-    several = max(len(curve) for _, curves in found for curve in curves.values())
-    band = f"\n(mean and range of {several} runs)" if several > 1 else ""
-    grid[0].set_ylabel(f"RMSE to the float state{band}")
-    return finish(figure, path, title)
 
+    record: Record
+    generated: GenerationReport
 
-def _curve(name: str, values: Tensor, steps: int) -> NDArray[np.float64]:
-    """(runs, N + 1), NaN for the noise where it is left out."""
-    curve = np.atleast_2d(numbers(values))
-    if curve.ndim != 2 or steps < 1 or curve.shape[1] not in (steps, steps + 1) or not len(curve):
-        raise ConfigurationError(
-            f"The errors of '{name}' have shape {tuple(np.shape(numbers(values)))}: expected ({steps + 1},) or (runs,"
-            f" {steps + 1}), one for each state from the noise to the sample."
-        )
-    missing = steps + 1 - curve.shape[1]
-    return np.pad(curve, ((0, 0), (missing, 0)), constant_values=np.nan)
+    @property
+    def name(self) -> str:
+        return "AccuQuant"
 
+    @property
+    def names_are_of_the_denoiser(self) -> bool:
+        return True
 
-def _timesteps(timesteps: Sequence[int] | Tensor | None, steps: int) -> list[int] | None:
-    if timesteps is None:
-        return None
-    calls = [int(each) for each in timesteps]
-    if len(calls) != steps:
-        raise ConfigurationError(f"{len(calls)} timesteps for errors of {steps} steps: expected one for each step.")
-    return calls
+    @property
+    def plan(self) -> str:
+        return plan_of(self.record)
 
+    @property
+    def _report(self) -> GenerationReport:
+        """What a test has found, before what the calibration has."""
+        curves = {"accumulated": staged(self.record, "error/"), "single_step": staged(self.record, "single_step/")}
+        found: dict[str, Any] = {
+            kind: {STAGES[stage]: values for stage, values in each.items()} for kind, each in curves.items() if each
+        }
+        # Those of another run's curves could be others.
+        if "timesteps" in self.record and "accumulated" not in self.generated:
+            found["timesteps"] = self.record["timesteps"].tolist()
+        if sweep := numbered(self.record, "sweep/"):
+            found["sweep"] = {length: float(error) for length, error in sweep.items()}
+            found["chosen"] = min(found["sweep"], key=found["sweep"].__getitem__)
+        return cast(GenerationReport, {**found, **self.generated})
 
-def _draw_curve(axes: Axes, curve: NDArray[np.float64], order: int) -> None:
-    steps = np.arange(curve.shape[1])
-    # The noise has no error, which a logarithmic axis cannot show.
-    drawn = np.where(curve > 0, curve, np.nan) if axes.get_yscale() == "log" else curve
-    above = 3 - order / 100
-    if len(curve) > 1:
-        axes.fill_between(
-            steps, drawn.min(0), drawn.max(0), color=color(order), alpha=0.2, linewidth=0, zorder=above - 1
-        )
-    axes.plot(steps, drawn.mean(0), color=color(order), linestyle=dashes(order), linewidth=1.8, zorder=above)
+    def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
+        return {TITLES[path.name]: path for path in draw_generation(self._report, folder)}
 
+    def figures(self) -> Mapping[str, Any]:
+        report = self._report
+        found: dict[str, Any] = {
+            kind: {name: values.tolist() for name, values in report[kind].items()}  # type: ignore[literal-required]
+            for kind in ("accumulated", "single_step")
+            if kind in report
+        }
+        if "window" in self.record:
+            found["window"] = int(self.record["window"])
+            found["held_out_errors"] = {k: values.tolist() for k, values in staged(self.record, "error/").items()}
+        return found
 
-def _end(name: str, curve: NDArray[np.float64]) -> tuple[float, str]:
-    """The last value, and what is written beside it."""
-    last = curve[:, -1]
-    spread = f" ({short(last.min())} to {short(last.max())})" if len(last) > 1 else ""
-    return float(last.mean()), f"{wrapped(name)}\n{short(last.mean())}{spread}"
+    def advice(self) -> Iterable[Finding]:
+        accumulated, single = self._report.get("accumulated"), self._report.get("single_step")
+        if not accumulated or not single:
+            return
+        # The last stage of which both are known: of a calibration that is not finished, the ranges.
+        stage = [name for name in accumulated if name in single][-1:]
+        if not stage:
+            return
+        end, step = float(accumulated[stage[0]][-1]), float(single[stage[0]].mean())
+        if step > 0 and end > _PILES_UP * step:
+            settings, tries = settings_of(self.record), ["more updates"]
+            if not settings.get("reconstruction"):
+                tries.insert(0, "reconstruction=100 before the windows")
+            longest = "window" in self.record and int(self.record["window"]) >= len(self.record["timesteps"])
+            if settings.get("window") != "sweep" and not longest:
+                tries.insert(0, "a longer window (window='sweep' finds one)")
+            yield Finding(
+                f"The error at the end is {end / step:.0f} times that of a single step: it piles up.",
+                f"Try {', or '.join(tries)}.",
+            )
 
+    @property
+    def settings(self) -> Settings:
+        return settings_of(self.record)
 
-def _title_steps(axes: Axes, label: str, steps: int, calls: Sequence[int] | None) -> None:
-    axes.set_title(label, fontsize=10, loc="left", color=GREY)
-    axes.set_xlabel("denoising steps taken (0: noise)")
-    axes.set_xlim(0, steps)
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    if calls is None:
-        return
-    ticks = [int(tick) for tick in MaxNLocator(5, integer=True).tick_values(0, steps) if 0 <= tick < steps]
-    above = axes.secondary_xaxis("top")
-    above.xaxis.set_major_locator(FixedLocator(ticks))
-    above.xaxis.set_major_formatter(FuncFormatter(lambda place, _: str(calls[round(place)])))
-    above.tick_params(labelsize=8, colors=GREY, length=3)
-    above.spines["top"].set_visible(False)
-    above.set_xlabel("timestep of the scheduler at that state", fontsize=8, color=GREY)
+    def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
+        return remedies.of_windows(cause, layer, self.settings)

@@ -13,13 +13,13 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor
 
+from benchmarks.saved_bytes import peak_saved_bytes
 from helpers.ranged import float_trajectories, gradients, learning, network_of, ranged
 from helpers.rollouts import sampler
 from lightning_quant.accuquant.denoiser import denoiser_of
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.trajectories import Trajectories
 from lightning_quant.accuquant.windows import Adjoint, Window, network_calls, roll, window_loss
-from lightning_quant.metrics.saved_bytes import peak_saved_bytes
 
 ADJOINTS: tuple[Adjoint, ...] = get_args(Adjoint)
 SAMPLERS = ("ddim", "ddim_eta", "ddpm", "plms", "prk", "dpm")

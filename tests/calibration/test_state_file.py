@@ -31,6 +31,9 @@ class Count:
     def finished(self) -> bool:
         return self.done == self.total
 
+    def replay(self) -> None:
+        """It has no data."""
+
     def step(self, advance: Callable[[str], None] = lambda name: None) -> str:
         self.done += 1
         return "counted"

@@ -34,6 +34,9 @@ class Walk:
     def finished(self) -> bool:
         return self.taken >= self.end
 
+    def replay(self) -> None:
+        """It has no data."""
+
     def step(self, advance: Callable[[str], None] = lambda name: None) -> str:
         # A product, which autocast would round, and a new tensor, which takes the default type.
         self.value = torch.cos(3 * self.value @ torch.tensor([[1.1]]) + self.taken)

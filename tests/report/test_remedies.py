@@ -10,8 +10,8 @@ from lightning_quant import AccuQuant, GradientQuantization, IGQViT
 from lightning_quant.analysis import Analysis, Cause, LayerAnalysis
 from lightning_quant.analysis.causes import Kind
 from lightning_quant.metrics.tensor_error import TensorFigures
-from lightning_quant.report.methods import Method
 from lightning_quant.report.remedies import effect, in_float, of_groups, of_training, of_windows
+from lightning_quant.report.section import Section
 
 METHODS: dict[Any, Any] = {of_training: GradientQuantization, of_groups: IGQViT, of_windows: AccuQuant}
 SETTINGS: dict[Any, list[dict[str, Any]]] = {
@@ -60,7 +60,7 @@ def test_a_finding_has_cause_words_effect_and_line() -> None:
     wide = TensorFigures(4, -1.0, 1.0, 20.0, 0.0, 1.0, 0.5, True, channel_ratio=30.0)
     fc = LayerAnalysis("blocks.0.fc", "Linear", (8, 8), 0, {"input": wide}, only_quantized=0.1, only_float=0.389)
     analysis = Analysis([fc], [], 0.418, None, 1, 1.0, 1.0, 1, 1, None, None)
-    (finding,) = Method().findings(analysis)["blocks.0.fc"]
+    (finding,) = Section().findings(analysis)["blocks.0.fc"]
     assert finding.cause == "input: outlier channels, the widest is 30 times the median one"
     assert finding.remedy == "Leave it in float: 41.8% to 38.9% error of the outputs."
     assert finding.line == "exclude=['blocks.0.fc']"

@@ -17,12 +17,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.report.trajectories import (
-    GenerationPictures,
-    GenerationReport,
-    draw_error_curves,
-    draw_generation,
-)
+from lightning_quant.report.error_curves import draw_error_curves
+from lightning_quant.report.trajectories import GenerationPictures, GenerationReport, draw_generation
 
 RAMP = torch.linspace(0, 1, 11)
 

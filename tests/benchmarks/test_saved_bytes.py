@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant.metrics.saved_bytes import peak_saved_bytes
+from benchmarks.saved_bytes import peak_saved_bytes
 
 FLOAT = 4
 
