@@ -87,7 +87,7 @@ class Training:
             layers = quantize_layers(network, chosen, LargeGradientInterval(), execution)
             for layer in layers.values():
                 assert isinstance(layer.gradient_quantizer, GradientQuantizer)
-                layer.gradient_quantizer.noise = self.noise
+                layer.gradient_quantizer.run.noise = self.noise
             ours = QuantizerOptimizer(layers, self.optimizer, QUANTIZER_LR)
             self.optimizer.register_step_post_hook(lambda *_: ours.step())
 

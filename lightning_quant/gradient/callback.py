@@ -181,7 +181,7 @@ class GradientQuantization(WhatRan):
         for quantizer in self._gradient_quantizers().values():
             quantizer.interval = self.interval
             # Lightning's tuner trains a few steps without the hooks of callbacks.
-            quantizer.noise = self.noise if stage == "fit" else None
+            quantizer.run.noise = self.noise if stage == "fit" else None
         for layer in present.values():
             layer.execution = self.execution
         return in_float
@@ -215,8 +215,8 @@ class GradientQuantization(WhatRan):
         self.batches = self._restored.get("batches", 0)
         self.noise = NoiseSource(seed, trainer.global_rank)
         for quantizer in self._gradient_quantizers().values():
-            quantizer.noise = self.noise
-            quantizer.clipped = quantizer.total = None
+            quantizer.run.noise = self.noise
+            quantizer.run.reset_counts()
         self._optimizers = []
         for optimizer, layers in _owners(trainer.optimizers, self._layers):
             self._optimizers.append(QuantizerOptimizer(layers, optimizer, self.quantizer_lr))
@@ -240,7 +240,7 @@ class GradientQuantization(WhatRan):
         last = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         observes = bool(every and last and (trainer.global_step + 1) % every == 0)
         for quantizer in self._gradient_quantizers().values():
-            quantizer.observes = observes
+            quantizer.run.observes = observes
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -300,7 +300,7 @@ class GradientQuantization(WhatRan):
         self._stop_listening()
         # Without the callback nobody moves the intervals; training on without it must say so.
         for quantizer in self._gradient_quantizers().values():
-            quantizer.noise = None
+            quantizer.run.noise = None
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

@@ -71,20 +71,20 @@ def layer_metrics(quantizers: dict[str, GradientQuantizer]) -> dict[str, float]:
     Keys are ``gradient_quantization/<layer>/<measure>`` with the measures gamma, clipped (R), target (of R), error,
     error_large (both normalized by the largest gradient) and zero (share of codes).
     """
-    seen = {name: q for name, q in quantizers.items() if q.errors is not None}
-    if not seen:
+    observed = {name: q.run.take_errors() for name, q in quantizers.items()}
+    errors = {name: each for name, each in observed.items() if each is not None}
+    if not errors:
         return {}
-    rows = torch.stack([torch.stack([q.gamma, *(q.errors or ())]) for q in seen.values()]).tolist()
+    rows = torch.stack([torch.stack([quantizers[name].gamma, *each]) for name, each in errors.items()]).tolist()
     metrics = {}
-    for (name, quantizer), (gamma, error, error_large, clipped, zero) in zip(seen.items(), rows, strict=True):
+    for name, (gamma, error, error_large, clipped, zero) in zip(errors, rows, strict=True):
         values = {
             "gamma": gamma,
             "clipped": clipped,
-            "target": quantizer.interval.target(quantizer.bits),
+            "target": quantizers[name].interval.target(quantizers[name].bits),
             "error": error,
             "error_large": error_large,
             "zero": zero,
         }
         metrics.update({f"{PREFIX}/{name}/{key}": value for key, value in values.items()})
-        quantizer.errors = None
     return metrics

@@ -82,7 +82,7 @@ class QuantizerOptimizer:
         self._follow(counts)
         self.steps += 1
         for quantizer in quantizers:
-            quantizer.clipped = quantizer.total = None
+            quantizer.run.reset_counts()
         for learned in self._learned:
             learned.sample = None
         self._mark_restarts()
@@ -90,7 +90,7 @@ class QuantizerOptimizer:
     def _mark_restarts(self) -> None:
         for quantizer in self.gradient_quantizers.values():
             every = quantizer.interval.every
-            quantizer.restarts = every is not None and self.steps > 0 and self.steps % every == 0
+            quantizer.run.restarts = every is not None and self.steps > 0 and self.steps % every == 0
 
     def _schedule(self) -> float:
         """Where the user's schedule stands: the first parameter group's that is not switched off.
@@ -215,8 +215,8 @@ def own_counts(quantizers: Sequence[GradientQuantizer], learned: Sequence[Learne
     if not quantizers:
         return Counts(torch.zeros(0).double(), torch.zeros(0).double(), values)
     zero = torch.zeros((), dtype=torch.float64, device=quantizers[0].gamma.device)
-    clipped = [zero if q.clipped is None else q.clipped.double() for q in quantizers]
-    total = [zero if q.total is None else q.total.double() for q in quantizers]
+    clipped = [zero if q.run.clipped is None else q.run.clipped.double() for q in quantizers]
+    total = [zero if q.run.total is None else q.run.total.double() for q in quantizers]
     return Counts(torch.stack(clipped), torch.stack(total), values)
 
 
@@ -256,14 +256,14 @@ def reduce_over_ranks(
 
     mean = gamma_sum / started.clamp_min(1)
     # The first gradients differ from rank to rank, and so do the intervals that start from them.
-    compared = torch.tensor([q.agreed for q in quantizers], device=gamma.device)
+    compared = torch.tensor([q.run.agreed for q in quantizers], device=gamma.device)
     apart = torch.where(compared, (gamma - mean).abs() / mean, 0.0) if quantizers else gamma
     distance = torch.cat([apart, (own - value / ranks).abs() / (value / ranks).abs().clamp_min(1e-30)])
     for i, quantizer in enumerate(quantizers):
         quantizer.ready = quantizer.ready or bool(started[i] > 0)
         if quantizer.ready:
             quantizer.gamma.copy_(mean[i])
-            quantizer.agreed = True
+            quantizer.run.agreed = True
     for i, parameter in enumerate(ranges):
         parameter.grad = (gradient[i] / ranks).float()
     return Counts(clipped, total, values.view_as(counts.values)), distance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -62,6 +63,43 @@ def gradient_errors(gradient: Tensor, codes: Tensor, step: Tensor, gamma: Tensor
     )
 
 
+@dataclass
+class TrainingRun:
+    """What a training gives to a quantizer of gradients, and what it takes from it when an optimizer steps.
+
+    Attributes:
+        noise: Source of the rounding noise; None outside of a training.
+        clipped: Number of gradients beyond the interval since the last optimizer step; None before the first.
+        total: Number of gradients since the last optimizer step; None before the first.
+        restarts: Whether gamma starts anew with the next gradient.
+        agreed: Whether gamma has been made equal over the ranks since it started.
+        observes: Whether the errors of the next gradient are measured.
+        errors: Errors of the gradient that was observed; None where none was.
+    """
+
+    noise: NoiseSource | None = None
+    clipped: Tensor | None = None
+    total: Tensor | None = None
+    restarts: bool = False
+    agreed: bool = False
+    observes: bool = False
+    errors: GradientErrors | None = None
+
+    def count(self, clipped: Tensor, total: Tensor) -> None:
+        """Add the counts of a gradient, 0-dim each."""
+        self.clipped = clipped if self.clipped is None else self.clipped + clipped
+        self.total = total if self.total is None else self.total + total
+
+    def reset_counts(self) -> None:
+        """Begin to count anew, after an optimizer step."""
+        self.clipped = self.total = None
+
+    def take_errors(self) -> GradientErrors | None:
+        """Return the errors that were observed, and forget them."""
+        errors, self.errors = self.errors, None
+        return errors
+
+
 class GradientQuantizer(Quantizer, kind=3):
     """Stochastic rounding of a gradient to b bits within [-gamma * g_max, gamma * g_max].
 
@@ -73,17 +111,12 @@ class GradientQuantizer(Quantizer, kind=3):
         interval: how gamma starts and moves.
 
     Attributes:
-        noise: where the rounding noise comes from; set by who runs the training.
-        clipped: gradients beyond the interval since the last optimizer step.
-        total: gradients seen since then.
-        restarts: whether gamma starts anew with the next gradient.
-        agreed: whether gamma has been made equal over the ranks once.
-        observes: whether the errors of the next gradient are measured, into ``errors``.
+        run: State of the training that the quantizer takes part in.
 
     Example:
         >>> from lightning_quant.gradient import MinMaxInterval
         >>> quantizer = GradientQuantizer(4, MinMaxInterval())
-        >>> quantizer.noise = NoiseSource(seed=0)
+        >>> quantizer.run.noise = NoiseSource(seed=0)
         >>> quantizer.quantize(torch.tensor([1.0, -7.0, 7.0])).values.tolist()
         [1.0, -7.0, 7.0]
     """
@@ -94,13 +127,7 @@ class GradientQuantizer(Quantizer, kind=3):
     def __init__(self, bits: int, interval: IntervalStrategy) -> None:
         super().__init__(bits)
         self.interval = interval
-        self.noise: NoiseSource | None = None
-        self.clipped: Tensor | None = None
-        self.total: Tensor | None = None
-        self.restarts = False
-        self.observes = False
-        self.agreed = False
-        self.errors: GradientErrors | None = None
+        self.run = TrainingRun()
         self.register_buffer("gamma", torch.tensor(float("nan")))
 
     @classmethod
@@ -119,14 +146,14 @@ class GradientQuantizer(Quantizer, kind=3):
         largest = float(x.max())
         if 0 < largest < float("inf"):
             self.gamma.copy_(self.interval.start(x, self.bits))
-            self.ready, self.agreed = True, False
+            self.ready, self.run.agreed = True, False
 
     def _restart(self, magnitude: Tensor) -> None:
         """Start gamma anew without asking the host whether the gradient is any good."""
         largest = magnitude.max()
         started = self.interval.start(torch.where(largest.isfinite(), magnitude, 1.0), self.bits)
         self.gamma.copy_(torch.where(largest.isfinite() & (largest > 0), started, self.gamma))
-        self.restarts = self.agreed = False
+        self.run.restarts = self.run.agreed = False
 
     @torch.no_grad()
     def quantize(self, gradient: Tensor) -> Codes:
@@ -135,7 +162,8 @@ class GradientQuantizer(Quantizer, kind=3):
         Raises:
             QuantizationError: in a network that is trained without the callback.
         """
-        if self.noise is None:
+        run, grid = self.run, self.grid
+        if run.noise is None:
             raise QuantizationError(
                 "A network with quantized gradients is trained without anybody moving its intervals: add"
                 " lightning_quant.GradientQuantization(...) to the Trainer's callbacks, or call"
@@ -146,15 +174,15 @@ class GradientQuantizer(Quantizer, kind=3):
             return Codes(values.float())
         if not self.ready:
             self.initialize(values.float().abs())
-        elif self.restarts:
+        elif run.restarts:
             self._restart(values.float().abs())
         low, high = in_memory(values).aminmax()
         threshold = self.gamma * torch.maximum(-low, high).float()
         # Neither NaN nor infinite, and no step below the smallest normal number, which would divide by zero.
-        usable = (threshold >= self.grid.high * _FP32.tiny) & (threshold <= _FP32.max)
-        step = torch.where(usable, threshold / self.grid.high, 1.0)
+        usable = (threshold >= grid.high * _FP32.tiny) & (threshold <= _FP32.max)
+        step = torch.where(usable, threshold / grid.high, 1.0)
         codes = torch.empty_like(values, dtype=torch.float32)
-        noise = self.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())
+        noise = run.noise.draw(values.numel(), values.device).as_strided(values.shape, values.stride())
         clipped: Tensor | None = None
         keep = -usable.to(torch.int32)
         for v, c, u in blocks(values, codes, noise):
@@ -162,21 +190,17 @@ class GradientQuantizer(Quantizer, kind=3):
             if self.interval.counts:
                 beyond = v.abs().gt_(threshold).sum()
                 clipped = beyond if clipped is None else clipped + beyond
-            encode(v, step, self.grid, noise=u, out=c)
+            encode(v, step, grid, noise=u, out=c)
             # c where usable, else v: by bits, since torch.where takes twice as long.
             bits, original = c.view(torch.int32), v.view(torch.int32)
             bits.bitwise_xor_(original).bitwise_and_(keep).bitwise_xor_(original)
         if clipped is not None:
-            self._count(clipped * usable, usable * float(values.numel()))
-        if self.observes:
+            run.count(clipped * usable, usable * float(values.numel()))
+        if run.observes:
             alpha = getattr(self.interval, "alpha", LARGE_SHARE)
-            self.errors = gradient_errors(values.float(), codes, step, self.gamma, alpha)
-            self.observes = False
-        return Codes(codes, step, self.grid)
-
-    def _count(self, clipped: Tensor, total: Tensor) -> None:
-        self.clipped = clipped if self.clipped is None else self.clipped + clipped
-        self.total = total if self.total is None else self.total + total
+            run.errors = gradient_errors(values.float(), codes, step, self.gamma, alpha)
+            run.observes = False
+        return Codes(codes, step, grid)
 
     def forward(self, x: Tensor) -> Tensor:
         """The quantized gradient ``codes * step``, of the shape and dtype of ``x``."""

@@ -268,25 +268,25 @@ def test_bad_calibration_images_of_one_rank_are_refused_on_all(tmp_path: Path) -
 
 
 class Dying(Dataset[Any]):
-    """Its worker is gone at the item of a number, once there is a state of a calibration; a second time it is there."""
+    """Its worker is gone at the item of a number, once another file is there; a second time it stays."""
 
-    def __init__(self, inner: Any, number: int, file: Path, states: Path | None = None) -> None:
-        self.inner, self.number, self.file, self.states = inner, number, file, states
+    def __init__(self, inner: Any, number: int, file: Path, after: Path | None = None) -> None:
+        self.inner, self.number, self.file, self.after = inner, number, file, after
 
     def __len__(self) -> int:
         return len(self.inner)
 
     def __getitem__(self, index: int) -> Any:
         if index == self.number and not self.file.exists():
-            while self.states is not None and not list(self.states.glob("*.safetensors")):
+            while self.after is not None and not self.after.exists():
                 time.sleep(0.01)
             self.file.touch()
             os._exit(1)
         return self.inner[index]
 
 
-def dying(inner: Any, number: int, folder: Path, states: Path | None = None) -> Any:
-    return DataLoader(Dying(inner, number, folder / "died", states), batch_size=8, num_workers=1)
+def dying(inner: Any, number: int, folder: Path, after: Path | None = None) -> Any:
+    return DataLoader(Dying(inner, number, folder / "died", after), batch_size=8, num_workers=1)
 
 
 def test_a_training_whose_worker_dies_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
@@ -320,13 +320,25 @@ def test_a_calibration_whose_worker_dies_leaves_the_network_in_float(tmp_path: P
     assert is_calibrated(module)
 
 
+class Mark(pl.Callback):
+    """Leaves a file when the callbacks before it have begun the test."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.file.touch()
+
+
 def test_a_test_whose_worker_dies_does_not_calibrate_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     project = PROJECTS["accuquant"]
     noise = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
     # A worker starts before the calibration does, and its death stops whatever goes on.
-    data = dying(noise, 3, tmp_path, states=tmp_path / "accuquant")
+    calibrated = tmp_path / "calibrated"
+    data = dying(noise, 3, tmp_path, after=calibrated)
     with pytest.raises(DIED, match=WORKER_DIED):
-        project.trainer(tmp_path, project.callback()).test(project.module(), data, verbose=False)
+        project.trainer(tmp_path, project.callback(), Mark(calibrated)).test(project.module(), data, verbose=False)
+    assert list((tmp_path / "accuquant").glob("*.safetensors"))
     caplog.clear()
     module = project.module()
     project.trainer(tmp_path, project.callback()).test(module, data, verbose=False)

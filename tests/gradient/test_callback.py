@@ -89,8 +89,8 @@ def test_counts_of_micro_batches_add_up() -> None:
         def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
             quantizer = quantized(pl_module)["net.3"].gradient_quantizer
             assert isinstance(quantizer, GradientQuantizer)
-            assert quantizer.total is not None
-            totals.append(float(quantizer.total))
+            assert quantizer.run.total is not None
+            totals.append(float(quantizer.run.total))
 
     fitted(quantization(), Watch(), accumulate_grad_batches=2)
     assert totals == [2 * 8 * 8 * 8 * 8] * 2

@@ -77,7 +77,7 @@ class Training:
             layers = quantize_layers(self.network, plan_layers(self.network, Bits(4, 4, 4)).chosen, interval)
             for layer in layers.values():
                 assert isinstance(layer.gradient_quantizer, GradientQuantizer)
-                layer.gradient_quantizer.noise = self.noise
+                layer.gradient_quantizer.run.noise = self.noise
             self.quantizers = QuantizerOptimizer(layers, self.optimizer, 1e-5)
 
     def step(self) -> None:

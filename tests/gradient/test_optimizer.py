@@ -21,7 +21,7 @@ def setting(
     noise = NoiseSource(0)
     for layer in layers.values():
         assert isinstance(layer.gradient_quantizer, GradientQuantizer)
-        layer.gradient_quantizer.noise = noise
+        layer.gradient_quantizer.run.noise = noise
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     return network, optimizer, QuantizerOptimizer(layers, optimizer, lr=1e-2)
 
@@ -37,8 +37,8 @@ def test_each_layer_moves_against_its_own_target() -> None:
     first, last = ours.gradient_quantizers.values()
     first.gamma.fill_(0.5)
     last.gamma.fill_(0.5)
-    first.clipped, first.total = torch.tensor(9.0), torch.tensor(300.0)
-    last.clipped, last.total = torch.tensor(1.0), torch.tensor(300.0)
+    first.run.clipped, first.run.total = torch.tensor(9.0), torch.tensor(300.0)
+    last.run.clipped, last.run.total = torch.tensor(1.0), torch.tensor(300.0)
     ours.step()
     # 9/300 is below the 0.5/15 of 4 bits, 1/300 above the 0.5/255 of 8 bits.
     assert [float(first.gamma), float(last.gamma)] == pytest.approx([0.49, 0.51])
@@ -49,10 +49,10 @@ def test_a_layer_without_gradients_keeps_its_interval() -> None:
     backward(network)
     first, last = ours.gradient_quantizers.values()
     before = float(last.gamma)
-    last.clipped = last.total = None
+    last.run.clipped = last.run.total = None
     ours.step()
     assert float(last.gamma) == before
-    assert first.clipped is None
+    assert first.run.clipped is None
 
 
 def test_ranges_take_the_step_of_adam_and_drop_their_gradients() -> None:

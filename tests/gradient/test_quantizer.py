@@ -11,7 +11,7 @@ from lightning_quant.gradient.quantizer import GradientQuantizer, gradient_error
 
 def make(bits: int = 4, interval: IntervalStrategy | None = None, seed: int = 0) -> GradientQuantizer:
     quantizer = GradientQuantizer(bits, interval or FixedInterval(0.5))
-    quantizer.noise = NoiseSource(seed)
+    quantizer.run.noise = NoiseSource(seed)
     return quantizer
 
 
@@ -37,10 +37,10 @@ def test_equals_the_oracle(bits: int, gamma: float) -> None:
 def test_expectation_is_the_gradient_inside_the_interval_and_the_bound_outside() -> None:
     gradient = torch.tensor([0.01, -0.3, 0.42, 1.0, -1.0])
     quantizer = make(interval=FixedInterval(0.5))
-    assert quantizer.noise is not None
+    assert quantizer.run.noise is not None
     total = torch.zeros(5).double()
     for batch in range(4000):
-        quantizer.noise.restart(batch)
+        quantizer.run.noise.restart(batch)
         total += real(quantizer, gradient)
     expected = gradient.clamp(-0.5, 0.5).double()
     width = 0.5 / 7
@@ -61,7 +61,7 @@ def test_a_power_of_two_leaves_codes_and_gamma_unchanged(power: int) -> None:
     a, b = make(interval=LargeGradientInterval(0.05)), make(interval=LargeGradientInterval(0.05))
     assert torch.equal(a.quantize(gradient).values, b.quantize(gradient * 2.0**power).values)
     assert torch.equal(a.gamma, b.gamma)
-    assert a.clipped == b.clipped
+    assert a.run.clipped == b.run.clipped
 
 
 def test_the_gradient_is_not_written_to() -> None:
@@ -78,10 +78,10 @@ def test_a_gradient_that_is_not_finite_passes_through_and_counts_for_nothing(bad
     torch.testing.assert_close(real(quantizer, broken), broken, rtol=0, atol=0, equal_nan=True)
     assert not quantizer.ready
     quantizer.quantize(sample(100))
-    gamma, clipped, total = quantizer.gamma.clone(), quantizer.clipped, quantizer.total
+    gamma, clipped, total = quantizer.gamma.clone(), quantizer.run.clipped, quantizer.run.total
     torch.testing.assert_close(real(quantizer, broken), broken, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(quantizer.gamma, gamma)
-    assert (quantizer.clipped, quantizer.total) == (clipped, total)
+    assert (quantizer.run.clipped, quantizer.run.total) == (clipped, total)
 
 
 def test_an_all_zero_gradient_gives_zeros_and_starts_nothing() -> None:
@@ -99,11 +99,11 @@ def test_counting_is_strict_and_adds_up() -> None:
     gradient = torch.tensor([1.0, 0.5, 0.5, 0.25])
     quantizer.quantize(gradient)
     quantizer.gamma.fill_(0.5)
-    quantizer.clipped = quantizer.total = None
+    quantizer.run.clipped = quantizer.run.total = None
     quantizer.quantize(gradient)
     quantizer.quantize(gradient)
-    assert quantizer.clipped is not None
-    assert (float(quantizer.clipped), float(quantizer.total or 0)) == (2.0, 8.0)
+    assert quantizer.run.clipped is not None
+    assert (float(quantizer.run.clipped), float(quantizer.run.total or 0)) == (2.0, 8.0)
 
 
 def test_memory_order_does_not_matter() -> None:
@@ -111,7 +111,7 @@ def test_memory_order_does_not_matter() -> None:
     last = gradient.to(memory_format=torch.channels_last)
     a, b = make(interval=MinMaxInterval()), make(interval=MinMaxInterval())
     for quantizer in (a, b):
-        assert quantizer.noise is not None
+        assert quantizer.run.noise is not None
     x, y = a.quantize(gradient), b.quantize(last)
     assert y.values.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(x.scale, y.scale)  # type: ignore[arg-type]

@@ -29,7 +29,7 @@ def network(quantizer_lr: float = 1e-2) -> tuple[nn.Module, QuantizerOptimizer, 
     layers = quantize_layers(module, {"0": Bits(4, 4, 4), "2": Bits(4, 4, 4)}, LargeGradientInterval(0.5, 0.01))
     for layer in layers.values():
         assert isinstance(layer.gradient_quantizer, GradientQuantizer)
-        layer.gradient_quantizer.noise = NoiseSource(0)
+        layer.gradient_quantizer.run.noise = NoiseSource(0)
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     return module, QuantizerOptimizer(layers, optimizer, quantizer_lr), optimizer
 
@@ -77,7 +77,7 @@ def test_ranges_start_from_the_union_of_the_ranks_batches(ranks: int, shift: flo
 def count_share(rank: int, ranks: int) -> list[float]:
     """Gammas after five steps on a static gradient; each rank sees its part, and the same largest value."""
     quantizer = GradientQuantizer(4, LargeGradientInterval(0.3, 0.01))
-    quantizer.noise = NoiseSource(0)
+    quantizer.run.noise = NoiseSource(0)
     _, ours, _ = network()
     ours.gradient_quantizers, ours.ranges, ours.adam = {"x": quantizer}, {}, None
     rest = torch.linspace(0, 0.999, 600)[torch.randperm(600, generator=torch.Generator().manual_seed(0))]
@@ -113,7 +113,7 @@ def trained(rank: int, ranks: int, rows: torch.Tensor, gradient_bits: int) -> di
     layers = quantize_layers(module, dict.fromkeys("02", Bits(4, 4, gradient_bits)), LargeGradientInterval(0.5, 0.01))
     for layer in layers.values():
         if isinstance(layer.gradient_quantizer, GradientQuantizer):
-            layer.gradient_quantizer.noise = NearestRounding(0)
+            layer.gradient_quantizer.run.noise = NearestRounding(0)
     wrapped = nn.parallel.DistributedDataParallel(module) if ranks > 1 else module
     optimizer = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     ours = QuantizerOptimizer(layers, optimizer, 1e-2)

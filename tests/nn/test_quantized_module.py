@@ -211,7 +211,7 @@ def test_intervals_of_ranks_may_differ_again_after_float_weights() -> None:
     model = trained()
     quantizer: Any = model[2].gradient_quantizer
     quantizer.initialize(torch.ones(3))
-    quantizer.agreed = True
+    quantizer.run.agreed = True
     model.load_state_dict(network(seed=1).state_dict())
     quantizer.initialize(torch.ones(3))
-    assert not quantizer.agreed
+    assert not quantizer.run.agreed

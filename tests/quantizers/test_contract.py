@@ -40,7 +40,7 @@ def searched(x: Tensor, axis: int | None) -> tuple[Tensor, Tensor]:
 
 def gradient_quantizer(bits: int) -> GradientQuantizer:
     quantizer = GradientQuantizer(bits, LargeGradientInterval())
-    quantizer.noise = NoiseSource(0)
+    quantizer.run.noise = NoiseSource(0)
     return quantizer
 
 
@@ -92,7 +92,7 @@ def started(make: Maker, bits: int = 4) -> Quantizer:
 def output(quantizer: Quantizer, x: Tensor) -> Tensor:
     """From the same noise each time, at the same timestep."""
     if isinstance(quantizer, GradientQuantizer):
-        quantizer.noise = NoiseSource(0)
+        quantizer.run.noise = NoiseSource(0)
     if isinstance(quantizer, TimestepQuantizer):
         quantizer.at(300)
     result: Tensor = quantizer(x)
