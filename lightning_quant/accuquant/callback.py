@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -13,12 +13,14 @@ from torch import nn
 from lightning_quant.accuquant.calibration import Calibration
 from lightning_quant.accuquant.denoiser import SUPPORTED as DENOISERS
 from lightning_quant.accuquant.denoiser import Conditioning, Denoiser, check_denoiser
+from lightning_quant.accuquant.plan import compared
 from lightning_quant.accuquant.preparation import Parts, start
 from lightning_quant.accuquant.samplers import SUPPORTED
 from lightning_quant.accuquant.settings import ActivationParameters, Learn, Settings, Start
 from lightning_quant.accuquant.summary import summarize
 from lightning_quant.accuquant.windows import Adjoint
 from lightning_quant.calibration.callback import CalibratingCallback
+from lightning_quant.calibration.settings import settings_of_arguments
 from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.structure import weights_hash
@@ -111,33 +113,9 @@ class AccuQuant(CalibratingCallback):
         sample_shape: Sequence[int] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
+        arguments = locals()
         super().__init__()
-        self.settings = Settings(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            steps=steps,
-            window=window,
-            adjoint=adjoint,
-            start=start,
-            activation_parameters=activation_parameters,
-            learn=learn,
-            weight_scales=weight_scales,
-            updates=updates,
-            batch_size=batch_size,
-            trajectories=trajectories,
-            held_out=held_out,
-            reconstruction=reconstruction,
-            rounding_lr=rounding_lr,
-            activation_lr=activation_lr,
-            check_every=check_every,
-            patience=patience,
-            first_and_last_bits=first_and_last_bits,
-            softmax_bits=softmax_bits,
-            eta=eta,
-            guidance=guidance,
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
-            seed=seed,
-        )
+        self.settings = settings_of_arguments(Settings, arguments)
         self.denoiser, self.scheduler = denoiser, scheduler
         self.sample_shape = None if sample_shape is None else tuple(sample_shape)
         self.cache_dir = None if cache_dir is None else user_path(cache_dir)
@@ -175,6 +153,10 @@ class AccuQuant(CalibratingCallback):
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse denoisers and schedulers that are not found, or not known."""
         self.parts(pl_module)
+
+    def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
+        """Compare bits."""
+        return compared(pl_module, self.settings)
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
         """Make the float trajectories, and prepare the denoiser."""

@@ -13,12 +13,15 @@ from torch.overrides import TorchFunctionMode
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import attention_form
+from lightning_quant.nn.attention_mixin import SLOTS
 from lightning_quant.nn.forms import obstacle
 from lightning_quant.nn.layers import LAYERS
 from lightning_quant.nn.selection import check_patterns, matches
+from lightning_quant.nn.structure import quantizers_of
 from lightning_quant.utilities.table import Tabled
 
 FIRST_AND_LAST = "first or last"
+SOFTMAX = "softmax_quantizer"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,29 @@ def plan_denoiser(network: nn.Module, settings: Settings, run: Callable[[], obje
     if not any(not row.left_out for row in rows):
         raise ConfigurationError(f"exclude={list(settings.exclude)} leaves nothing to quantize: write fewer patterns.")
     return DenoiserPlan(tuple(rows), settings)
+
+
+def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, object, object]]:
+    """Compare the bits of the quantizers of a calibrated module with settings.
+
+    Yields:
+        Name of a setting, its value in the module, and its value in the settings.
+    """
+    slots = [(name.rpartition(".")[2], quantizer.bits) for name, quantizer in quantizers_of(module)]
+    groups = {
+        "weight_bits": ("weight_quantizer",),
+        "activation_bits": ("input_quantizer", *(slot for slot in SLOTS if slot != SOFTMAX)),
+        "softmax_bits": (SOFTMAX,),
+    }
+    for name, kinds in groups.items():
+        bits = [each for slot, each in slots if slot in kinds]
+        expected = getattr(settings, name)
+        if name != "softmax_bits":
+            # Of the first and the last layer, which may be the only ones.
+            others = [each for each in bits if each != settings.first_and_last_bits]
+            bits = others if others or len(bits) <= 2 else bits
+        found = sorted(set(bits))
+        yield name, found[0] if len(found) == 1 else found or expected, expected
 
 
 def _row(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext, suppress
 from typing import Any, ClassVar
 
@@ -50,8 +51,13 @@ class CalibratingCallback(WhatRan):
     def check(self, pl_module: pl.LightningModule) -> None:
         """Refuse, before anything is loaded, what cannot be calibrated."""
 
-    def check_agrees(self, pl_module: pl.LightningModule) -> None:
-        """Refuse what is calibrated already, but not as this callback would."""
+    def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
+        """Compare a module that is calibrated already with this callback.
+
+        Returns:
+            Name of an argument, its value in the module, and its value in the callback, of each that quantizers tell.
+        """
+        return ()
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Prepare the network, and return its :class:`~lightning_quant.calibration.record.StepwiseCalibration`."""
@@ -135,7 +141,7 @@ class CalibratingCallback(WhatRan):
                 # Of another network, or before a checkpoint that was saved without callbacks.
                 self._forget()
             self._of = found
-            self.check_agrees(pl_module)
+            self._check_agrees(pl_module)
             rank_zero_info(
                 f"{self.callback_name}: calibrated already; lightning_quant.strip(module) lets it begin anew."
             )
@@ -151,6 +157,15 @@ class CalibratingCallback(WhatRan):
                 self._forget()
                 strip(pl_module)
                 raise
+
+    def _check_agrees(self, pl_module: pl.LightningModule) -> None:
+        for name, found, expected in self.compared(pl_module):
+            if found != expected:
+                raise QuantizationError(
+                    f"The module is already quantized, with {name}={found!r}, and the callback says"
+                    f" {name}={expected!r}: call lightning_quant.strip(module) first, which lets it calibrate anew, or"
+                    " give the callback the arguments it was calibrated with."
+                )
 
     def _forget(self) -> None:
         self.calibration, self._of, self._restored = None, None, {}

@@ -12,6 +12,8 @@ from lightning_quant.cli import packaged
 from lightning_quant.cli.advice import VERBS, UsageError, check_verb
 from lightning_quant.errors import QuantizationError
 
+# As a shell says it of a process that SIGPIPE has ended.
+_BROKEN_PIPE = 141
 _HELP = """\
 usage: lightning-quant VERB [options]
 
@@ -45,6 +47,11 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in argv or os.environ.get("LIGHTNING_QUANT_DEBUG", "0") not in ("", "0")
     try:
         _dispatch([arg for arg in argv if arg != "--debug"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader, such as `head`, has gone; what is left must not be flushed again when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(_BROKEN_PIPE)
     except (UsageError, QuantizationError) as error:
         if debug:
             raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,11 +17,12 @@ from torch import Tensor
 from lightning_quant.calibration.callback import CalibratingCallback
 from lightning_quant.calibration.image_source import CalibrationData, CalibrationSource, from_trainer
 from lightning_quant.calibration.images import calibration_images
+from lightning_quant.calibration.settings import settings_of_arguments
 from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.calibration.step_images import StepImages
 from lightning_quant.igq_vit.calibration import Calibration, Source
 from lightning_quant.igq_vit.perturbation import log_posteriors
-from lightning_quant.igq_vit.plan import check_agrees
+from lightning_quant.igq_vit.plan import compared
 from lightning_quant.igq_vit.preparation import prepare
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
 from lightning_quant.igq_vit.summary import estimate, summarize, units
@@ -103,23 +104,9 @@ class IGQViT(CalibratingCallback):
         # Of any result: in a config file a function without annotations is refused else.
         images: Callable[[Any], Any] | None = None,
     ) -> None:
+        arguments = locals()
         super().__init__()
-        self.settings = Settings(
-            weight_bits=weight_bits,
-            activation_bits=activation_bits,
-            groups=groups,
-            softmax_groups=softmax_groups,
-            allocate=allocate,
-            budget=budget,
-            calibration_images=calibration_images,
-            literal_zero_point=literal_zero_point,
-            scheme=scheme,
-            group_ranges=group_ranges,
-            layer_range=layer_range,
-            sequential=sequential,
-            exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude),
-            seed=seed,
-        )
+        self.settings = settings_of_arguments(Settings, arguments)
         self.calibration_data = calibration_data
         self.cache_dir = None if cache_dir is None else user_path(cache_dir)
         self.images = images
@@ -141,9 +128,9 @@ class IGQViT(CalibratingCallback):
         """Refuse attentions that are not known."""
         check_attentions(pl_module, self.settings.exclude)
 
-    def check_agrees(self, pl_module: pl.LightningModule) -> None:
-        """Refuse other settings than this callback's."""
-        check_agrees(pl_module, self.settings)
+    def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
+        """Compare scheme, bits and groups."""
+        return compared(pl_module, self.settings)
 
     @torch.no_grad()
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

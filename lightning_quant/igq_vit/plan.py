@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
-from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
+from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.schemes import PATCH_BITS
 from lightning_quant.igq_vit.settings import Scheme, Settings
 from lightning_quant.metrics.bops import LayerShape, ModelBops, fully_connected_bops, model_bops
@@ -228,23 +228,12 @@ _TELLS: dict[type[Quantizer], Scheme] = {
 }
 
 
-def check_agrees(module: nn.Module, settings: Settings) -> None:
+def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, object, object]]:
     """Compare what the quantizers of a calibrated module tell with settings; how ranges were found they do not tell.
 
-    Raises:
-        QuantizationError: another scheme, other bits, or other groups where these are the same everywhere.
+    Yields:
+        Name of a setting, its value in the module, and its value in the settings.
     """
-    for name, found, expected in _compared(module, settings):
-        if found != expected:
-            raise QuantizationError(
-                f"The module is already quantized, with {name}={found!r}, and the callback says {name}={expected!r}:"
-                " call lightning_quant.strip(module) first, which lets it calibrate anew, or give the callback the"
-                " arguments it was calibrated with."
-            )
-
-
-def _compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, object, object]]:
-    """Name, value of the module and value of the settings."""
     slots = [(name.rpartition(".")[2], quantizer) for name, quantizer in quantizers_of(module)]
     kinds = {type(quantizer) for _, quantizer in slots}
     yield "scheme", next((scheme for kind, scheme in _TELLS.items() if kind in kinds), "layer_wise"), settings.scheme

@@ -44,6 +44,23 @@ def test_any_evaluation_calibrates_and_the_next_does_not(tmp_path: Path, verb: s
     assert first.source.network is module.unet
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight_bits": 2}, "weight_bits=4, and the callback says weight_bits=2"),
+        ({"activation_bits": 3}, "activation_bits=8, and the callback says activation_bits=3"),
+    ],
+)
+def test_other_bits_than_those_it_was_calibrated_with_are_refused(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    module, given = Project(), {"weight_bits": 4, "activation_bits": 8, "first_and_last_bits": 6}
+    quiet_trainer(tmp_path, callbacks=[callback(**given)]).test(module, batches(), verbose=False)
+    quiet_trainer(tmp_path, callbacks=[callback(**given)]).test(module, batches(), verbose=False)
+    with pytest.raises(QuantizationError, match=f"already quantized, with {message}: call lightning_quant.strip"):
+        quiet_trainer(tmp_path, callbacks=[callback(**given | arguments)]).test(module, batches(), verbose=False)
+
+
 def test_fit_stays_in_float_and_what_follows_calibrates_anew(tmp_path: Path) -> None:
     module, ours = Project(), callback()
     quiet_trainer(tmp_path, callbacks=[ours]).test(module, batches(), verbose=False)
