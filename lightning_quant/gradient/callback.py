@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import BaseFinetuning, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
@@ -19,13 +18,21 @@ from lightning_quant.gradient.history import History, layer_metrics
 from lightning_quant.gradient.interval import IntervalStrategy, LargeGradientInterval
 from lightning_quant.gradient.noise import NoiseSource
 from lightning_quant.gradient.optimizer import QuantizerOptimizer
-from lightning_quant.gradient.preparation import layer_bits, quantize_layers
+from lightning_quant.gradient.preparation import (
+    check_order,
+    check_still_there,
+    layer_bits,
+    layers_of,
+    quantize_layers,
+    signs_of,
+)
 from lightning_quant.gradient.quantizer import GradientQuantizer
 from lightning_quant.gradient.steps import StepListener
+from lightning_quant.gradient.summary import execution_note, few, integer_paths, thawed_layers, unstarted_layers
 from lightning_quant.nn import Bits, Plan, plan_layers
 from lightning_quant.nn.late import after_setup, cancel_after_setup
-from lightning_quant.nn.layers import LAYERS, Execution, QuantizedLayer
-from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last, check_patterns, matches
+from lightning_quant.nn.layers import Execution, QuantizedLayer
+from lightning_quant.nn.selection import FirstAndLast, Patterns, check_first_and_last
 from lightning_quant.nn.structure import mark, quantized_layers, strip
 from lightning_quant.nn.what_ran import WhatRan
 
@@ -128,7 +135,7 @@ class GradientQuantization(WhatRan):
         # What is there is exchanged now: other callbacks make copies. What is missing is told when nothing more comes.
         with suppress(QuantizationError):
             fresh = self._exchange(trainer, pl_module, stage)
-            known = _layers_of(pl_module)
+            known = layers_of(pl_module)
         after_setup(pl_module, partial(self._complete, trainer, pl_module, stage, known, fresh))
 
     def _complete(
@@ -150,7 +157,7 @@ class GradientQuantization(WhatRan):
         """
         if is_overridden("configure_model", pl_module):
             pl_module.configure_model()  # its layers must exist now; Lightning asks for it to be idempotent
-        if known and _layers_of(pl_module) <= {*known}:
+        if known and layers_of(pl_module) <= {*known}:
             return
         if fresh:
             strip(pl_module)
@@ -160,19 +167,19 @@ class GradientQuantization(WhatRan):
         """Exchange the layers; whether the network was in float before."""
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
-        _check_order(trainer, self, plan)
+        check_order(trainer, self, plan)
         in_float = not present
         if in_float:
             shown = plan if stage == "fit" else plan.summary()
             strategy = type(self.interval).__name__
-            rank_zero_info(f"{shown}\nGradients by {strategy}; products are {self._execution_note()}.")
+            rank_zero_info(f"{shown}\nGradients by {strategy}; products are {execution_note(self.execution)}.")
             originals = {layer.name: layer.original for layer in plan.layers}
-            signs = self._signs(plan)
+            signs = signs_of(self.signed, list(plan.chosen))
             present = quantize_layers(pl_module, plan.chosen, self.interval, self.execution, signs, originals)
         elif found := {name: layer_bits(layer) for name, layer in present.items()}.items() ^ plan.chosen.items():
             raise QuantizationError(
                 "The module is already quantized, with other layers or bit-widths than this callback plans"
-                f" ({_few({name for name, _ in found})}): call lightning_quant.strip(module) first, or give the"
+                f" ({few({name for name, _ in found})}): call lightning_quant.strip(module) first, or give the"
                 " callback the arguments it was quantized with."
             )
         self._layers = present
@@ -186,17 +193,6 @@ class GradientQuantization(WhatRan):
             layer.execution = self.execution
         return in_float
 
-    def _signs(self, plan: Plan) -> dict[str, bool]:
-        """The sign of the inputs of the layers that ``signed`` names."""
-        names = list(plan.chosen)
-        check_patterns(list(self.signed), "signed", names)
-        return {name: sign for name in names for pattern, sign in self.signed.items() if matches(name, [pattern])}
-
-    def _execution_note(self) -> str:
-        if self.execution == "simulated":
-            return "simulated in floating point (same numbers as integer units, no faster)"
-        return "run on int8 codes with int32 sums (Linear, and Conv without groups by unfold), others are simulated"
-
     def _gradient_quantizers(self) -> dict[str, GradientQuantizer]:
         found = {name: layer.gradient_quantizer for name, layer in self._layers.items()}
         return {name: q for name, q in found.items() if isinstance(q, GradientQuantizer)}
@@ -208,7 +204,7 @@ class GradientQuantization(WhatRan):
 
         Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
         """
-        _check_still_there(pl_module, self._layers)
+        check_still_there(pl_module, self._layers)
         seed = self._restored.get("seed", torch.initial_seed())
         self._warned = False
         self._said = set()
@@ -232,7 +228,9 @@ class GradientQuantization(WhatRan):
         """Begin the rounding noise of this batch, and ask for errors where they will be logged."""
         assert self.noise is not None
         assert self._listener is not None
-        self._check_frozen()
+        if message := thawed_layers(self._frozen):
+            self._frozen = {}
+            rank_zero_warn(message)
         self._listener.begin_batch()
         self.noise.restart(self.batches)
         self.batches += 1
@@ -249,7 +247,7 @@ class GradientQuantization(WhatRan):
         assert self._listener is not None
         self._listener.end_batch()
         if self.execution == "integer" and self.batches == 1:
-            rank_zero_info(_paths(self._layers))
+            rank_zero_info(integer_paths(self._layers))
         metrics = layer_metrics(self._gradient_quantizers())
         if metrics:
             self._check_agreement()
@@ -264,24 +262,10 @@ class GradientQuantization(WhatRan):
         """
         self._check_agreement()
         self._say_followed()
-        asleep = [name for name, layer in self._layers.items() if not _started(layer)]
-        if asleep and not self._warned:
+        message = unstarted_layers(self._layers)
+        if message and not self._warned:
             self._warned = True
-            rank_zero_warn(
-                f"{len(asleep)} layers are still in float after an epoch, since their forward was not called with"
-                f" gradients or saw only zeros: {', '.join(asleep)}. Leave them out with exclude= if that is meant."
-            )
-
-    def _check_frozen(self) -> None:
-        """Say once which layers train now, in float, that did not when the others were quantized."""
-        thawed = [name for name, layer in self._frozen.items() if layer.weight.requires_grad]
-        if thawed:
-            self._frozen = {}
-            rank_zero_warn(
-                f"{len(thawed)} layers were frozen when the module was quantized and train now, in float:"
-                f" {_few(thawed)}. Name them in include= to quantize them from the start, or in exclude= if that is"
-                " meant."
-            )
+            rank_zero_warn(message)
 
     def _say_followed(self) -> None:
         times = {name: count for ours in self._optimizers for name, count in ours.followed().items()}
@@ -380,54 +364,3 @@ def _owners(
         if shares:
             shares[indices[0] if indices else 0][name] = layer
     return [(optimizer, share) for optimizer, share in zip(optimizers, shares, strict=True) if share]
-
-
-def _started(layer: QuantizedLayer) -> bool:
-    quantizers = [q for q in (layer.input_quantizer, layer.weight_quantizer) if q is not None]
-    for quantizer in quantizers:
-        if not quantizer.ready:  # An average gets its range from outside.
-            quantizer.refresh_ready()
-    return all(quantizer.ready for quantizer in quantizers)
-
-
-def _few(names: Collection[str]) -> str:
-    return ", ".join(sorted(names)[:4]) + (" ..." if len(names) > 4 else "")
-
-
-def _layers_of(module: torch.nn.Module) -> set[torch.nn.Module]:
-    return {child for child in module.modules() if isinstance(child, tuple(LAYERS))}
-
-
-def _check_still_there(module: torch.nn.Module, layers: dict[str, QuantizedLayer]) -> None:
-    """Layers that were exchanged must be those that are trained."""
-    present = {id(child) for child in module.modules()}
-    gone = [name for name, layer in layers.items() if id(layer) not in present]
-    if gone:
-        raise QuantizationError(
-            f"{len(gone)} quantized layers are no longer in {type(module).__name__}, which would train in float:"
-            f" {', '.join(gone[:4])}. setup or configure_model builds the network anew each time it is called: build it"
-            " only where it is missing, for example `if self.net is None: self.net = ...`."
-        )
-
-
-def _check_order(trainer: pl.Trainer, callback: pl.Callback, plan: Plan) -> None:
-    """Copies that others make in ``setup`` must be copies of the quantized module; what they freeze will train."""
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    before = callbacks[: callbacks.index(callback)] if callback in callbacks else []
-    if any(isinstance(other, WeightAveraging) for other in before):
-        raise ConfigurationError(
-            "A WeightAveraging callback stands before GradientQuantization and would average the float module: write"
-            " callbacks=[GradientQuantization(...), ..., WeightAveraging(...)]."
-        )
-    if plan.frozen and any(isinstance(other, BaseFinetuning) for other in before):
-        raise ConfigurationError(
-            f"A BaseFinetuning callback stands before GradientQuantization, and {_few(plan.frozen)} are frozen, which"
-            " it may train later: write callbacks=[GradientQuantization(...), ..., BackboneFinetuning(...)]."
-        )
-
-
-def _paths(layers: dict[str, QuantizedLayer]) -> str:
-    """Which layers run on int8 codes."""
-    simulated = [name for name, layer in layers.items() if not layer.runs_integer()]
-    text = f"{len(layers) - len(simulated)} of {len(layers)} layers run on int8 codes with int32 sums"
-    return f"{text}; simulated in floating point: {', '.join(simulated)}." if simulated else f"{text}."
