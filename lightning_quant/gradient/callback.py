@@ -45,24 +45,24 @@ class GradientQuantization(WhatRan):
     untouched. Weights keep a float master copy; products are simulated in float unless ``execution="integer"``.
 
     Args:
-        weight_bits: 2..16, or 32 to leave weights in float; so for the next two.
-        activation_bits: of the inputs of layers.
-        gradient_bits: of the gradients of the outputs of layers.
-        interval: strategy of the gradient quantizer, by default ``LargeGradientInterval()``.
-        first_and_last: "float" leaves the first and the last layer in float, "8bit" gives them 8 bits, "same"
-            treats them as the others.
+        weight_bits: Bit-width of the weights, 2 to 16; 32 keeps them in float.
+        activation_bits: Bit-width of the layers' inputs, 2 to 16; 32 keeps them in float.
+        gradient_bits: Bit-width of the gradients of the layers' outputs, 2 to 16; 32 keeps them in float.
+        interval: Strategy of the gradient quantizer, by default ``LargeGradientInterval()``.
+        first_and_last: Treatment of the first and the last layer: "float" keeps them in float, "8bit" gives them
+            8 bits, "same" quantizes them like the others.
         include: Fnmatch patterns of the names of modules to quantize, with all below them; None takes all that trains.
         exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
-        quantizer_lr: learning rate of the ranges of weights and activations, scaled by the user's schedule.
-        execution: "integer" multiplies int8 codes with int32 accumulation where all three tensors have codes
-            that fit: the same numbers, by integer units.
-        signed: whether the inputs of layers have negative values, by fnmatch pattern of their names; for others the
-            first batch decides.
-        log_every_n_steps: how often intervals and errors go to the logger and into checkpoints; None is the Trainer's
-            interval, 0 never.
+        quantizer_lr: Learning rate of the ranges of weights and activations. It follows the schedule of the optimizer.
+        execution: Execution of the products: "simulated" computes them in float, "integer" multiplies int8 codes with
+            int32 accumulation where all three tensors have codes that fit, and gives the same numbers.
+        signed: Signs of the layers' inputs, by fnmatch pattern of the layers' names: whether they have negative
+            values. The first batch decides for all others.
+        log_every_n_steps: Number of steps between two logs of intervals and errors, which checkpoints keep too; None
+            takes the Trainer's, 0 logs nothing.
 
     Raises:
-        ConfigurationError: an argument out of its range; for patterns and layers when the Trainer starts.
+        ConfigurationError: An argument out of its range. Patterns and layers are checked when the Trainer starts.
 
     Example:
         >>> import lightning.pytorch as pl
@@ -115,15 +115,22 @@ class GradientQuantization(WhatRan):
         self._said: set[str] = set()
 
     def plan(self, module: torch.nn.Module) -> Plan:
-        """What the callback would quantize in a module, without changing it; prints as a table."""
+        """Plan what the callback would quantize, without changing the module.
+
+        Args:
+            module: Module to quantize.
+
+        Returns:
+            Plan that prints as a table.
+        """
         return plan_layers(module, self.bits, self.first_and_last, self.include, self.exclude, training=True)
 
     # -- structure ---------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Exchange the layers, before anything is wrapped and before optimizers exist.
+        """Exchange the layers before the module is wrapped and before optimizers exist.
 
-        Those that the module builds in its own ``setup``, which Lightning calls later, are exchanged right after it.
+        Layers that the module builds in its own ``setup``, which Lightning calls later, are exchanged right after it.
         """
         self._restored = {}
         if stage == "fit":
@@ -149,9 +156,9 @@ class GradientQuantization(WhatRan):
         """Exchange the layers of a network that is complete when ``configure_model`` has run.
 
         Args:
-            trainer: Of the run.
-            pl_module: Its module.
-            stage: As Lightning calls it.
+            trainer: Trainer of the run.
+            pl_module: Module of the run.
+            stage: Name that Lightning gives to the stage.
             known: Layers that were there at an earlier exchange; nothing is done where there are no others.
             fresh: Whether that exchange began with a float network, which it goes back to.
         """
@@ -164,7 +171,7 @@ class GradientQuantization(WhatRan):
         self._exchange(trainer, pl_module, stage)
 
     def _exchange(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> bool:
-        """Exchange the layers; whether the network was in float before."""
+        """Exchange the layers, and return whether the network was in float before."""
         plan = self.plan(pl_module)
         present = dict(quantized_layers(pl_module))
         check_order(trainer, self, plan)
@@ -200,9 +207,9 @@ class GradientQuantization(WhatRan):
     # -- training ----------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take part in the steps of the user's optimizers.
+        """Follow the steps of the optimizers.
 
-        Not before: a sharded checkpoint is loaded after ``on_fit_start``, and lets optimizers step to make their state.
+        Earlier is too early: a sharded checkpoint is loaded after ``on_fit_start``, with a step of each optimizer.
         """
         check_still_there(pl_module, self._layers)
         seed = self._restored.get("seed", torch.initial_seed())
@@ -225,7 +232,7 @@ class GradientQuantization(WhatRan):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Begin the rounding noise of this batch, and ask for errors where they will be logged."""
+        """Start the rounding noise of this batch, and measure errors where they will be logged."""
         assert self.noise is not None
         assert self._listener is not None
         if message := thawed_layers(self._frozen):
@@ -243,7 +250,7 @@ class GradientQuantization(WhatRan):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log what was observed; after the first batch, say which path ran where integers were asked for."""
+        """Log intervals and errors, and with integer execution report once which layers used int8 codes."""
         assert self._listener is not None
         self._listener.end_batch()
         if self.execution == "integer" and self.batches == 1:
@@ -256,10 +263,7 @@ class GradientQuantization(WhatRan):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop where ranks have come to train different networks; say once which layers no tensor reached.
-
-        Likewise, say once of each range that it had to keep up with a tensor that outgrew it.
-        """
+        """Stop where ranks train different networks; warn once of layers without ranges and of ranges that moved."""
         self._check_agreement()
         self._say_followed()
         message = unstarted_layers(self._layers)
@@ -279,7 +283,7 @@ class GradientQuantization(WhatRan):
             optimizer.check_agreement()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let go of the user's optimizers; the module stays quantized (see ``lightning_quant.strip``)."""
+        """Stop following the optimizers. The module stays quantized, see ``lightning_quant.strip``."""
         cancel_after_setup(pl_module)
         self._stop_listening()
         # Without the callback nobody moves the intervals; training on without it must say so.
@@ -288,7 +292,7 @@ class GradientQuantization(WhatRan):
         super().teardown(trainer, pl_module, stage)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Let go of a module whose ``setup`` was not reached, and of the user's optimizers."""
+        """Stop following the optimizers and waiting for the module's ``setup``."""
         cancel_after_setup(pl_module)
         self._stop_listening()
 
@@ -325,7 +329,7 @@ class GradientQuantization(WhatRan):
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to continue exactly, beside the state of the module."""
+        """Return all that is needed to continue exactly, beside the state of the module."""
         # Of a fit that had nothing left to train.
         if self._restored:
             return self._restored
@@ -336,14 +340,14 @@ class GradientQuantization(WhatRan):
         return {"seed": self.noise.seed, "batches": self.batches, "optimizers": optimizers, "history": history}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep the state until optimizers exist."""
+        """Store the state until the optimizers exist."""
         self._restored = state_dict
         self.history = History(state_dict.get("history"))
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say in the checkpoint what to do where it does not fit; the structure is in the names of its tensors."""
+        """Mark the checkpoint as quantized. Its structure is in the names of its tensors."""
         mark(checkpoint["state_dict"], "GradientQuantization")
 
 
@@ -356,7 +360,7 @@ def _step(trainer: pl.Trainer, ours: QuantizerOptimizer) -> None:
 def _owners(
     optimizers: list[torch.optim.Optimizer], layers: dict[str, QuantizedLayer]
 ) -> list[tuple[torch.optim.Optimizer, dict[str, QuantizedLayer]]]:
-    """Each optimizer with the layers whose weights it holds; layers that none holds (frozen) go to the first."""
+    """Pair optimizers with the layers whose weights they hold; layers of none, which are frozen, go to the first."""
     owner = {id(p): i for i, o in enumerate(optimizers) for group in o.param_groups for p in group["params"]}
     shares: list[dict[str, QuantizedLayer]] = [{} for _ in optimizers]
     for name, layer in layers.items():

@@ -24,7 +24,7 @@ ROWS = 5
 
 
 def usual_size(layer: nn.Module, kind: str) -> float:
-    """Root mean square of a tensor of a layer that is initialized as PyTorch does it, in a network that is normalized.
+    """Return the root mean square of a tensor of a layer with PyTorch's initialization in a normalized network.
 
     Example:
         >>> usual_size(nn.Linear(12, 4), "weight_quantizer"), usual_size(nn.Linear(12, 4), "input_quantizer")
@@ -37,7 +37,7 @@ def usual_size(layer: nn.Module, kind: str) -> float:
 
 
 def own_sums(quantizers: Sequence[LearnedQuantizer]) -> Tensor:
-    """Sums over the samples of this rank, (ROWS, quantizers) FP64; zeros for those without one."""
+    """Sum over the samples of this rank: (ROWS, quantizers) FP64, zeros for quantizers without a sample."""
     if not quantizers:
         return torch.zeros(ROWS, 0, dtype=torch.float64)
     ranges = torch.stack([q.range.detach().abs() for q in quantizers])
@@ -57,16 +57,16 @@ def own_sums(quantizers: Sequence[LearnedQuantizer]) -> Tensor:
 
 
 def factors(sums: Tensor, ranges: Tensor, usual: Tensor) -> Tensor:
-    """Factor of each range: 2 where its tensor has outgrown it, 1/2 where all codes are 0, else 1.
+    """Return the factor of each range: 2 where its tensor has outgrown it, 1/2 where all codes are 0, else 1.
 
     A tensor has outgrown its range where more than a third of what is not 0 is clipped, and the range is less than
     half of the three root mean squares that it would start with. It is followed up to the usual size: beyond it a
     range learns as published, and bounds the weights of a training that diverges.
 
     Args:
-        sums: what :func:`own_sums` gives, over all ranks, (ROWS, ranges).
-        ranges: (ranges,).
-        usual: what :func:`usual_size` gives, (ranges,).
+        sums: Sums of :func:`own_sums` over all ranks, (ROWS, ranges).
+        ranges: Learned ranges, (ranges,).
+        usual: Sizes of :func:`usual_size`, (ranges,).
 
     Example:
         >>> sums = torch.tensor([[10.0, 10.0], [10.0, 0.1], [10.0, 10.0], [4.0, 0.0], [10.0, 0.0]])

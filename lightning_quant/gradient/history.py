@@ -1,4 +1,4 @@
-"""What layers logged over a training, few enough to be in every checkpoint."""
+"""The measures of the layers over a training, few enough to be in every checkpoint."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class History:
     """Measures by step. Where there are too many, every second one is dropped, and only every second one kept further.
 
     Args:
-        state: of an earlier part of the training, which it goes on from; None begins.
-        points: how many are kept at most; at least half as many are, of a long training.
+        state: State of an earlier part of the training, to continue; None begins anew.
+        points: Maximum number of steps that are kept. A long training keeps at least half as many.
 
     Example:
         >>> history = History(points=4)
@@ -41,7 +41,7 @@ class History:
             ]
 
     def add(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Take what was measured at a step."""
+        """Add the measures of a step."""
         if self._seen % self._every == 0:
             self.rows.append((step, dict(metrics)))
         self._seen += 1
@@ -50,7 +50,7 @@ class History:
             self._every *= 2
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, values as float64 (steps, names)."""
+        """Return the history, its values as float64 (steps, names)."""
         names = list(dict.fromkeys(name for _, metrics in self.rows for name in metrics))
         table = [[metrics.get(name, float("nan")) for name in names] for _, metrics in self.rows]
         return {
@@ -66,7 +66,7 @@ PREFIX = "gradient_quantization"
 
 
 def layer_metrics(quantizers: dict[str, GradientQuantizer]) -> dict[str, float]:
-    """Measures of the layers that observed a gradient, and forget them; one transfer to the host for all.
+    """Collect the measures of the layers that observed a gradient, with one transfer to the host, and forget them.
 
     Keys are ``gradient_quantization/<layer>/<measure>`` with the measures gamma, clipped (R), target (of R), error,
     error_large (both normalized by the largest gradient) and zero (share of codes).

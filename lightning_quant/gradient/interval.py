@@ -17,11 +17,11 @@ MIN_GAMMA = 0.001
 
 
 class IntervalStrategy(ABC):
-    """How gamma starts and moves. Subclass it to add a strategy; instances hold settings, never state.
+    """Base class of the rules by which gamma starts and moves. Instances hold settings, never state.
 
     Attributes:
-        counts: whether there is a :meth:`step`, which wants the share of clipped gradients: a pass over them.
-        every: call :meth:`start` anew each so many optimizer steps; None only once.
+        counts: Whether the strategy has a :meth:`step`, which needs the share of clipped gradients: a pass over them.
+        every: Number of optimizer steps between two calls of :meth:`start`; None calls it once.
     """
 
     counts: bool = False
@@ -33,20 +33,28 @@ class IntervalStrategy(ABC):
 
     @abstractmethod
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
-        """Gamma in (0, 1], 0-dim, from abs(G) (FP32, any shape, finite, not all zero), before G is quantized."""
-
-    def step(self, gamma: Tensor, clipped: Tensor, target: Tensor) -> Tensor:
-        """New gammas after an optimizer step.
+        """Choose the first gamma, before the gradient G is quantized.
 
         Args:
-            gamma: (layers,).
-            clipped: (layers,), the share R of abs(G) > gamma * g_max over the step.
-            target: (layers,), the shares that :meth:`target` gives.
+            magnitude: Magnitudes abs(G), FP32, any shape, finite, not all zero.
+            bits: Bit-width of the gradient.
+
+        Returns:
+            Gamma in (0, 1], 0-dim.
+        """
+
+    def step(self, gamma: Tensor, clipped: Tensor, target: Tensor) -> Tensor:
+        """Return the gammas after an optimizer step.
+
+        Args:
+            gamma: Gammas before, (layers,).
+            clipped: Shares R of abs(G) > gamma * g_max over the step, (layers,).
+            target: Shares of :meth:`target`, (layers,).
         """
         return gamma
 
     def target(self, bits: int) -> float:
-        """The share of clipped gradients that the strategy steers to; NaN where it has none."""
+        """Return the share of clipped gradients that the strategy aims at; NaN where it has none."""
         return float("nan")
 
 
@@ -58,11 +66,11 @@ class LargeGradientInterval(IntervalStrategy):
     It starts at the exact quantile.
 
     Args:
-        alpha: share of gradients that count as large, in (0, 1].
-        step: how far gamma moves in an optimizer step (beta in the paper), in (0, 1).
+        alpha: Share of the gradients that count as large, in (0, 1].
+        step: Distance by which gamma moves in an optimizer step (beta in the paper), in (0, 1).
 
     Raises:
-        ConfigurationError: for other values.
+        ConfigurationError: A value out of its range.
 
     Example:
         >>> strategy = LargeGradientInterval()
@@ -81,23 +89,23 @@ class LargeGradientInterval(IntervalStrategy):
         self.beta = step
 
     def target(self, bits: int) -> float:
-        """``alpha / (2^bits - 1)``."""
+        """Return ``alpha / (2^bits - 1)``."""
         levels: int = 2**bits - 1
         return self.alpha / levels
 
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
-        """The quantile that leaves the target share strictly above it."""
+        """Choose the quantile that leaves the target share strictly above it."""
         above = int(self.target(bits) * magnitude.numel())
         largest = magnitude.flatten().topk(above + 1).values
         return (largest[-1] / largest[0]).clamp(MIN_GAMMA, 1)
 
     def step(self, gamma: Tensor, clipped: Tensor, target: Tensor) -> Tensor:
-        """``gamma + step * sign(clipped - target)``, in [0.001, 1]."""
+        """Return ``gamma + step * sign(clipped - target)``, clamped to [0.001, 1]."""
         return (gamma + self.beta * torch.sign(clipped - target)).clamp(MIN_GAMMA, 1)
 
 
 class FixedInterval(IntervalStrategy):
-    """Gamma is a constant (the paper compares 0.8 and 0.6).
+    """Constant gamma; the paper compares 0.8 and 0.6.
 
     Example:
         >>> float(FixedInterval(0.5).start(torch.ones(3), 4))
@@ -110,12 +118,12 @@ class FixedInterval(IntervalStrategy):
         self.ratio = ratio
 
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
-        """The constant."""
+        """Return the constant."""
         return magnitude.new_tensor(self.ratio)
 
 
 class MinMaxInterval(FixedInterval):
-    """Gamma is 1: nothing is clipped.
+    """Gamma of 1: nothing is clipped.
 
     Example:
         >>> float(MinMaxInterval().start(torch.ones(3), 4))
@@ -127,15 +135,15 @@ class MinMaxInterval(FixedInterval):
 
 
 class MinimumErrorInterval(IntervalStrategy):
-    """Gamma minimizes the error of the entire gradient: direction-sensitive clipping.
+    """Gamma of the least error of the entire gradient: direction-sensitive clipping.
 
     The error is the cosine distance between G and its stochastically rounded version, in expectation; the
     search is repeated every few optimizer steps (as UI8, arXiv 1912.12607, and DSGC do). It runs over a histogram of
     abs(G) whose cells carry their own means.
 
     Args:
-        every: optimizer steps from one search to the next, at least 1.
-        candidates: how many gammas are compared, in equal steps up to 1.
+        every: Number of optimizer steps from one search to the next, at least 1.
+        candidates: Number of gammas that are compared, in equal steps up to 1.
 
     Example:
         >>> g = torch.cat([torch.linspace(0, 1, 10_000), torch.tensor([20.0])])
@@ -152,7 +160,7 @@ class MinimumErrorInterval(IntervalStrategy):
         self.candidates = candidates
 
     def start(self, magnitude: Tensor, bits: int) -> Tensor:
-        """The candidate of the least cosine distance."""
+        """Choose the candidate of the least cosine distance."""
         flat = magnitude.flatten()
         relative = flat / flat.max().clamp_min(torch.finfo(flat.dtype).tiny)
         cell = (relative * (self.bins - 1)).long()

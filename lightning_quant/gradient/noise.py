@@ -1,4 +1,4 @@
-"""Rounding noise that a run can be repeated with."""
+"""Reproducible rounding noise."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OFFSETS = 65_536
 class NoiseSource:
     """Rounding noise from generators of its own, restarted at each batch from (seed, rank, batch).
 
-    Nothing but the seed and the number of the batch is needed to continue, and no random number of the user's changes.
+    The seed and the number of the batch are all that is needed to continue. The global generators are left alone.
 
     Example:
         >>> source = NoiseSource(seed=1)
@@ -39,7 +39,7 @@ class NoiseSource:
         self.restart(0)
 
     def restart(self, batch: int) -> None:
-        """Begin the noise of a batch."""
+        """Start the noise of a batch."""
         self._key = self._hash(f"batch {batch}")
         self._offsets = random.Random(self._key)
         self._generators: dict[torch.device, torch.Generator] = {}
@@ -53,7 +53,7 @@ class NoiseSource:
         return int.from_bytes(digest, "big")
 
     def draw(self, count: int, device: torch.device) -> Tensor:
-        """Uniform noise in (-1/2, 1/2), FP32, shape (count,); not to be written to."""
+        """Draw uniform noise in (-1/2, 1/2), FP32, shape (count,). It must not be written to."""
         if device.type == "cpu":
             offset = self._offsets.randrange(OFFSETS)
             return self._pooled(offset + count)[offset : offset + count]
@@ -62,7 +62,7 @@ class NoiseSource:
         return rounding_noise(count, self._generators[device])
 
     def _pooled(self, count: int) -> Tensor:
-        """A pool of at least ``count`` values, which are the same whatever the pool grew by before."""
+        """Return a pool of at least ``count`` values, which do not depend on how the pool has grown."""
         missing = count - self._pool.numel()
         if missing > 0:
             parts = [rounding_noise(OFFSETS, self._pool_generator) for _ in range(-(-missing // OFFSETS))]

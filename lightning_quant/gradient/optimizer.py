@@ -1,4 +1,4 @@
-"""What happens to the quantizers when an optimizer steps: intervals move, ranges take a step of Adam."""
+"""The step of the quantizers: intervals move and ranges take a step of Adam when an optimizer steps."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ TOLERANCE = 1e-4
 
 
 class QuantizerOptimizer:
-    """Steps the quantizers of the layers that belong to one optimizer of the user's.
+    """The optimizer of the quantizers of all layers whose weights one optimizer of the training holds.
 
-    All layers are stepped in a few vectorised operations, without reading a number on the host. Over several
+    A few vectorized operations step all layers, without reading a number on the host. Over several
     ranks, counts are summed and gradients of ranges averaged in one flat collective, so that ranks agree.
 
     Args:
-        layers: by name.
-        optimizer: the user's; the learning rate follows its schedule.
-        lr: learning rate of Adam for the ranges, at the base learning rate of ``optimizer``.
+        layers: Quantized layers by name.
+        optimizer: Optimizer of the weights. The learning rate of the ranges follows its schedule.
+        lr: Learning rate of Adam for the ranges where ``optimizer`` is at its base learning rate.
 
     Example:
         >>> from lightning_quant.gradient import LargeGradientInterval
@@ -70,7 +70,7 @@ class QuantizerOptimizer:
         """Move all intervals and ranges once.
 
         Args:
-            gradient_scale: what the loss was multiplied with (by a gradient scaler).
+            gradient_scale: Factor of the loss, by a gradient scaler.
         """
         quantizers = list(self.gradient_quantizers.values())
         counts = own_counts(quantizers, self._learned)
@@ -93,7 +93,7 @@ class QuantizerOptimizer:
             quantizer.run.restarts = every is not None and self.steps > 0 and self.steps % every == 0
 
     def _schedule(self) -> float:
-        """Where the user's schedule stands: the first parameter group's that is not switched off.
+        """Return the factor of the schedule: that of the first parameter group that is not switched off.
 
         An optimizer without a learning rate (Adafactor) has no schedule that could be followed.
         """
@@ -135,15 +135,15 @@ class QuantizerOptimizer:
         self._followed += moved != 1
 
     def followed(self) -> dict[str, int]:
-        """How often each range was doubled or halved to keep up with its tensor, without those that never were."""
+        """Count how often each range was doubled or halved to keep up with its tensor, if it was at all."""
         times = zip(self.ranges, self._followed.tolist(), strict=True)
         return {name: count for name, count in times if count}
 
     def check_agreement(self) -> None:
-        """Stop where this rank's quantizers were not those of the others since the last check.
+        """Check that the quantizers of all ranks have agreed since the last check.
 
         Raises:
-            QuantizationError: with the name of the first one.
+            QuantizationError: A quantizer that is not, by its name.
         """
         if self._apart is None:
             return
@@ -157,7 +157,7 @@ class QuantizerOptimizer:
         self._apart = None
 
     def state_dict(self) -> dict[str, Any]:
-        """State of Adam, the base learning rate and the number of steps."""
+        """Return the state of Adam, the base learning rates and the number of steps."""
         adam = None if self.adam is None else self.adam.state_dict()
         return {
             "names": list(self.ranges),
@@ -171,7 +171,7 @@ class QuantizerOptimizer:
         """Continue from a state.
 
         Raises:
-            CheckpointError: where the state is that of other layers.
+            CheckpointError: The state of other layers.
         """
         if state["names"] != list(self.ranges):
             raise CheckpointError(
@@ -187,7 +187,7 @@ class QuantizerOptimizer:
 
 
 def _base_lr(group: dict[str, Any]) -> float | None:
-    """The learning rate that a schedule is a multiple of: the peak of a one-cycle, else what it started from.
+    """Return the learning rate that a schedule multiplies: the peak of a one-cycle, else the first.
 
     None where the optimizer finds its own.
     """
@@ -210,7 +210,7 @@ class Counts(NamedTuple):
 
 
 def own_counts(quantizers: Sequence[GradientQuantizer], learned: Sequence[LearnedQuantizer] = ()) -> Counts:
-    """Counts of this rank; zeros for layers that no gradient reached."""
+    """Collect the counts of this rank; zeros for layers that no gradient reached."""
     values = own_sums(learned)
     if not quantizers:
         return Counts(torch.zeros(0).double(), torch.zeros(0).double(), values)
@@ -226,12 +226,12 @@ def reduce_over_ranks(
     """Sum counts, average the gradients of ranges, and make intervals that just started equal.
 
     Args:
-        quantizers: of the gradients; their gamma is set to the mean over the ranks that have started.
-        ranges: learned ranges; their ``grad`` is set to the mean over ranks.
-        counts: this rank's.
+        quantizers: Gradient quantizers. Their gamma is set to the mean over the ranks that have started.
+        ranges: Learned ranges. Their ``grad`` is set to the mean over ranks.
+        counts: Counts of this rank.
 
     Returns:
-        counts over all ranks, and how far this rank's state was from the mean before, (quantizers + ranges,) relative.
+        Counts over all ranks, and relative distances of this rank's state from the mean, (quantizers + ranges,).
     """
     ranks = dist.get_world_size()
     # Without a quantizer of gradients the counts know no device.

@@ -1,4 +1,4 @@
-"""Swapping a module's layers for ones with quantized gradients."""
+"""The preparation of a module for INT4 training: checks, and layers exchanged for quantized ones."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ def quantize_layers(
     signed: Mapping[str, bool] | None = None,
     originals: Mapping[str, str] | None = None,
 ) -> dict[str, QuantizedLayer]:
-    """Swap the chosen layers in place.
+    """Exchange the chosen layers in place.
 
     Args:
-        module: any module.
-        chosen: bit-widths by the layer's name in ``module``.
-        interval: strategy of the gradient quantizers.
-        execution: "integer" runs products on int8 codes where they fit.
-        signed: whether the input of a layer has negative values, by its name; for others the first tensor decides.
+        module: Module whose layers are exchanged in place.
+        chosen: Bit-widths by the layer's name in ``module``.
+        interval: Strategy of the gradient quantizers.
+        execution: Execution of the products: "integer" runs them on int8 codes where these fit.
+        signed: Signs of the inputs by the layer's name: whether they have negative values. The first tensor decides
+            for the others.
         originals: Names of the layers that others copy, by the names of those: their ranges begin together.
 
     Returns:
-        the quantized layers by name.
+        Quantized layers by name.
     """
     layers: dict[str, QuantizedLayer] = {}
     for name, bits in chosen.items():
@@ -59,7 +60,7 @@ def quantize_layers(
 
 
 def layer_bits(layer: QuantizedLayer) -> Bits:
-    """Bit-widths of a quantized layer."""
+    """Return the bit-widths of a quantized layer."""
     quantizers: dict[str, Quantizer | None] = {name: getattr(layer, name) for name in QUANTIZERS}
     widths = {name: quantizer.bits for name, quantizer in quantizers.items() if quantizer is not None}
     return Bits(*(widths.get(f"{kind}_quantizer", FLOAT_BITS) for kind in ("weight", "input", "gradient")))

@@ -21,13 +21,13 @@ _FP32 = torch.finfo(torch.float32)
 
 
 class GradientErrors(NamedTuple):
-    """What quantization did to one gradient; errors are means of abs(G - G^) / max(abs(G)).
+    """Errors of one quantized gradient: means of abs(G - G^) / max(abs(G)), and shares.
 
     Attributes:
-        all: over all gradients.
-        large: over the top share alpha of abs(G).
-        clipped: share of abs(G) > gamma * g_max.
-        zero: share of codes that are 0.
+        all: Mean error of all gradients.
+        large: Mean error of the top share alpha of abs(G).
+        clipped: Share of abs(G) > gamma * g_max.
+        zero: Share of codes that are 0.
     """
 
     all: Tensor
@@ -37,14 +37,14 @@ class GradientErrors(NamedTuple):
 
 
 def gradient_errors(gradient: Tensor, codes: Tensor, step: Tensor, gamma: Tensor, alpha: float) -> GradientErrors:
-    """Errors of a quantized gradient, each 0-dim.
+    """Compute the errors of a quantized gradient, each 0-dim.
 
     Args:
-        gradient: G, FP32, any shape.
-        codes: of its shape.
-        step: step size of the codes, 0-dim.
-        gamma: share of the largest gradient that the interval spans, 0-dim.
-        alpha: share of gradients that count as large.
+        gradient: Gradient G, FP32, any shape.
+        codes: Codes of its shape.
+        step: Step size of the codes, 0-dim.
+        gamma: Share of the largest gradient that the interval spans, 0-dim.
+        alpha: Share of the gradients that count as large.
 
     Example:
         >>> g = torch.tensor([0.0, 0.5, 2.0])
@@ -107,8 +107,8 @@ class GradientQuantizer(Quantizer, kind=3):
     (arXiv 2407.12637, eq. 3). A gradient that is not finite, or all zero, passes through and counts for nothing.
 
     Args:
-        bits: 2..16.
-        interval: how gamma starts and moves.
+        bits: Bit-width, 2 to 16.
+        interval: Strategy by which gamma starts and moves.
 
     Attributes:
         run: State of the training that the quantizer takes part in.
@@ -132,7 +132,7 @@ class GradientQuantizer(Quantizer, kind=3):
 
     @classmethod
     def from_signature(cls, signature: list[int]) -> GradientQuantizer:
-        """With the default strategy: who trains on gives it the one of the training."""
+        """Build a quantizer with the default strategy; a training gives it its own."""
         return cls(signature[0], LargeGradientInterval())
 
     @property
@@ -142,14 +142,14 @@ class GradientQuantizer(Quantizer, kind=3):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Start gamma from abs(G) in ``x``; waits for a gradient that is finite and not all zero."""
+        """Start gamma from abs(G) in ``x``, unless the gradient is not finite or all zero."""
         largest = float(x.max())
         if 0 < largest < float("inf"):
             self.gamma.copy_(self.interval.start(x, self.bits))
             self.ready, self.run.agreed = True, False
 
     def _restart(self, magnitude: Tensor) -> None:
-        """Start gamma anew without asking the host whether the gradient is any good."""
+        """Start gamma anew where the gradient is finite and not all zero, without asking the host."""
         largest = magnitude.max()
         started = self.interval.start(torch.where(largest.isfinite(), magnitude, 1.0), self.bits)
         self.gamma.copy_(torch.where(largest.isfinite() & (largest > 0), started, self.gamma))
@@ -157,15 +157,15 @@ class GradientQuantizer(Quantizer, kind=3):
 
     @torch.no_grad()
     def quantize(self, gradient: Tensor) -> Codes:
-        """Codes of a gradient of any shape and their step size; the gradient is not written to.
+        """Quantize a gradient of any shape to codes and their step size. The gradient is not written to.
 
         Raises:
-            QuantizationError: in a network that is trained without the callback.
+            QuantizationError: A network that is trained without the callback.
         """
         run, grid = self.run, self.grid
         if run.noise is None:
             raise QuantizationError(
-                "A network with quantized gradients is trained without anybody moving its intervals: add"
+                "A network with quantized gradients trains, and nothing moves its intervals: add"
                 " lightning_quant.GradientQuantization(...) to the Trainer's callbacks, or call"
                 " lightning_quant.strip(module) to train it in float."
             )
@@ -203,7 +203,7 @@ class GradientQuantizer(Quantizer, kind=3):
         return Codes(codes, step, grid)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The quantized gradient ``codes * step``, of the shape and dtype of ``x``."""
+        """Return the quantized gradient ``codes * step``, of the shape and dtype of ``x``."""
         codes = self.quantize(x)
         assert codes.scale is not None
         return (codes.values * codes.scale).to(x.dtype)

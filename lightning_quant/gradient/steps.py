@@ -1,4 +1,4 @@
-"""Notices the steps of the user's optimizers, whatever wraps them."""
+"""A listener to the steps of optimizers, whatever wraps them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_quant.gradient.optimizer import QuantizerOptimizer
 
 
 class StepListener:
-    """Steps quantizers once for each step of an optimizer that holds the weights of their layers.
+    """A listener that steps quantizers once for each step of the optimizer that holds their layers' weights.
 
     A wrapper may step an optimizer of its own within its step (sharpness-aware minimization) or have no hooks
     (lookahead), so all optimizers are listened to, and the outermost step counts. Of an optimizer that PyTorch's hooks

@@ -1,4 +1,4 @@
-"""What an INT4 training says of its layers."""
+"""Messages of an INT4 training about its layers."""
 
 from __future__ import annotations
 
