@@ -1,7 +1,11 @@
-"""Imports go downwards only: a room knows the rooms below it."""
+"""Imports go downwards only: a room knows the rooms below it, and no files import each other in a circle.
+
+What these tests cannot see: names in strings, such as the public names of ``lightning_quant.__getattr__``, class paths
+of configs, kinds of quantizers (``KINDS``) and modules that ``import_module`` loads.
+"""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -98,3 +102,55 @@ def test_the_check_sees_an_upward_import_in_a_function(tmp_path: Path) -> None:
     source = tmp_path / "functional" / "grid.py"
     source.write_text("def f():\n    from ..gradient import callback\n", encoding="utf-8")
     assert list(imported_rooms(source, tmp_path)) == [(2, "gradient")]
+
+
+def imported_files(path: Path, package: Path = PACKAGE) -> set[Path]:
+    """Files of the package that a file imports when it is imported itself, not within a function or for types only."""
+    found = set()
+    statements = list(ast.parse(path.read_text(encoding="utf-8")).body)
+    while statements:
+        match statements.pop():
+            case ast.Import(names=names):
+                modules = [alias.name for alias in names]
+            case ast.ImportFrom(level=0, module=str(module), names=names):
+                modules = [module, *(f"{module}.{alias.name}" for alias in names)]
+            case ast.If(test=ast.Name("TYPE_CHECKING"), orelse=body):
+                statements += body
+                continue
+            case ast.If(body=body, orelse=orelse) | ast.Try(body=body, orelse=orelse):
+                statements += [*body, *orelse]
+                continue
+            case _:
+                continue
+        for module in modules:
+            file = package.parent.joinpath(*module.split(".")).with_suffix(".py")
+            found |= {file} if file.is_file() and package in file.parents else set()
+    return found
+
+
+def circle(files: Iterable[Path], package: Path = PACKAGE) -> set[Path]:
+    """Files that import each other in a circle, and those between circles."""
+    graph = {file: imported_files(file, package) for file in files if file.name != "__init__.py"}
+    while graph:
+        bottom = {file for file, below in graph.items() if not below & graph.keys()}
+        if not bottom:
+            return set(graph)
+        graph = {file: below for file, below in graph.items() if file not in bottom}
+    return set()
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert not circle(FILES)
+
+
+def test_the_check_sees_a_circle(tmp_path: Path) -> None:
+    package = tmp_path / "lightning_quant"
+    package.mkdir()
+    texts = {
+        "a": "from lightning_quant.b import f",
+        "b": "from lightning_quant import c",
+        "c": "import lightning_quant.a",
+    }
+    for name, text in texts.items():
+        (package / f"{name}.py").write_text(text, encoding="utf-8")
+    assert {file.stem for file in circle(package.glob("*.py"), package)} == {"a", "b", "c"}
