@@ -453,7 +453,7 @@ def test_a_class_table_among_others_or_in_another_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"holds 2 tensors \(a, b\): expected one"):
         load_float_pipeline(folder, class_embedding=tmp_path / "two.safetensors")
     (tmp_path / "text.safetensors").write_text("no tensors")
-    with pytest.raises(CheckpointError, match="is no safetensors file"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file"):
         load_float_pipeline(folder, class_embedding=tmp_path / "text.safetensors")
 
 

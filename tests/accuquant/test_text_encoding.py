@@ -146,5 +146,5 @@ def test_other_shapes_are_named(tmp_path: Path, tensors: dict[str, Tensor]) -> N
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no safetensors file of embeddings"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file of embeddings"):
         read_embeddings(tmp_path / "nothing.safetensors", [0])
