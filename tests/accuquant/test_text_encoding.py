@@ -103,7 +103,9 @@ def test_a_text_encoder_without_transformers(tmp_path: Path) -> None:
 def test_a_model_without_text_encoder(tmp_path: Path) -> None:
     model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path))
     for each in (model, replace(model, folder=None)):
-        with pytest.raises(ConfigurationError, match=r"has no tokenizer, .* read_embeddings\(file, ids\)"):
+        with pytest.raises(
+            ConfigurationError, match=r"has no tokenizer to encode prompts with: .* read_embeddings\(file, ids\)"
+        ):
             text_encoder(each)
 
 
