@@ -32,7 +32,7 @@ SUPPORTED: dict[str, type[Sampler]] = {
 _WHY = {
     "prediction_type": "the step cannot derive the image from such an output",
     "thresholding": "its limit is a quantile of each image, which differs between the float and the quantized image",
-    "variance_type": "a learned variance is in further channels of the output; with fixed_large_log diffusers computes NaN",
+    "variance_type": "a learned variance is in further channels of the output; fixed_large_log gives NaN in diffusers",
     "algorithm_type": "only the deterministic solver of the data prediction is implemented",
     "solver_order": "only one earlier prediction is kept",
 }
