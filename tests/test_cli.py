@@ -83,7 +83,7 @@ MISTAKES = {
     ),
     "missing config after =": (["fit", "--config=quikstart.yaml"], "(did you mean quickstart.yaml"),
     "config is a folder": (["fit", "--config", "."], "--config . is a folder"),
-    "no model": (["fit"], "Nothing given for model; write --config quickstart.yaml, or --model VALUE"),
+    "no model": (["fit"], "model is missing; write --config quickstart.yaml, or --model VALUE"),
     "unknown class": (
         ["fit", *QUICKSTART, "--model", "ImageClasifier"],
         "--model: there is no class ImageClasifier (did you mean ImageClassifier?)",
@@ -98,7 +98,7 @@ MISTAKES = {
     ),
     "class of another option": (
         ["calibrate", *ACCUQUANT, "--model.quantization", "GradientQuantization"],
-        "--model.quantization: expected a AccuQuant, found a GradientQuantization.",
+        "--model.quantization: expected AccuQuant, found GradientQuantization.",
     ),
     "unknown class that is no callback": (
         ["calibrate", *ACCUQUANT, "--model.metrics", "GenerationMetric"],
@@ -185,7 +185,7 @@ MISTAKES = {
     ),
     "calibrate without a model": (
         ["calibrate"],
-        "Nothing given for model; write --config igq_vit/quickstart.yaml, or --model VALUE",
+        "model is missing; write --config igq_vit/quickstart.yaml, or --model VALUE",
     ),
     "calibrate a diffusion model that is trained": (
         ["calibrate", *DIGITS_DIFFUSION, *QUIET],
@@ -329,7 +329,7 @@ def test_a_second_quantization_beside_that_of_a_module_is_refused(
 ) -> None:
     tiny_pipeline_folder("ddim", "digits_ddim")
     said = mistake(capsys, verb, *ACCUQUANT, *QUIET, given)
-    assert "write --model.quantization.OPTION in the place of --quantization.OPTION" in said
+    assert "write --model.quantization.OPTION instead of --quantization.OPTION" in said
 
 
 def test_one_option_changes_no_other_of_a_config(elsewhere: Path) -> None:
@@ -497,7 +497,7 @@ def test_a_module_that_is_evaluated_quantized_refuses_null(capsys: pytest.Captur
     said = mistake(
         capsys, "test", "--config", "igq_vit/quickstart.yaml", "--model.checkpoint_path=null", "--quantization=null"
     )
-    assert said.endswith("write --compare_float for both, or --model of the float network.")
+    assert said.endswith("write --compare_float to evaluate both, or --model with the float network.")
 
 
 def test_float_and_quantized_are_printed_side_by_side(capsys: pytest.CaptureFixture[str], elsewhere: Path) -> None:
@@ -675,7 +675,7 @@ def test_help_of_calibrate_names_its_options(capsys: pytest.CaptureFixture[str])
         main(["calibrate", "--help"])
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
-    assert "A checkpoint of a stopped calibration, which goes on from there." in " ".join(shown.split())
+    assert "Checkpoint of an interrupted calibration to resume." in " ".join(shown.split())
     for option in ("--model", "--data", "--ckpt_path", "--config"):
         assert option in shown
 

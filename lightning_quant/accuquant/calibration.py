@@ -1,4 +1,4 @@
-"""A calibration as steps, any of which may be the last of a process: ranges, blocks, window length, updates."""
+"""Calibration in resumable steps: ranges, blocks, window lengths, updates."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ from lightning_quant.nn.agreement import check_quantizers_agree
 from lightning_quant.nn.modes import evaluating
 from lightning_quant.nn.structure import quantizers_of
 
-# The share of the network calls that a sweep gives to each length.
+# Share of a calibration's network calls that the sweep spends on each window length.
 SWEEP_SHARE = 0.25
 SWEPT = (1, 2, 5, 10, 20, 50, 100)
 _START, _BLOCKS, _END = "ranges", "blocks", "end"
-# What a calibration's stages are called, in their order.
+# Stages of a calibration in order, with their names in summaries.
 STAGES = {_START: "after ranges", _BLOCKS: "after blocks", _END: "after windows"}
 
 
 class Calibration:
-    """Calibrates a denoiser step by step: ranges, then a block each, then window lengths, then updates.
+    """Step-by-step calibration of a denoiser: ranges, blocks one by one, window lengths, updates.
 
-    Each check keeps the best by the error that has piled up at the end of held-out trajectories, so that nothing worse
-    than the beginning is ever returned.
+    Each check keeps the state with the smallest accumulated error at the end of the held-out trajectories, so that
+    the result is never worse than the state before learning.
 
     Args:
-        source: network, plan and trajectories.
+        source: Network, plan and trajectories.
 
     Attributes:
-        errors: RMSE to the held-out float trajectories after each stage, (steps + 1,), as it piles up.
-        single_steps: the same of each step from the float state, (steps,), after ranges and at the end.
-        sweep: error at the end by the length of windows that was tried.
-        checks: error at the end by the number of updates.
+        errors: Accumulated RMSE to the held-out float trajectories after each stage, (steps + 1,).
+        single_steps: RMSE of single steps from the float states, (steps,), after ranges and at the end.
+        sweep: Final error by window length.
+        checks: Final error by number of updates.
     """
 
     def __init__(self, source: Source) -> None:
@@ -61,11 +61,11 @@ class Calibration:
         self._ranges: dict[str, Tensor] = {}
         self._committed = False
 
-    # -- how far ------------------------------------------------------------------------------------------------------
+    # -- progress -----------------------------------------------------------------------------------------------------
 
     @property
     def candidates(self) -> list[int]:
-        """Window lengths that are tried; none where one is given."""
+        """Window lengths of the sweep; empty if the window is given."""
         settings = self.source.settings
         if settings.window != "sweep":
             return []
@@ -73,7 +73,7 @@ class Calibration:
 
     @property
     def window(self) -> int:
-        """Steps in a window: given, usual, or the best of the sweep so far."""
+        """Number of steps in a window: the given one, the default, or the best of the sweep so far."""
         settings = self.source.settings
         if isinstance(settings.window, int):
             return settings.window
@@ -86,26 +86,26 @@ class Calibration:
 
     @property
     def total(self) -> int:
-        """How many steps there are, if no update is saved by stopping early."""
+        """Number of steps if the updates do not stop early."""
         return 1 + len(self.blocks) + len(self.candidates) + self.source.settings.updates
 
     @property
     def done(self) -> int:
-        """How many steps are done."""
+        """Number of completed steps."""
         if self.finished:
             return self.total
         return bool(self.errors) + len(self.blocks_done) + len(self.sweep) + self.updates
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether the calibration is complete."""
         return self._committed
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
     def step(self, advance: Callable[[str], None] = lambda name: None) -> str:
-        """Do the next step; returns what was done, in a few words."""
-        # Between Trainer loops this may be called in inference mode, whose tensors could not be learned.
+        """Run the next step and return a short name of it."""
+        # Between Trainer loops this may be called in inference mode, whose tensors cannot be learned.
         with (
             torch.inference_mode(False),
             torch.enable_grad(),
@@ -133,7 +133,7 @@ class Calibration:
         return "ranges"
 
     def replay(self) -> None:
-        """Call the network on float states, at steps that are evenly spread."""
+        """Call the network on float states at evenly spaced steps."""
         for call in self.source.calls(self.source.steps_to_see):
             call()
 
@@ -158,14 +158,14 @@ class Calibration:
         self.errors[_BLOCKS] = self.source.held_out_errors()
         if self.errors[_BLOCKS][-1] > self.errors[_START][-1]:
             self._load_quantizers(self._ranges)
-            # A copy: files of safetensors hold no tensor under two names.
+            # A copy, because safetensors does not store one tensor under two names.
             self.errors[_BLOCKS] = self.errors[_START].clone()
         self._ranges = {}
         if not self.source.settings.updates:
             self._commit(_BLOCKS)
 
     def _try_length(self, length: int) -> str:
-        """Learn for a while with windows of a length, and forget it."""
+        """Measure the error after some updates with windows of a length, then undo them."""
         settings = self.source.settings
         usual = usual_window(self.source.steps)
         calls = SWEEP_SHARE * settings.updates * network_calls(settings.adjoint, usual)
@@ -181,7 +181,7 @@ class Calibration:
         settings = self.source.settings
         learner = self.learner
         if not self.checks:
-            # Nothing has moved yet.
+            # The error before the first update.
             self._look(learner, self.errors.get(_BLOCKS, self.errors[_START]))
         self.loss = self._learn(learner, self.window, self.updates, settings.updates)
         self.updates += 1
@@ -202,7 +202,7 @@ class Calibration:
 
     @property
     def learner(self) -> Learner:
-        """What learns; the quantizers are its leaves from here on."""
+        """Learner of the quantizers; from its creation on they compute with its leaf tensors."""
         if self._learner is None:
             self._learner = Learner(self.source.network, self.source.settings)
         return self._learner
@@ -210,23 +210,23 @@ class Calibration:
     def _look(self, learner: Learner, errors: Tensor) -> None:
         if not self.checks or errors[-1] < min(self.checks.values()):
             learner.remember()
-            # A state holds each tensor by itself.
+            # A copy, because a state stores each tensor separately.
             self.errors[_END] = errors.clone()
         self.checks[self.updates] = float(errors[-1])
 
     def _stalled(self) -> bool:
-        """Whether the last checks, as many as the patience, brought nothing."""
+        """Return whether the last ``patience`` checks brought no improvement."""
         values = list(self.checks.values())
         return len(values) - 1 - values.index(min(values)) >= self.source.settings.patience
 
     # -- updates ------------------------------------------------------------------------------------------------------
 
     def _learn(self, learner: Learner, length: int, update: int, updates: int) -> float:
-        """One update on a window and a batch that its number alone decides, over all ranks; rates fall to 0."""
+        """Do one update over all ranks; its number alone decides window and batch, and learning rates decay to 0."""
         source, settings = self.source, self.source.settings
         steps, ids = _draw(settings, windows_of(source.steps, length), source.images, update)
-        own = source.share(ids)
-        share = source.window_loss(own, steps, total=len(ids)) if own else torch.zeros(())
+        local_ids = source.share(ids)
+        share = source.window_loss(local_ids, steps, total=len(ids)) if local_ids else torch.zeros(())
         loss = learner.step(share, 1 - update / updates)
         if not math.isfinite(loss):
             raise QuantizationError(
@@ -247,18 +247,18 @@ class Calibration:
             quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
 
     def record(self) -> dict[str, Tensor]:
-        """What a report shows: the plan, errors over the steps, what windows of each length and each check came to."""
+        """Return the content of a report: the plan, errors over the steps, and errors by window length and check."""
         source = self.source
-        found = begin_record(self.done, self.total, source.plan, source.settings.as_dict())
-        found["timesteps"], found["window"] = torch.tensor(source.sampler.timesteps), torch.tensor(self.window)
-        found.update({f"error/{stage}": value for stage, value in self.errors.items()})
-        found.update({f"single_step/{stage}": value for stage, value in self.single_steps.items()})
-        found.update({f"sweep/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.sweep.items()})
-        found.update({f"check/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.checks.items()})
-        return found
+        record = begin_record(self.done, self.total, source.plan, source.settings.as_dict())
+        record["timesteps"], record["window"] = torch.tensor(source.sampler.timesteps), torch.tensor(self.window)
+        record.update({f"error/{stage}": value for stage, value in self.errors.items()})
+        record.update({f"single_step/{stage}": value for stage, value in self.single_steps.items()})
+        record.update({f"sweep/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.sweep.items()})
+        record.update({f"check/{n}": torch.tensor(v, dtype=torch.float64) for n, v in self.checks.items()})
+        return record
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was computed, as tensors by flat names."""
+        """Return the whole state of the calibration as tensors by flat names."""
         state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True), **self.record()}
         state["progress"] = torch.tensor([len(self.blocks_done), self.updates, int(self._committed)])
         if self.errors:
@@ -269,15 +269,15 @@ class Calibration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state.
+        """Resume from a state.
 
         Raises:
-            CheckpointError: of another network, scheduler, or other settings.
+            CheckpointError: State of another network or scheduler, or with other settings.
         """
         if f"fingerprint/{self.fingerprint()}" not in state:
             raise CheckpointError(
-                "The calibration that is to be continued was of another denoiser or scheduler, or had other settings:"
-                " calibrate anew, without ckpt_path or with another cache_dir."
+                "The calibration to resume belongs to another denoiser or scheduler, or has other settings: calibrate"
+                " anew, without ckpt_path or with another cache_dir."
             )
         blocks, self.updates, committed = state["progress"].tolist()
         self.blocks_done, self._committed = self.blocks[:blocks], bool(committed)
@@ -294,7 +294,7 @@ class Calibration:
                 self.learner.load_state_dict(learned)
 
     def fingerprint(self) -> str:
-        """Hash of the settings, of what is quantized, of the sampler and of the images."""
+        """Return a hash of the settings, the quantized layers, the sampler and the images."""
         source = self.source
         rows = [(row.name, row.kind, row.parts, row.left_out) for row in source.plan.rows]
         parts = (sorted(source.settings.as_dict().items()), rows, source.sampler.describe(), source.images)
@@ -302,37 +302,37 @@ class Calibration:
 
 
 def staged(record: Record, prefix: str) -> dict[str, Tensor]:
-    """Return the entries of a kind that go by stages of a calibration, the first stage first.
+    """Return the entries with a prefix by stage of the calibration, in the order of the stages.
 
     Args:
         record: Record or state, in any order.
-        prefix: Kind of the entries.
+        prefix: Prefix of the entries.
 
     Example:
         >>> list(staged({"error/end": torch.zeros(1), "error/ranges": torch.zeros(1)}, "error/"))
         ['ranges', 'end']
     """
-    found = below(record, prefix)
-    return {stage: found[stage].cpu() for stage in STAGES if stage in found}
+    entries = below(record, prefix)
+    return {stage: entries[stage].cpu() for stage in STAGES if stage in entries}
 
 
 @contextmanager
 def _still(network: nn.Module) -> Iterator[None]:
-    """Gradients flow through the parameters to the quantizers, not into them."""
-    moving = [parameter for parameter in network.parameters() if parameter.requires_grad]
-    for parameter in moving:
+    """Freeze the network's parameters, so that gradients reach the quantizers only."""
+    trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in moving:
+        for parameter in trainable:
             parameter.requires_grad_(True)
 
 
 def _draw(settings: Settings, windows: list[range], images: range, update: int) -> tuple[range, list[int]]:
-    """Window and images of an update: all windows in turn, in a new order each time round."""
-    around, place = divmod(update, len(windows))
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + around))
-    drawn = torch.Generator().manual_seed(settings.seed * 1_000_003 + 500_000_009 + update)
-    chosen = torch.randperm(len(images), generator=drawn)[: settings.batch_size]
-    return windows[int(order[place])], [images[int(i)] for i in chosen]
+    """Draw the window and the images of an update: all windows in turn, in a new order each epoch."""
+    epoch, place = divmod(update, len(windows))
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(settings.seed * 1_000_003 + epoch))
+    generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + 500_000_009 + update)
+    indices = torch.randperm(len(images), generator=generator)[: settings.batch_size]
+    return windows[int(order[place])], [images[int(i)] for i in indices]

@@ -1,4 +1,4 @@
-"""AccuQuant as a Lightning callback: what is evaluated is calibrated first."""
+"""AccuQuant as a Lightning callback that calibrates before the first evaluation."""
 
 from __future__ import annotations
 
@@ -28,50 +28,52 @@ from lightning_quant.utilities.paths import user_path
 
 
 class AccuQuant(CalibratingCallback):
-    """Evaluate a diffusion model with a quantized denoiser, calibrated on the error that piles up while it samples.
+    """Callback that quantizes a diffusion model's denoiser, calibrated on the error accumulated over sampling steps.
 
     Before the first ``validate``, ``test`` or ``predict`` it samples float trajectories from the model itself, and
-    learns the rounding of weights and the ranges of activations over windows of consecutive steps; ``fit`` stays in
+    learns the rounding of weights and the ranges of activations over windows of consecutive steps. ``fit`` stays in
     float. Products are simulated in floating point.
 
     Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
     (arXiv 2510.20348).
 
     Args:
-        weight_bits: 2..16, asymmetric, a range for each output channel.
-        activation_bits: 2..16, of inputs of layers and of query, key and value, a range for each tensor.
-        steps: of the sampler.
-        window: steps in a window; None for a tenth to a twentieth of all, "sweep" to try several.
-        adjoint: how the gradient goes back over a window: "identity" (AccuQuant), "coefficient", "exact", "bptt" in the
-            memory of the whole window, or "per_step", each step from the float state, as methods before.
-        start: windows begin at the "float" state, or at the one that the calibrated "prefix" reaches.
-        activation_parameters: "shared" by all steps, or "per_group" of steps, a window each.
-        learn: "all", only the "rounding" of weights, or only ranges of "activations".
-        weight_scales: learn the step sizes of weights too.
-        updates: of Adam, at most; the best by held-out error is kept, and it stops where that does not fall.
-        batch_size: trajectories in an update, over all ranks.
-        trajectories: of the float model, to learn from.
-        held_out: further trajectories, by whose end the best is chosen.
-        reconstruction: iterations of AdaRound on each block before that; 0 leaves it out.
-        rounding_lr: of the rounding variables.
-        activation_lr: of the logarithms of step sizes.
-        check_every: updates between two looks at the held-out trajectories.
-        patience: looks without a gain before it stops.
-        first_and_last_bits: of the layers that the sample comes into and goes out of.
-        softmax_bits: of the attention's softmax.
-        eta: of DDIM.
-        guidance: scale of classifier-free guidance, both branches in one batch; None for none.
-        exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
-        seed: of noise and draws.
-        denoiser: path of the denoiser's attribute, as "model.unet"; None finds it.
-        scheduler: path of the scheduler's attribute; None finds it.
-        sample_shape: (C, H, W) of a state; None asks the denoiser's config.
-        cache_dir: folder of float trajectories and of the state of calibrations, by which a stopped one goes on and a
-            finished one is not repeated; None is ``accuquant`` in the Trainer's ``default_root_dir``.
+        weight_bits: Bit-width of the weights, 2 to 16; asymmetric, with one range per output channel.
+        activation_bits: Bit-width of layer inputs and of query, key and value, 2 to 16; one range per tensor.
+        steps: Number of sampling steps.
+        window: Number of steps in a window; None takes a twentieth to a tenth of the steps, "sweep" tries several.
+        adjoint: Gradient over a window: "identity" (AccuQuant), "coefficient", "exact", "bptt", which needs the memory
+            of the whole window, or "per_step", which starts each step at the float state, as earlier methods do.
+        start: First state of a window: the "float" state, or the one that the calibrated "prefix" reaches.
+        activation_parameters: Ranges of activations: "shared" by all steps, or one "per_group" of steps; a group is a
+            window.
+        learn: Parameters to learn: "all", the "rounding" of weights, or the ranges of "activations".
+        weight_scales: Learn the step sizes of weights too.
+        updates: Maximum number of Adam updates. Stops early when the held-out error stops falling; the best state is
+            kept.
+        batch_size: Number of trajectories in an update, over all ranks.
+        trajectories: Number of float trajectories to learn from.
+        held_out: Number of further trajectories, on whose final error the best state is chosen.
+        reconstruction: Number of AdaRound iterations on each block before the updates; 0 skips them.
+        rounding_lr: Learning rate of the rounding variables.
+        activation_lr: Learning rate of the logarithms of step sizes.
+        check_every: Number of updates between two measurements of the held-out error.
+        patience: Number of measurements without improvement before the updates stop.
+        first_and_last_bits: Bit-width of the layers that take in the sample and that return the output, 2 to 16.
+        softmax_bits: Bit-width of the attention's softmax, 2 to 16.
+        eta: DDIM's eta: 0 is deterministic, 1 is as noisy as DDPM.
+        guidance: Scale of classifier-free guidance, with both branches in one batch; None disables it.
+        exclude: Fnmatch patterns of the names of modules to leave in float, with all submodules.
+        seed: Seed of the noise and of the batches.
+        denoiser: Attribute path of the denoiser in the module, such as "model.unet"; None searches for it.
+        scheduler: Attribute path of the scheduler in the module; None searches for it.
+        sample_shape: Shape (C, H, W) of a state; None reads it from the denoiser's config.
+        cache_dir: Folder of the float trajectories and calibration states, from which an interrupted calibration
+            resumes and a finished one is reused; None is ``accuquant`` in the Trainer's ``default_root_dir``.
 
     Raises:
-        ConfigurationError: an argument out of its range; for the model when the Trainer starts.
-        UnsupportedModelError: a denoiser or scheduler that is not known.
+        ConfigurationError: Argument out of range; one that does not fit the model is refused when the Trainer starts.
+        UnsupportedModelError: Denoiser or scheduler that is not supported.
 
     Example:
         >>> callback = AccuQuant(4, 8, steps=20, window=4)
@@ -123,21 +125,21 @@ class AccuQuant(CalibratingCallback):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def make_denoiser(self, pl_module: pl.LightningModule, network: nn.Module) -> Denoiser:
-        """The denoiser as samplers call it."""
+        """Return the denoiser that samplers call; override it to change the call."""
         return Denoiser(network, self.settings.guidance)
 
     def conditioning(self, pl_module: pl.LightningModule, ids: Sequence[int]) -> Conditioning:
-        """What the denoiser is given for the images of some numbers, a row each."""
+        """Return the denoiser's conditioning, one row per image; override it for conditional models."""
         return {}
 
     # -- the model ----------------------------------------------------------------------------------------------------
 
     def parts(self, pl_module: pl.LightningModule) -> Parts:
-        """Denoiser, scheduler and shape of somebody's module.
+        """Find the denoiser, the scheduler and the state shape of a module.
 
         Raises:
-            ConfigurationError: none or several of them; a path that leads nowhere.
-            UnsupportedModelError: of classes that are not known.
+            ConfigurationError: No or several denoisers or schedulers, or an attribute path that does not exist.
+            UnsupportedModelError: Denoiser or scheduler of an unsupported class.
         """
         network = _attribute(pl_module, self.denoiser, "denoiser") if self.denoiser else _denoiser_of(pl_module)
         scheduler = _attribute(pl_module, self.scheduler, "scheduler") if self.scheduler else _scheduler_of(pl_module)
@@ -151,7 +153,7 @@ class AccuQuant(CalibratingCallback):
     # -- calibration --------------------------------------------------------------------------------------------------
 
     def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse denoisers and schedulers that are not found, or not known."""
+        """Refuse modules whose denoiser or scheduler is missing or not supported."""
         self.parts(pl_module)
 
     def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
@@ -159,19 +161,19 @@ class AccuQuant(CalibratingCallback):
         return compared(pl_module, self.settings)
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
-        """Make the float trajectories, and prepare the denoiser."""
+        """Generate the float trajectories and prepare the denoiser."""
         return self.start(trainer, self.parts(pl_module))
 
     def summarize(self, calibration: Calibration, seconds: float | None = None) -> str:
-        """Errors before and after, and the window."""
+        """Summarize the window and the errors before and after the calibration."""
         return summarize(calibration, seconds)
 
     def start(self, trainer: pl.Trainer, parts: Parts) -> Calibration:
-        """Print plan and estimate, make float trajectories, and prepare the denoiser."""
+        """Print plan and estimate, generate the float trajectories, and prepare the denoiser."""
         return start(trainer, parts, self.settings, self.cache_dir)
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
-        """Where the calibration is written to, and taken from."""
+        """Return the file that the calibration is saved to and resumed from."""
         weights = weights_hash(calibration.source.network)
         return StateFile(trainer, self.cache_dir, "accuquant", calibration.fingerprint(), weights)
 
@@ -181,25 +183,25 @@ def _attribute(pl_module: pl.LightningModule, path: str, argument: str) -> Any:
         return attrgetter(path)(pl_module)
     except AttributeError as error:
         raise ConfigurationError(
-            f"{argument}={path!r}: {type(pl_module).__name__} has no such attribute ({error}). Write the path from the"
-            f" module on, for example {argument}='unet'."
+            f"{argument}={path!r}: {type(pl_module).__name__} has no such attribute ({error}). Write the attribute's"
+            f" path in the module, for example {argument}='unet'."
         ) from error
 
 
 def _denoiser_of(pl_module: pl.LightningModule) -> nn.Module:
-    found: dict[str, nn.Module] = {
+    denoisers: dict[str, nn.Module] = {
         name: child for name, child in pl_module.named_modules() if type(child).__name__ in DENOISERS
     }
-    if len(found) == 1:
-        return next(iter(found.values()))
-    what = f"several denoisers: {', '.join(found)}" if found else "no denoiser of diffusers"
-    example = next(iter(found), "unet")
+    if len(denoisers) == 1:
+        return next(iter(denoisers.values()))
+    what = f"several denoisers: {', '.join(denoisers)}" if denoisers else "no denoiser of diffusers"
+    example = next(iter(denoisers), "unet")
     raise ConfigurationError(f"{type(pl_module).__name__} has {what}. Write AccuQuant(denoiser={example!r}, ...).")
 
 
 def _scheduler_of(pl_module: pl.LightningModule) -> Any:
-    known = {name: value for name, value in vars(pl_module).items() if type(value).__name__.endswith("Scheduler")}
-    diffusers = {n: v for n, v in known.items() if type(v).__module__.startswith("diffusers.")}
+    schedulers = {name: value for name, value in vars(pl_module).items() if type(value).__name__.endswith("Scheduler")}
+    diffusers = {n: v for n, v in schedulers.items() if type(v).__module__.startswith("diffusers.")}
     if len(diffusers) == 1:
         return next(iter(diffusers.values()))
     what = f"several schedulers: {', '.join(diffusers)}" if diffusers else "no scheduler of diffusers as an attribute"
@@ -216,8 +218,8 @@ def _shape_of(network: nn.Module) -> tuple[int, ...]:
     size = None if config is None else getattr(config, "sample_size", None)
     if size is None:
         raise ConfigurationError(
-            f"The {type(network).__name__} does not say what shape its states have: write"
-            " AccuQuant(sample_shape=(3, 32, 32), ...), channels, height, width."
+            f"The {type(network).__name__} has no config.sample_size: write AccuQuant(sample_shape=(3, 32, 32), ...),"
+            " the channels, height and width of a state."
         )
     height, width = (size, size) if isinstance(size, int) else size
     return int(config.in_channels), int(height), int(width)

@@ -1,4 +1,4 @@
-"""A pipeline that diffusers lacks: the class-conditional latent diffusion of Rombach et al. (CVPR 2022), as LDM-4."""
+"""Pipeline for class-conditional latent diffusion (LDM-4 of Rombach et al., CVPR 2022), which diffusers lacks."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lightning_quant.utilities.paths import user_path
 
 
 class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-call]
-    """One vector for each class, and a last one for none: what the denoiser gets as ``encoder_hidden_states``.
+    """Table of class embeddings for the denoiser's ``encoder_hidden_states``; the last row is for no class.
 
     Args:
-        rows: classes + 1.
-        width: the ``cross_attention_dim`` of the denoiser.
+        rows: Number of classes + 1.
+        width: The denoiser's ``cross_attention_dim``.
     """
 
     @register_to_config  # type: ignore[untyped-decorator, unused-ignore]
@@ -34,20 +34,20 @@ class ClassEmbedding(ModelMixin, ConfigMixin):  # type: ignore[misc, no-untyped-
         self.weight = nn.Parameter(torch.randn(rows, width))
 
     def forward(self, labels: Tensor) -> Tensor:
-        """(n, 1, width) of labels (n,) int64."""
+        """Return the embeddings (n, 1, width) of labels (n,) int64."""
         return self.weight[labels].unsqueeze(1)
 
 
 def class_embedding(source: str | Path | Tensor, width: int) -> ClassEmbedding:
-    """A table that is given, or the one in a file.
+    """Build a class embedding from a table or from a file with one.
 
     Args:
-        source: (classes + 1, width), last the row for no class; or a safetensors file with one such tensor.
-        width: the ``cross_attention_dim`` of the denoiser.
+        source: Table (classes + 1, width), with the row for no class last; or a safetensors file with one such tensor.
+        width: The denoiser's ``cross_attention_dim``.
 
     Raises:
-        CheckpointError: no such file, or one that is cut off.
-        ConfigurationError: another shape, or several tensors.
+        CheckpointError: Missing or truncated file.
+        ConfigurationError: Table of another shape, or a file with several tensors.
 
     Example:
         >>> class_embedding(torch.zeros(11, 4), 4)(torch.tensor([3, 10])).shape
@@ -59,17 +59,17 @@ def class_embedding(source: str | Path | Tensor, width: int) -> ClassEmbedding:
             f"class_embedding has shape {tuple(table.shape)}: expected (classes + 1, {width}), one row for each class"
             " and a last one for no class, as wide as the denoiser's cross_attention_dim."
         )
-    found: ClassEmbedding = ClassEmbedding(*table.shape)
-    found.weight.data = table.detach().float().clone()
-    found.eval()
-    return found
+    embedding: ClassEmbedding = ClassEmbedding(*table.shape)
+    embedding.weight.data = table.detach().float().clone()
+    embedding.eval()
+    return embedding
 
 
 def _only_tensor(path: Path) -> Tensor:
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"class_embedding={str(path)!r} is no safetensors file ({error}).") from error
+        raise CheckpointError(f"class_embedding={str(path)!r} is not a safetensors file ({error}).") from error
     if len(tensors) != 1:
         raise ConfigurationError(
             f"{path} holds {len(tensors)} tensors ({', '.join(sorted(tensors)[:4])}): expected one, (classes + 1, D)."
@@ -78,9 +78,9 @@ def _only_tensor(path: Path) -> Tensor:
 
 
 class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc, no-untyped-call]
-    """Images of classes, in the latent space of a ``VQModel`` or an ``AutoencoderKL``.
+    """Pipeline that generates images of given classes in the latent space of a ``VQModel`` or ``AutoencoderKL``.
 
-    Its folder, as ``save_pretrained`` writes it::
+    ``save_pretrained`` writes this folder::
 
         model_index.json           "_class_name": "ClassConditionalLDMPipeline", and the class of each component
         unet/                      UNet2DConditionModel
@@ -89,8 +89,8 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc, no-u
         class_embedding/           config.json with rows and width, and the tensor "weight" (classes + 1, width), last
                                    the row for no class, in diffusion_pytorch_model.safetensors
 
-    ``class_embedding`` can be left out of the folder and be given as a file: the table of the original weights
-    is ``cond_stage_model.embedding.weight``.
+    ``class_embedding`` may be missing in the folder and passed as a file: in the original weights the table is
+    ``cond_stage_model.embedding.weight``.
     """
 
     model_cpu_offload_seq: Any = "class_embedding->unet->vqvae"
@@ -110,16 +110,16 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc, no-u
         latents: Tensor | None = None,
         output_type: str = "pil",
     ) -> Any:
-        """Generate an image of each class.
+        """Generate one image for each class label.
 
         Args:
-            class_labels: n numbers of classes.
-            guidance_scale: guidance is used where it is above 1.
-            eta: of DDIM.
-            generator: of the noise.
-            num_inference_steps: steps of the scheduler.
-            latents: (n, C, H, W), the noise to start from.
-            output_type: "pil", "np" or "pt", the last in [0, 1].
+            class_labels: Class indices of the n images.
+            guidance_scale: Scale of classifier-free guidance, which is used above 1.
+            eta: DDIM's eta: 0 is deterministic, 1 is as noisy as DDPM.
+            generator: Random generator of the noise.
+            num_inference_steps: Number of sampling steps.
+            latents: Initial noise (n, C, H, W); None draws it.
+            output_type: Type of the images: "pil", "np" or "pt"; arrays and tensors are in [0, 1].
         """
         labels = torch.tensor(class_labels, device=self._execution_device)
         none = torch.full_like(labels, len(self.class_embedding.weight) - 1)
@@ -146,6 +146,6 @@ class ClassConditionalLDMPipeline(DiffusionPipeline):  # type: ignore[misc, no-u
         return ImagePipelineOutput(images=images)
 
     def _extra(self, eta: float, generator: Any) -> dict[str, Any]:
-        """Those of the arguments that this scheduler's step takes."""
-        known = signature(self.scheduler.step).parameters
-        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in known}
+        """Return the arguments that this scheduler's step accepts."""
+        parameters = signature(self.scheduler.step).parameters
+        return {name: value for name, value in (("eta", eta), ("generator", generator)) if name in parameters}

@@ -1,4 +1,4 @@
-"""From the last state of a sampler to an image."""
+"""Decoding of a sampler's last states to images."""
 
 from __future__ import annotations
 
@@ -11,40 +11,40 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Decoder:
-    """Images of latents, with an autoencoder of diffusers.
+    """Decoder of latents with an autoencoder of diffusers.
 
     Args:
-        network: AutoencoderKL or VQModel.
-        multiply: whether latents are multiplied by 1 / scaling_factor, as DiTPipeline does, and not divided by the
-            factor, as the others do: the images of the pipelines are to be had bit for bit.
+        network: Autoencoder, an AutoencoderKL or VQModel.
+        multiply: Multiply latents by 1 / scaling_factor, as DiTPipeline does, instead of dividing by the factor, as
+            other pipelines do: images equal those of the pipeline bit for bit.
     """
 
     network: Any
     multiply: bool = False
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """(n, 3, H', W') in about [-1, 1], of (n, C, H, W), on the device of the latents.
+        """Decode latents (n, C, H, W) to images (n, 3, H', W') in about [-1, 1], on the device of the latents.
 
-        Gradients flow, except through the nearest vector of a ``VQModel``.
+        The decoding is differentiable, except for the nearest-vector lookup of a ``VQModel``.
         """
         factor = self.network.config.scaling_factor
-        own = next(self.network.parameters())
-        x = latents.to(own.device, own.dtype)
+        parameter = next(self.network.parameters())
+        x = latents.to(parameter.device, parameter.dtype)
         images: Tensor = self.network.decode(1 / factor * x if self.multiply else x / factor).sample
         return images.to(latents.device, latents.dtype)
 
 
 @torch.no_grad()
 def to_images(states: Tensor, decoder: Any = None, batch: int | None = None) -> Tensor:
-    """Images in [0, 1].
+    """Convert a sampler's last states to images in [0, 1].
 
     Args:
-        states: (n, C, H, W), the last of a sampler.
-        decoder: of latents; None where the states are images in [-1, 1].
-        batch: images decoded at once, None for all.
+        states: Last states of a sampler, (n, C, H, W).
+        decoder: Decoder of latents; None if the states are images in [-1, 1].
+        batch: Number of images decoded at once; None decodes all together.
 
     Returns:
-        (n, C', H', W').
+        Images (n, C', H', W').
 
     Example:
         >>> to_images(torch.tensor([[[[-1.0, 0.0, 3.0]]]]))

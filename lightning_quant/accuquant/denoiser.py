@@ -1,4 +1,4 @@
-"""A denoiser as samplers call it: a state and a timestep in, what the scheduler's step takes out."""
+"""Denoisers with a uniform call: from a state and a timestep to the output that the scheduler's step takes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ConfigurationError, QuantizationError, UnsupportedModelError
 
-# Rows (n, ...) by the name of the network's argument. Of the unconditional branch they are named "uncond_...".
+# Rows (n, ...) by argument name of the network; "uncond_..." for the unconditional branch.
 Conditioning = dict[str, Tensor]
-# How a network is called: (network, x, t, conditioning without "uncond_...") to its output (n, channels, H, W).
+# Function from (network, x, t, conditioning without "uncond_...") to the network's output (n, channels, H, W).
 Call = Callable[[nn.Module, Tensor, "int | Tensor", Conditioning], Tensor]
 
 UNCONDITIONAL = "uncond_"
@@ -22,23 +22,23 @@ SUPPORTED = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
 
 
 class Denoiser:
-    """A network with its guidance, for one call at each step. It holds the network and owns nothing.
+    """Wrapper of a network with its guidance, called once per step; it has no state of its own but a counter.
 
-    With guidance both branches are one batch, in the order of diffusers' pipelines: first the unconditional one, for
-    a DiT the conditional one. Gradients flow through both. Of a learned variance the channels are cut off.
+    With guidance both branches form one batch in the order of diffusers' pipelines: the unconditional branch first,
+    for a DiT the conditional one. Gradients flow through both. The channels of a learned variance are dropped.
 
     Args:
         network: UNet2DModel, UNet2DConditionModel, DiTTransformer2DModel, or any module whose forward takes (sample,
             timestep, **conditioning) and returns a tensor, a tuple that begins with one, or an object with ``sample``.
-        guidance: the scale w of uncond + w (cond - uncond), above 1; None or 1 for the conditional branch alone.
-        call: in place of the call of the network.
+        guidance: Scale w of uncond + w (cond - uncond), above 1; None or 1 uses the conditional branch alone.
+        call: Function that replaces the default call of the network.
 
     Attributes:
-        calls: how often the network was called; both branches of guidance are one call.
+        calls: Number of network calls; both branches of guidance count as one call.
 
     Raises:
-        ConfigurationError: guidance below 1.
-        UnsupportedModelError: another denoiser of diffusers, or one that needs more conditions than a state has.
+        ConfigurationError: Guidance below 1.
+        UnsupportedModelError: Another denoiser of diffusers, or one that needs further conditions.
 
     Example:
         >>> class Half(nn.Module):
@@ -58,19 +58,19 @@ class Denoiser:
         self._conditional_first = kind == "DiTTransformer2DModel"
 
     def __call__(self, x: Tensor, t: int | Tensor, conditioning: Conditioning | None = None) -> Tensor:
-        """The output that the scheduler's step takes.
+        """Return the output that the scheduler's step takes.
 
         Args:
-            x: (n, C, H, W).
-            t: of all images, or (n,).
-            conditioning: rows (n, ...) by name, {} or None for none.
+            x: States (n, C, H, W).
+            t: Timestep of all images, or (n,).
+            conditioning: Rows (n, ...) by name; {} or None for none.
 
         Returns:
-            (n, C, H, W) in the dtype of ``x``.
+            Output (n, C, H, W) in the dtype of ``x``.
 
         Raises:
-            ConfigurationError: guidance without an unconditional branch, or rows that are not one for each image.
-            UnsupportedModelError: an output of another shape.
+            ConfigurationError: Guidance without an unconditional branch, or conditioning without one row per image.
+            UnsupportedModelError: Output of another shape.
         """
         cond, uncond = _branches(conditioning or {}, len(x))
         if self.guidance is None:
@@ -90,9 +90,9 @@ class Denoiser:
         output = self._call(self.network, x.to(dtype), t, rows)
         if output.shape != x.shape:
             raise UnsupportedModelError(
-                f"{type(self.network).__name__} made {tuple(output.shape)} of a state {tuple(x.shape)}: expected the"
-                " same shape, of which a DiT's learned variance alone is cut off. Give Denoiser(network, call=...) that"
-                " returns what the scheduler's step takes."
+                f"{type(self.network).__name__} returned {tuple(output.shape)} for a state {tuple(x.shape)}: expected"
+                " the same shape; only a DiT's learned variance is dropped. Write Denoiser(network, call=...) with a"
+                " function that returns what the scheduler's step takes."
             )
         return output.to(x.dtype)
 
@@ -101,7 +101,7 @@ class Denoiser:
 
 
 def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) -> Denoiser:
-    """A :class:`Denoiser` of a network; one that is a Denoiser already is taken as it is where guidance is None.
+    """Return a :class:`Denoiser` of a network; a Denoiser is returned unchanged if guidance is None.
 
     Example:
         >>> denoiser_of(nn.Identity())
@@ -113,26 +113,26 @@ def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) ->
 
 
 def check_denoiser(network: nn.Module) -> str:
-    """The supported class of diffusers that a network is of; empty for networks of others.
+    """Return the supported diffusers class of a network; empty for networks from elsewhere.
 
     Raises:
-        UnsupportedModelError: another class of diffusers, or a setting that asks for more conditions.
+        UnsupportedModelError: Another class of diffusers, or a config that asks for further conditions.
     """
     kinds = [kind.__name__ for kind in type(network).__mro__ if kind.__module__.split(".")[0] == "diffusers"]
-    found = next((name for name in kinds if name in SUPPORTED), "")
-    if kinds and not found:
+    supported = next((name for name in kinds if name in SUPPORTED), "")
+    if kinds and not supported:
         raise UnsupportedModelError(
             f"{type(network).__name__} is no denoiser that AccuQuant knows; supported are {', '.join(SUPPORTED)}, and"
             " modules of your own whose forward takes (sample, timestep, **conditioning)."
         )
-    config: Any = getattr(network, "config", {}) if found else {}
+    config: Any = getattr(network, "config", {}) if supported else {}
     for option in ("addition_embed_type", "time_cond_proj_dim", "encoder_hid_dim_type"):
         if config.get(option) is not None:
             raise UnsupportedModelError(
-                f"This {found} has {option}={config[option]!r}, and wants inputs beside encoder_hidden_states that"
-                " samplers here do not give: write Denoiser(network, call=...) with a function that adds them."
+                f"This {supported} has {option}={config[option]!r}, and needs inputs beside encoder_hidden_states that"
+                " the samplers do not pass: write Denoiser(network, call=...) with a function that adds them."
             )
-    return found
+    return supported
 
 
 def _checked_guidance(guidance: float | None) -> float | None:
@@ -146,18 +146,18 @@ def _checked_guidance(guidance: float | None) -> float | None:
 def _branches(conditioning: Conditioning, n: int) -> tuple[Conditioning, Conditioning]:
     for name, rows in conditioning.items():
         if len(rows) != n:
-            raise ConfigurationError(f"{name} has {len(rows)} rows for {n} images: give it one row for each image.")
+            raise ConfigurationError(f"{name} has {len(rows)} rows for {n} images: expected one row per image.")
     uncond = {key.removeprefix(UNCONDITIONAL): r for key, r in conditioning.items() if key.startswith(UNCONDITIONAL)}
     return {key: r for key, r in conditioning.items() if not key.startswith(UNCONDITIONAL)}, uncond
 
 
-def _check_both(cond: Conditioning, uncond: Conditioning, guidance: float, known: list[str]) -> None:
+def _check_both(cond: Conditioning, uncond: Conditioning, guidance: float, parameters: list[str]) -> None:
     if cond and cond.keys() == uncond.keys():
         return
     missing = [UNCONDITIONAL + name for name in cond if name not in uncond] or sorted(uncond)
-    usual = known[0] if known else "class_labels"
+    usual = parameters[0] if parameters else "class_labels"
     raise ConfigurationError(
-        f"guidance={guidance} takes both branches, and the conditioning has {sorted(cond) or 'none'} and no"
+        f"guidance={guidance} needs both branches, and the conditioning has {sorted(cond) or 'none'} and no"
         f" {', '.join(missing) or f'{usual} and {UNCONDITIONAL}{usual}'}: give both, or guidance=None."
     )
 
@@ -167,13 +167,13 @@ def check_call(denoiser: Denoiser, x: Tensor, t: int, conditioning: Conditioning
 
     Args:
         denoiser: Denoiser that a calibration is about to call many times.
-        x: State (n, C, H, W).
+        x: States (n, C, H, W).
         t: Timestep.
         conditioning: Rows (n, ...) by name.
 
     Raises:
-        ConfigurationError: Where its network cannot be called so; says what its forward takes.
-        UnsupportedModelError: For an output of another shape.
+        ConfigurationError: Network that cannot be called with these arguments; the message says what its forward takes.
+        UnsupportedModelError: Output of another shape.
 
     Example:
         >>> class Wants(nn.Module):
@@ -191,37 +191,37 @@ def check_call(denoiser: Denoiser, x: Tensor, t: int, conditioning: Conditioning
     except Exception as error:
         network = denoiser.network
         given = ", ".join(name for name in conditioning if not name.startswith(UNCONDITIONAL)) or "no condition"
-        known = _conditions_of(network)
-        name = known[0] if known else "class_labels"
+        parameters = _conditions_of(network)
+        name = parameters[0] if parameters else "class_labels"
         raise ConfigurationError(
             f"{type(network).__name__} was called with a state of shape {tuple(x.shape)}, a timestep and {given}, and"
             f" raised {type(error).__name__}: {error}\nBeside state and timestep its forward takes"
-            f" {', '.join(known) or 'nothing'}. For conditions write a subclass of AccuQuant with"
-            f" def conditioning(self, pl_module, ids): return {{{name!r}: ROWS}}, a row for each of ids and with"
+            f" {', '.join(parameters) or 'nothing'}. For conditions write a subclass of AccuQuant with"
+            f" def conditioning(self, pl_module, ids): return {{{name!r}: ROWS}}, one row for each id and with"
             f" guidance also {UNCONDITIONAL + name!r}, or AccuQuantModule with the pipeline and prompts=FILE; for"
             " another state write sample_shape=(C, H, W)."
         ) from error
 
 
 def _conditions_of(network: nn.Module) -> list[str]:
-    """Names of what a network's forward takes beside state and timestep, what it must be given first."""
-    several = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
-    found = [each for each in signature(network.forward).parameters.values() if each.kind not in several][2:]
-    return [each.name for each in sorted(found, key=lambda each: each.default is not Parameter.empty)]
+    """Return the parameter names of a network's forward beside state and timestep, required ones first."""
+    variadic = (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    parameters = [p for p in signature(network.forward).parameters.values() if p.kind not in variadic][2:]
+    return [p.name for p in sorted(parameters, key=lambda p: p.default is not Parameter.empty)]
 
 
 def _call_module(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
-    """By position: the first two arguments go by several names."""
+    """Call a module by position, as its first two arguments may have any name."""
     return _tensor(network(x, _times(t, x), **conditioning), network)
 
 
 def _call_unet(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
-    """With the plain number, which the network itself makes a tensor of."""
+    """Call a UNet with a plain number as timestep, which it converts to a tensor itself."""
     return _tensor(network(x, t, **conditioning), network)
 
 
 def _call_dit(network: nn.Module, x: Tensor, t: int | Tensor, conditioning: Conditioning) -> Tensor:
-    """As DiTPipeline, the channels of a learned variance cut off."""
+    """Call a DiT as DiTPipeline does, and drop the channels of a learned variance."""
     output = _tensor(network(x, timestep=_times(t, x), **conditioning), network)
     return output[:, : x.shape[1]] if output.shape[1] // 2 == x.shape[1] else output
 
@@ -235,16 +235,16 @@ _CALLS: dict[str, Call] = {
 
 
 def _times(t: int | Tensor, x: Tensor) -> Tensor:
-    """(n,), as int64 where it is a plain number."""
-    found = t if isinstance(t, Tensor) else torch.tensor(t)
-    return found.to(x.device).expand(len(x))
+    """Return the timesteps as a tensor (n,), int64 for a plain number."""
+    timesteps = t if isinstance(t, Tensor) else torch.tensor(t)
+    return timesteps.to(x.device).expand(len(x))
 
 
 def _tensor(output: Any, network: nn.Module) -> Tensor:
-    found = output[0] if isinstance(output, tuple | list) and output else getattr(output, "sample", output)
-    if not isinstance(found, Tensor):
+    tensor = output[0] if isinstance(output, tuple | list) and output else getattr(output, "sample", output)
+    if not isinstance(tensor, Tensor):
         raise UnsupportedModelError(
             f"{type(network).__name__} returned a {type(output).__name__}: expected a tensor, a tuple that begins with"
             " one, or an object with the attribute sample."
         )
-    return found
+    return tensor

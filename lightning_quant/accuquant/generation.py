@@ -1,4 +1,4 @@
-"""Images by their numbers: what they are of, making them, and files of them."""
+"""Generation of images by number: their conditions, the images, and image files."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 
 
 class GeneratedImages(TypedDict):
-    """Numbers (n,) and images (n, C, H, W) in [0, 1]."""
+    """Generated images (n, C, H, W) in [0, 1] and their numbers (n,)."""
 
     ids: Tensor
     images: Tensor
 
 
 class Conditions:
-    """What the images of some numbers are of: nothing, classes in turn, or prompts in turn.
+    """Conditions of images by number: none, classes in turn, or prompts in turn.
 
     Args:
-        model: decides which.
-        guidance: whether the unconditional branch is wanted too.
-        seed: of draws.
-        classes: how many, or which; None takes all that the model knows.
-        prompts: file of prompts or of their embeddings; only text-to-image has them.
+        model: Model that determines the kind of condition.
+        guidance: Scale of classifier-free guidance, which needs the unconditional branch too; None without guidance.
+        seed: Seed for drawing classes.
+        classes: Number of classes, or the classes to use; None takes all classes of the model.
+        prompts: File of prompts or of their embeddings, for text-to-image models only.
 
     Raises:
-        ConfigurationError: prompts or classes that the model has no use for, or prompts that are missing.
+        ConfigurationError: Prompts or classes for a model that does not take them, or missing prompts.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Conditions:
         self.classes = model.classes if classes is None else classes
         self.prompts = prompts
         if model.kind == "sd" and prompts is None:
-            raise ConfigurationError("A text-to-image model needs prompts: write prompts=FILE, one prompt a line.")
+            raise ConfigurationError("A text-to-image model needs prompts: write prompts=FILE, one prompt per line.")
         if model.kind != "sd" and prompts is not None:
             raise ConfigurationError(f"prompts={prompts!r}: a {model.kind} model takes none, leave them out.")
         if model.classes is None and classes is not None:
@@ -69,7 +69,7 @@ class Conditions:
         self._texts = read_prompts(prompts) if prompts is not None and not _is_table(prompts) else []
 
     def rows(self, ids: Iterable[int]) -> Conditioning:
-        """Conditioning of some images, a row each."""
+        """Return the conditioning of some images, one row each."""
         numbers = list(ids)
         if self.prompts is not None and _is_table(self.prompts):
             return read_embeddings(self.prompts, numbers)
@@ -83,7 +83,7 @@ class Conditions:
         return self.model.label_conditioning(class_labels(numbers, self.classes, self.seed), self.guided)
 
     def texts(self, ids: Iterable[int] | Tensor) -> list[str] | None:
-        """The prompts of some images; None where there are none."""
+        """Return the prompts of some images; None without a file of prompts."""
         return [self._texts[int(number) % len(self._texts)] for number in ids] if self._texts else None
 
 
@@ -94,31 +94,31 @@ def _is_table(prompts: str) -> bool:
 def generate_images(
     model: DiffusionModel, parts: Parts, sampler: Sampler, ids: Sequence[int], seed: int, device: torch.device
 ) -> Tensor:
-    """Images (n, C, H, W) in [0, 1] of some numbers, each by its number and the seed alone.
+    """Generate images (n, C, H, W) in [0, 1]; each depends on its number and the seed alone.
 
     Args:
-        model: decodes the last states.
-        parts: the denoiser, quantized or not, and the conditioning.
-        sampler: takes the steps.
-        ids: numbers of the images.
-        seed: of the noise.
-        device: where the denoiser is.
+        model: Model that decodes the last states.
+        parts: Denoiser, quantized or not, and conditioning.
+        sampler: Sampler that takes the steps.
+        ids: Numbers of the images.
+        seed: Seed of the noise.
+        device: Device of the denoiser.
     """
     x = initial_noise(parts.shape, ids, seed) * model.init_noise_sigma
-    made = generate(parts.denoiser, sampler, x.to(device), parts.conditioning(ids), ids, seed)
+    trajectories = generate(parts.denoiser, sampler, x.to(device), parts.conditioning(ids), ids, seed)
     for component in model.components.values():
         if isinstance(component, torch.nn.Module):
             component.to(device)
-    return model.images(made.states[-1]).clamp(0, 1)
+    return model.images(trajectories.states[-1]).clamp(0, 1)
 
 
 def write_images(folder: str | Path, ids: Tensor, images: Tensor) -> None:
-    """PNG files named by the numbers of the images.
+    """Write images as PNG files named by their numbers.
 
     Args:
-        folder: made where it is missing.
-        ids: (n,).
-        images: (n, C, H, W) in [0, 1].
+        folder: Folder of the files; created if missing.
+        ids: Numbers of the images, (n,).
+        images: Images (n, C, H, W) in [0, 1].
     """
     from torchvision.utils import save_image
 
@@ -129,10 +129,10 @@ def write_images(folder: str | Path, ids: Tensor, images: Tensor) -> None:
 
 
 def read_images(folder: str | Path, batch: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Numbers and images (n, C, H, W) in [0, 1] of the files of a folder, those of this rank; all of one size.
+    """Yield this rank's batches of numbers (n,) and images (n, C, H, W) in [0, 1] from a folder of equal-sized images.
 
     Raises:
-        ConfigurationError: no folder, or no images in it.
+        ConfigurationError: Missing folder, or no images in it.
     """
     from torchvision.io import ImageReadMode, read_image
 
@@ -141,6 +141,6 @@ def read_images(folder: str | Path, batch: int, rank: int = 0, ranks: int = 1) -
         raise ConfigurationError(f"real_images={str(folder)!r}: no images ({', '.join(_SUFFIXES)}) in it.")
     numbers = list(range(len(files)))[rank::ranks]
     for first in range(0, len(numbers), batch):
-        some = numbers[first : first + batch]
-        images = torch.stack([read_image(str(files[n]), ImageReadMode.RGB) for n in some])
-        yield torch.tensor(some), images.float() / 255
+        batch_ids = numbers[first : first + batch]
+        images = torch.stack([read_image(str(files[n]), ImageReadMode.RGB) for n in batch_ids])
+        yield torch.tensor(batch_ids), images.float() / 255

@@ -1,4 +1,4 @@
-"""What is learned of a prepared denoiser: the rounding of its weights, and the ranges of its activations."""
+"""Learning of the rounding of weights and the ranges of activations of a prepared denoiser."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _BEST, _ADAM = "best", "adam"
 
 
 class Learner:
-    """Leaf tensors of all quantizers of a network, and the Adam that moves them.
+    """Leaf tensors of all quantizers of a network, with their Adam optimizer.
 
-    Steps of activations are learned as their logarithm, zero points in codes, rounding as AdaRound's variables.
+    Step sizes of activations are learned as logarithms, zero points in codes, rounding as AdaRound's variables.
 
     Args:
-        network: prepared, all quantizers with ranges; its quantizers learn until :meth:`commit` or :meth:`cancel`.
-        settings: what is learned, and how fast.
+        network: Prepared network, all quantizers with ranges; they learn until :meth:`commit` or :meth:`cancel`.
+        settings: Settings of the parameters to learn and their learning rates.
     """
 
     def __init__(self, network: nn.Module, settings: Settings) -> None:
@@ -37,7 +37,7 @@ class Learner:
             self.quantizers[name] = quantizer
             self.leaves.update({f"{name}.{leaf}": tensor for leaf, tensor in leaves.items()})
             for leaf, tensor in leaves.items():
-                # A zero point is moved as far as the end of the range that a step size moves by the same rate.
+                # Scaled so that a zero point moves as far as the end of the range moves with the step size.
                 rate = rates[leaf, type(quantizer)] * (quantizer.grid.high if leaf == "zero_point" else 1)
                 tensor.requires_grad_(rate > 0)
                 groups += [{"params": [tensor], "lr": rate}] if rate > 0 else []
@@ -46,24 +46,24 @@ class Learner:
 
     @property
     def learned(self) -> list[Tensor]:
-        """The leaf tensors that move."""
+        """Leaf tensors that are learned."""
         return [leaf for leaf in self.leaves.values() if leaf.requires_grad]
 
     def release(self) -> None:
-        """Let gradients that wait in held weights flow on to the leaves."""
+        """Propagate the gradients accumulated in held weights to the leaves."""
         for quantizer in self.quantizers.values():
             if isinstance(quantizer, RoundedQuantizer):
                 quantizer.release()
 
     def step(self, loss: Tensor, rate: float = 1.0) -> float:
-        """Move the leaves by the gradients of all ranks, and forget those; one collective.
+        """Update the leaves with the gradients of all ranks, summed in one collective, and clear the gradients.
 
         Args:
-            loss: this rank's share of it, ().
-            rate: share of the learning rates.
+            loss: Share of this rank in the loss, a scalar.
+            rate: Factor of the learning rates.
 
         Returns:
-            the loss over all ranks. Where it is not finite, the leaves stay.
+            Loss over all ranks. If it is not finite, the leaves are not updated.
         """
         for group, full in zip(self.optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * full
@@ -80,24 +80,24 @@ class Learner:
         return float(total)
 
     def remember(self) -> None:
-        """Keep the leaves as they are for the best."""
+        """Store the current leaves as the best ones."""
         self.best = {name: leaf.detach().clone() for name, leaf in self.leaves.items()}
 
     @torch.no_grad()
     def commit(self) -> None:
-        """Let the quantizers take over the best, and learn no more."""
+        """Let the quantizers adopt the best leaves, and stop learning."""
         for name, tensor in self.best.items():
             self.leaves[name].copy_(tensor)
         for quantizer in self.quantizers.values():
             quantizer.end()
 
     def cancel(self) -> None:
-        """Leave the quantizers as they were before."""
+        """Restore the quantizers to their state before learning."""
         for quantizer in self.quantizers.values():
             quantizer.cancel()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Leaves, the best of them, and Adam's moments, by flat names."""
+        """Return the leaves, the best leaves and Adam's moments by flat names."""
         state = {f"leaf/{name}": leaf.detach() for name, leaf in self.leaves.items()}
         state.update({f"{_BEST}/{name}": tensor for name, tensor in self.best.items()})
         for name, leaf in self.leaves.items():
@@ -107,7 +107,7 @@ class Learner:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from a state."""
+        """Resume from a state."""
         for name, leaf in self.leaves.items():
             leaf.copy_(state[f"leaf/{name}"])
             moments = {key: f"{_ADAM}/{name}/{key}" for key in ("step", "exp_avg", "exp_avg_sq")}
@@ -128,7 +128,7 @@ def _begun(network: nn.Module) -> list[tuple[str, RoundedQuantizer | TimestepQua
             begun.append((f"{name}.weight_quantizer", quantizer, quantizer.begin(layer.weight)))
             quantizer.holds = True
     activations = activation_quantizers(network)
-    return begun + [(f"{name}.{slot}", each, each.begin()) for (name, slot), each in activations.items()]
+    return begun + [(f"{name}.{slot}", quantizer, quantizer.begin()) for (name, slot), quantizer in activations.items()]
 
 
 def _rates(settings: Settings) -> dict[tuple[str, type], float]:
@@ -143,7 +143,7 @@ def _rates(settings: Settings) -> dict[tuple[str, type], float]:
 
 
 def _merged(groups: list[dict[str, object]]) -> list[dict[str, object]]:
-    """One group for each rate, which is what an optimizer is fast with."""
+    """Merge parameter groups of equal learning rate, as Adam is faster with fewer groups."""
     merged: dict[object, list[Tensor]] = {}
     for group in groups:
         merged.setdefault(group["lr"], []).extend(group["params"])  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""AccuQuant as a LightningModule around a diffusion pipeline: fit calibrates, then it measures and generates."""
+"""AccuQuant as a LightningModule around a diffusion pipeline, for calibration, measurement and generation."""
 
 from __future__ import annotations
 
@@ -24,40 +24,40 @@ from lightning_quant.nn.structure import in_float
 from lightning_quant.utilities.distributed import on_all_ranks
 from lightning_quant.utilities.paths import check_writable, user_path
 
-# Generated images are others than those that it was calibrated on.
+# Number of the first generated image: generated images differ from those of the calibration.
 FIRST_GENERATED = 1_000_000
-# Images that a report shows.
+# Number of images in a report.
 SHOWN = 16
 
 
 class AccuQuantModule(CalibratingModule):
-    """A diffusion model of diffusers whose ``fit`` calibrates it; then it measures and generates.
+    """LightningModule around a diffusers pipeline whose ``fit`` is its calibration.
 
-    ``fit`` (``lightning-quant calibrate``) is the calibration, a step of which is a training step; ``validate``
-    measures the error that piles up over held-out trajectories; ``test`` generates images with the float and the
-    quantized denoiser from the same seeds and compares them; ``predict`` generates images in batches over all ranks. An
-    image depends on its number and the seed alone.
+    ``fit`` (``lightning-quant calibrate``) calibrates, one calibration step per training step. ``validate`` measures
+    the error accumulated over held-out trajectories. ``test`` generates images with the float and the quantized
+    denoiser from the same seeds and compares them. ``predict`` generates images in batches over all ranks. An image
+    depends on its number and the seed alone.
 
     Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
     (arXiv 2510.20348).
 
     Args:
-        model: folder of a pipeline of diffusers or name on the hub: DDPM, DDIM, LDM, Stable Diffusion, DiT, see
-            :func:`~lightning_quant.accuquant.pipelines.load_float_pipeline`; or a pipeline object.
-        scheduler: folder of a scheduler in place of the pipeline's.
-        class_embedding: file of a class-conditional LDM's table of classes.
-        prompts: file with one prompt a line, for text-to-image; or a safetensors file, see
+        model: Folder of a diffusers pipeline or its name on the hub (DDPM, DDIM, LDM, Stable Diffusion, DiT; see
+            :func:`~lightning_quant.accuquant.pipelines.load_float_pipeline`), or a pipeline object.
+        scheduler: Folder of a scheduler to use instead of the pipeline's.
+        class_embedding: File with the table of classes of a class-conditional LDM.
+        prompts: File with one prompt per line, for text-to-image; or a safetensors file, see
             :func:`~lightning_quant.accuquant.text_encoding.read_embeddings`.
-        classes: number of classes to draw from; None takes the model's.
-        images: how many ``test`` and ``predict`` make.
-        image_batch_size: at once, on one rank.
-        image_folder: where ``predict`` writes PNG files named by their numbers; None writes none.
-        real_images: folder of images of the data, for FID.
-        metrics: what ``test`` measures, as the arguments of :class:`lightning_quant.GenerationMetrics` or itself.
-        quantization: the arguments of the calibration, as the callback's or as a mapping of them.
+        classes: Number of classes to draw from; None takes the model's.
+        images: Number of images that ``test`` and ``predict`` generate.
+        image_batch_size: Number of images generated at once on one rank.
+        image_folder: Folder for the PNG files of ``predict``, named by number; None writes none.
+        real_images: Folder of images of the data, for FID.
+        metrics: Metrics of ``test``, a :class:`lightning_quant.GenerationMetrics` or a mapping of its arguments.
+        quantization: Settings of the calibration, an ``AccuQuant`` callback or a mapping of its arguments.
 
     Raises:
-        ConfigurationError, UnsupportedModelError, CheckpointError: see ``load_float_pipeline`` and
+        ConfigurationError, UnsupportedModelError, CheckpointError: See ``load_float_pipeline`` and
             :class:`lightning_quant.AccuQuant`.
 
     Example:
@@ -108,7 +108,7 @@ class AccuQuantModule(CalibratingModule):
             quantization=self.quantization.settings.as_dict(),
         )
         self._hparams_initial = dict(self.hparams)
-        # In a tuple, or the autoencoder would be part of the checkpoint.
+        # In a tuple, to keep the autoencoder out of the checkpoint.
         self._model = (load_float_pipeline(model, scheduler=scheduler, class_embedding=class_embedding),)
         self.network = self._model[0].network.requires_grad_(False)
         self.images, self.image_batch_size = images, image_batch_size
@@ -121,27 +121,27 @@ class AccuQuantModule(CalibratingModule):
 
     @property
     def model(self) -> DiffusionModel:
-        """The pipeline: its denoiser is :attr:`network`."""
+        """The pipeline's model, whose denoiser is :attr:`network`."""
         return self._model[0]
 
     @property
     def parts(self) -> Parts:
-        """What the calibration sees of it."""
+        """Denoiser, scheduler, state shape and conditioning for the calibration."""
         denoiser = self.model.denoiser(self.quantization.settings.guidance)
         return Parts(denoiser, self.model.scheduler, self.model.sample_shape, self.conditions.rows)
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     def start_calibration(self) -> Calibration:
-        """Make the float trajectories, and prepare the denoiser."""
+        """Generate the float trajectories and prepare the denoiser."""
         return self.quantization.start(self.trainer, self.parts)
 
     def state_file(self, calibration: Calibration) -> StateFile:
-        """As the callback's."""
+        """Return the file that the calibration is saved to and resumed from."""
         return self.quantization.state_file(self.trainer, calibration)
 
     def after_step(self, calibration: Calibration) -> None:
-        """Show the loss, and the held-out error where it was measured anew."""
+        """Log the loss, and the held-out error if it was measured again."""
         if calibration.updates:
             self.log("calibration/loss", calibration.loss, prog_bar=True, rank_zero_only=True)
         if calibration.worth_saving and calibration.errors:
@@ -149,42 +149,43 @@ class AccuQuantModule(CalibratingModule):
             self.log("calibration/held_out_error", float(last[-1]), prog_bar=True, rank_zero_only=True)
 
     def summarize(self, calibration: Calibration) -> str:
-        """What came out."""
+        """Summarize the window and the errors before and after the calibration."""
         return self.quantization.summarize(calibration)
 
     # -- validate -----------------------------------------------------------------------------------------------------
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """One batch: the held-out trajectories."""
+        """Return one batch, which stands for the held-out trajectories."""
         return DataLoader([0])  # type: ignore[arg-type]
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """RMSE to the float model at the end of held-out trajectories, and in the middle."""
+        """Log the RMSE to the float model in the middle and at the end of the held-out trajectories."""
         accumulated, _ = self.trajectory_errors()
         for name, error in (("middle", accumulated[len(accumulated) // 2]), ("end", accumulated[-1])):
-            # All ranks have it.
+            # The error is already reduced over ranks.
             self.log(f"val/error_{name}", float(error), batch_size=1)
 
     def trajectory_errors(self) -> tuple[Tensor, Tensor]:
-        """Accumulated (steps + 1,) and single-step (steps,) RMSE on the held-out trajectories."""
+        """Return the accumulated (steps + 1,) and the single-step (steps,) RMSE on the held-out trajectories."""
         parts, settings = self.parts, self.quantization.settings
-        sampler, held = sampler_for(parts, settings), image_numbers(settings)[1]
+        sampler, held_out = sampler_for(parts, settings), image_numbers(settings)[1]
         with torch.inference_mode(False), torch.no_grad():
             with in_float(self.network):
-                cache = trajectories(self.trainer, parts, sampler, settings, self.quantization.cache_dir, held)
-            own = list(held)[self.trainer.global_rank :: self.trainer.world_size]
-            some = cache.trajectories(own) if own else None
-            found = [measure(parts.denoiser, sampler, some) for measure in (accumulated_errors, single_step_errors)]
-        return found[0], found[1]
+                cache = trajectories(self.trainer, parts, sampler, settings, self.quantization.cache_dir, held_out)
+            ids = list(held_out)[self.trainer.global_rank :: self.trainer.world_size]
+            reference = cache.trajectories(ids) if ids else None
+            accumulated = accumulated_errors(parts.denoiser, sampler, reference)
+            single_step = single_step_errors(parts.denoiser, sampler, reference)
+        return accumulated, single_step
 
     # -- test ---------------------------------------------------------------------------------------------------------
 
     def test_dataloader(self) -> DataLoader[Any]:
-        """Numbers of images."""
+        """Return batches of image numbers."""
         return self.predict_dataloader()
 
     def on_test_start(self) -> None:
-        """Forget earlier images; take in those of the data."""
+        """Reset the metrics, and update them with the real images."""
         super().on_test_start()
         self.metrics.reset()
         self.generation_report = {}
@@ -194,17 +195,18 @@ class AccuQuantModule(CalibratingModule):
                 self.metrics.update_real(images.to(self.device), ids)
 
     def test_step(self, batch: Tensor, batch_idx: int) -> None:
-        """The same images by the float and by the quantized denoiser."""
+        """Compare the images of the float and the quantized denoiser."""
         with in_float(self.network):
-            expected = self.generate(batch)
-        found = self.generate(batch)
-        self.metrics.update(found, expected, prompts=self.conditions.texts(batch), ids=batch)
-        shown = self.generation_report.setdefault("images", {"float": expected[:0].cpu(), "quantized": found[:0].cpu()})
-        for name, images in (("float", expected), ("quantized", found)):
+            reference = self.generate(batch)
+        quantized = self.generate(batch)
+        self.metrics.update(quantized, reference, prompts=self.conditions.texts(batch), ids=batch)
+        empty = {"float": reference[:0].cpu(), "quantized": quantized[:0].cpu()}
+        shown = self.generation_report.setdefault("images", empty)
+        for name, images in (("float", reference), ("quantized", quantized)):
             shown[name] = torch.cat([shown[name], images.cpu()])[:SHOWN]
 
     def on_test_epoch_end(self) -> None:
-        """All measures, over all ranks."""
+        """Log all metrics over all ranks."""
         for name, value in self.metrics.compute().items():
             self.log(f"test/{name}", value)
         accumulated, single = self.trajectory_errors()
@@ -218,25 +220,25 @@ class AccuQuantModule(CalibratingModule):
     # -- predict ------------------------------------------------------------------------------------------------------
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Numbers of images, which Lightning divides among ranks."""
+        """Return batches of image numbers, which Lightning divides among ranks."""
         numbers = list(range(FIRST_GENERATED, FIRST_GENERATED + self.images))
         return DataLoader(numbers, batch_size=self.image_batch_size)  # type: ignore[arg-type]
 
     def on_predict_start(self) -> None:
-        """Refuse a folder that a rank cannot write its images to."""
+        """Refuse an image folder that is not writable on some rank."""
         super().on_predict_start()
         if (folder := self.image_folder) is not None:
             on_all_ranks(lambda: check_writable(user_path(folder)), self.device, "write to image_folder")
 
     def predict_step(self, batch: Tensor, batch_idx: int) -> GeneratedImages:
-        """Images (n, C, H, W) in [0, 1] with their numbers, as files too where a folder is given."""
+        """Generate images (n, C, H, W) in [0, 1] with their numbers, and write them to ``image_folder`` if given."""
         images = self.generate(batch)
         if self.image_folder is not None:
             write_images(self.image_folder, batch - FIRST_GENERATED, images)
         return {"ids": batch - FIRST_GENERATED, "images": images}
 
     def generate(self, ids: Tensor) -> Tensor:
-        """Images (n, C, H, W) in [0, 1] of some numbers, by the network as it is."""
+        """Generate the images (n, C, H, W) in [0, 1] of some numbers with the network in its current state."""
         settings, parts = self.quantization.settings, self.parts
         return generate_images(
             self.model, parts, sampler_for(parts, settings), ids.tolist(), settings.seed, self.device

@@ -1,4 +1,4 @@
-"""Samplers whose step also uses earlier outputs: PNDM (Runge-Kutta and PLMS) and DPM-Solver++ 2M.
+"""Multistep samplers, whose steps also use earlier outputs: PNDM (Runge-Kutta and PLMS) and DPM-Solver++ 2M.
 
 Sources: Liu et al., "Pseudo Numerical Methods for Diffusion Models on Manifolds" (arXiv 2202.09778); Lu et al.,
 "DPM-Solver++" (arXiv 2211.01095).
@@ -22,20 +22,20 @@ from lightning_quant.accuquant.stepping import (
     prediction_at,
 )
 
-# Weights of the newest output and of those before it, and what their sum is divided by (Adams-Bashforth).
+# Weights of the newest output and of earlier ones, and the divisor of their sum (Adams-Bashforth).
 _MULTISTEP = (((1,), 1), ((3, -1), 2), ((23, -16, 5), 12), ((55, -59, 37, -9), 24))
 
 
 class _Plan(NamedTuple):
-    """Which earlier tensors a step combines: x_base is taken from timestep ``start`` to ``end``.
+    """Combination of earlier tensors in a step, which takes x_base from timestep ``start`` to ``end``.
 
     Attributes:
-        base: index of the state the step starts from, which is not always the one the network saw.
-        outputs: indices of the outputs that are combined.
-        weights: of each of them.
-        divisor: of their weighted sum.
-        start: timestep of the base.
-        end: timestep of the result; below 0 the image.
+        base: Index of the state that the step starts from, which is not always the network's input.
+        outputs: Indices of the outputs that are combined.
+        weights: Weight of each output.
+        divisor: Divisor of the weighted sum.
+        start: Timestep of the base.
+        end: Timestep of the result; below 0 the image.
     """
 
     base: int
@@ -47,7 +47,7 @@ class _Plan(NamedTuple):
 
 
 class _Transfer(NamedTuple):
-    """Equation 9 of PNDM: x_end = sample * x_start - difference * noise / denominator."""
+    """Coefficients of equation 9 of PNDM: x_end = sample * x_start - difference * noise / denominator."""
 
     sample: float
     difference: float
@@ -55,11 +55,11 @@ class _Transfer(NamedTuple):
 
 
 class PNDMSampler(Sampler):
-    """Linear multistep (PLMS), after Runge-Kutta steps of four calls each unless the scheduler skips them.
+    """Linear multistep sampler (PLMS), after Runge-Kutta steps of four calls each unless the scheduler skips them.
 
-    Every call of the network is a step: the second call of PLMS, which repeats the first step from x_0 with a better
-    output, and each of the four of Runge-Kutta. The history before step k holds the states and outputs that step k or
-    a later one needs again.
+    Every call of the network is a step: also the second call of PLMS, which repeats the first step from x_0 with a
+    better output, and each of the four calls of Runge-Kutta. The history before step k holds the states and outputs
+    that step k or a later one needs again.
 
     Example:
         >>> from diffusers import PNDMScheduler
@@ -87,15 +87,15 @@ class PNDMSampler(Sampler):
     ) -> tuple[Tensor, History]:
         del noise
         self._check_carried(k, history)
-        plan, says, transfer = self._plans[k], self._predictions[k], self._transfers[k]
-        known = {**dict(zip(self._carried[k], history, strict=True)), ("state", k): x, ("output", k): output}
-        base = known["state", plan.base]
-        combined = plan.weights[0] * known["output", plan.outputs[0]]
+        plan, prediction, transfer = self._plans[k], self._predictions[k], self._transfers[k]
+        tensors = {**dict(zip(self._carried[k], history, strict=True)), ("state", k): x, ("output", k): output}
+        base = tensors["state", plan.base]
+        combined = plan.weights[0] * tensors["output", plan.outputs[0]]
         for index, weight in zip(plan.outputs[1:], plan.weights[1:], strict=True):
-            combined = combined + weight * known["output", index]
-        epsilon = says.noise(base, combined / plan.divisor)
+            combined = combined + weight * tensors["output", index]
+        epsilon = prediction.noise(base, combined / plan.divisor)
         result = transfer.sample * base - transfer.difference * epsilon / transfer.denominator
-        return result, tuple(known[name] for name in self._carried[k + 1])
+        return result, tuple(tensors[name] for name in self._carried[k + 1])
 
     def carried(self, k: int) -> int:
         return len(self._carried[k])
@@ -105,7 +105,7 @@ class PNDMSampler(Sampler):
 
 
 class _Update(NamedTuple):
-    """x_{k+1} = ratio * x - first * data - second * slope, slope = (data - data before) * inverse."""
+    """Coefficients of x_{k+1} = ratio * x - first * data - second * slope, slope = (data - previous data) * inverse."""
 
     ratio: float
     first: float
@@ -114,9 +114,9 @@ class _Update(NamedTuple):
 
 
 class DPMSolverSampler(Sampler):
-    """DPM-Solver++ of order 1, or of order 2 with one earlier prediction of the image (2M), midpoint or Heun.
+    """DPM-Solver++ sampler of order 1, or of order 2 with the previous prediction of the image (2M), midpoint or Heun.
 
-    The history before a step of order 2 is the prediction of the image one step ago; before the others it is empty.
+    The history before a step of order 2 is the previous prediction of the image; before other steps it is empty.
     """
 
     OPTIONS: ClassVar = {
@@ -153,10 +153,10 @@ class DPMSolverSampler(Sampler):
     ) -> tuple[Tensor, History]:
         del noise
         self._check_carried(k, history)
-        at, data = self._updates[k], self._predictions[k].original(x, output)
-        result = at.ratio * x - at.first * data
-        for before in history:
-            result = result - at.second * (at.inverse * (data - before))
+        update, data = self._updates[k], self._predictions[k].original(x, output)
+        result = update.ratio * x - update.first * data
+        for previous in history:
+            result = result - update.second * (update.inverse * (data - previous))
         return result, (data,) * self.carried(k + 1)
 
     def carried(self, k: int) -> int:
@@ -169,7 +169,7 @@ class DPMSolverSampler(Sampler):
 
 
 def _plans(scheduler: Any, timesteps: tuple[int, ...]) -> tuple[_Plan, ...]:
-    """Which tensors each step combines, and from where to where it goes."""
+    """Return the combination of tensors and the start and end timesteps of each step."""
     distance = scheduler.config.num_train_timesteps // scheduler.num_inference_steps
     if scheduler.config.skip_prk_steps:
         plans = [_Plan(0, (0,), (1,), 1, timesteps[0], timesteps[0] - distance)]
@@ -190,14 +190,14 @@ def _runge_kutta(timesteps: tuple[int, ...], half: int) -> list[_Plan]:
     plans = []
     for k, t in enumerate(timesteps):
         first = k // 4 * 4
-        # Sixths before the sum, as diffusers has them: the cosine schedule's first step multiplies a rounding by 2000.
+        # Sixths before the sum, as in diffusers: the cosine schedule's first step amplifies rounding errors by 2000.
         outputs, weights = ((k,), (1.0,)) if k < first + 3 else (range(first, k + 1), (1 / 6, 1 / 3, 1 / 3, 1 / 6))
         plans.append(_Plan(first, tuple(outputs), weights, 1, timesteps[first], t if k % 2 else t - half))
     return plans
 
 
 def _carried(plans: tuple[_Plan, ...]) -> tuple[tuple[tuple[str, int], ...], ...]:
-    """Before each step, and after the last: the earlier states and outputs that are needed again."""
+    """Return the earlier states and outputs that are needed again before each step and after the last."""
     needed = [{("state", plan.base), *(("output", index) for index in plan.outputs)} for plan in plans]
     return tuple(
         tuple(sorted({name for names in needed[k:] for name in names if name[1] < k})) for k in range(len(plans) + 1)
@@ -217,13 +217,13 @@ def _transfer(scheduler: Any, plan: _Plan) -> _Transfer:
 
 
 def _second_order(config: Any, k: int, steps: int) -> bool:
-    """Whether step ``k`` looks back; the last one does not where diffusers lowers its order."""
+    """Return whether step ``k`` is of order 2; the last one is not if diffusers lowers its order."""
     lowered = config.euler_at_final or (config.lower_order_final and steps < 15) or config.final_sigmas_type == "zero"
     return config.solver_order == 2 and 0 < k < steps - bool(lowered)
 
 
 def _update(alpha: Tensor, sigma: Tensor, k: int, second_order: str | bool) -> _Update:
-    """Coefficients of step ``k``; ``second_order``: the solver type where it is of order 2."""
+    """Return the coefficients of step ``k``; ``second_order`` is the solver type of a step of order 2, else False."""
     log_snr = torch.log(alpha) - torch.log(sigma)
     h = log_snr[k + 1] - log_snr[k]
     first = alpha[k + 1] * (torch.exp(-h) - 1.0)

@@ -1,7 +1,7 @@
-"""The folder of a diffusers pipeline: which components it has, and each of them alone.
+"""Folders of diffusers pipelines: listing and loading their components.
 
-Components are loaded one by one and not through their pipeline's class: Stable Diffusion's needs transformers even
-where no prompt is encoded.
+Components are loaded one by one and not through the pipeline's class, because Stable Diffusion's class needs
+transformers even if no prompt is encoded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError, Unsuppor
 from lightning_quant.utilities.paths import user_path
 
 INDEX = "model_index.json"
-# In the place of a denoiser's weights where it is quantized; lightning_quant.export writes it.
+# File in the folder of a quantized denoiser; lightning_quant.export writes it.
 QUANTIZED = "quantization.json"
 DENOISERS, DECODERS = ("unet", "transformer"), ("vqvae", "vae")
 DENOISER_CLASSES = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel")
@@ -38,13 +38,13 @@ _CONFIGS = ("config.json", "scheduler_config.json")
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """What is in a folder.
+    """Contents of a pipeline's folder.
 
     Attributes:
-        path: of it.
-        pipeline: name of the pipeline's class; empty where there is no ``model_index.json``.
-        components: folder and class name of each component.
-        alone: whether the folder itself is that of the denoiser.
+        path: Path of the folder.
+        pipeline: Name of the pipeline's class; empty without ``model_index.json``.
+        components: Folder and class name of each component.
+        alone: Whether the folder itself is the denoiser's.
     """
 
     path: Path
@@ -57,33 +57,33 @@ class PipelineFolder:
         """Name of the component that denoises.
 
         Raises:
-            ConfigurationError: there is none.
+            ConfigurationError: Folder without a denoiser.
         """
-        found = next((name for name in DENOISERS if name in self.components), None)
-        if found is None:
+        denoiser = next((name for name in DENOISERS if name in self.components), None)
+        if denoiser is None:
             raise ConfigurationError(
                 f"{self.path} has no denoiser, found {', '.join(self.components) or 'no component'}: give the folder of"
                 f" a diffusers pipeline with {INDEX} and {' or '.join(DENOISERS)}/, or that of a"
                 f" {' or '.join(DENOISER_CLASSES)} with its config.json."
             )
-        return found
+        return denoiser
 
     @property
     def decoder(self) -> str | None:
-        """Name of the component that makes images of latents."""
+        """Name of the component that decodes latents; None without one."""
         return next((name for name in DECODERS if name in self.components), None)
 
 
 def read_folder(path: Path) -> PipelineFolder:
-    """Look at a folder; nothing is loaded.
+    """List the components of a folder without loading them.
 
     Args:
-        path: with ``model_index.json``; or with folders ``unet/`` or ``transformer/``, ``scheduler/`` and so on; or
-            with the ``config.json`` of a denoiser.
+        path: Folder with ``model_index.json``; or with subfolders such as ``unet/`` or ``transformer/`` and
+            ``scheduler/``; or with the ``config.json`` of a denoiser.
 
     Raises:
-        UnsupportedModelError: another pipeline.
-        CheckpointError: JSON that is cut off or changed.
+        UnsupportedModelError: Pipeline of another class.
+        CheckpointError: JSON that is truncated or changed.
     """
     if (path / INDEX).is_file():
         index = _json(path / INDEX)
@@ -91,23 +91,24 @@ def read_folder(path: Path) -> PipelineFolder:
         name = pipeline[-1] if isinstance(pipeline, list) else str(pipeline)
         if name not in PIPELINES:
             raise UnsupportedModelError(
-                f"{path} is a {name}; AccuQuant knows {', '.join(PIPELINES)}. Give the folder of its denoiser, and its"
-                " scheduler as scheduler=, where it takes class_labels or encoder_hidden_states and nothing else."
+                f"{path} is a {name}; AccuQuant knows {', '.join(PIPELINES)}. If its denoiser takes no conditions"
+                " beside class_labels or encoder_hidden_states, give the denoiser's folder, and the scheduler as"
+                " scheduler=."
             )
-        entries = {key: entry for key, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
-        found = {key: (path / key, str(entry[1])) for key, entry in entries.items() if entry[1] and key[0] != "_"}
-        return PipelineFolder(path, name, found)
+        classes = {key: entry[1] for key, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+        components = {key: (path / key, str(kind)) for key, kind in classes.items() if kind and key[0] != "_"}
+        return PipelineFolder(path, name, components)
     if (path / "config.json").is_file():
-        own = {DENOISERS[0]: (path, _class_name(path))}
-        beside = {"scheduler": (path, _class_name(path, _CONFIGS[1:]))} if (path / _CONFIGS[1]).is_file() else {}
-        return PipelineFolder(path, "", {**_below(path), **own, **beside}, alone=True)
+        denoiser = {DENOISERS[0]: (path, _class_name(path))}
+        scheduler = {"scheduler": (path, _class_name(path, _CONFIGS[1:]))} if (path / _CONFIGS[1]).is_file() else {}
+        return PipelineFolder(path, "", {**_below(path), **denoiser, **scheduler}, alone=True)
     return PipelineFolder(path, "", _below(path))
 
 
 def _below(path: Path) -> dict[str, tuple[Path, str]]:
     names = (*DENOISERS, *DECODERS, "scheduler", "class_embedding")
-    there = [name for name in names if any((path / name / config).is_file() for config in _CONFIGS)]
-    return {name: (path / name, _class_name(path / name)) for name in there}
+    present = [name for name in names if any((path / name / config).is_file() for config in _CONFIGS)]
+    return {name: (path / name, _class_name(path / name)) for name in present}
 
 
 def _class_name(path: Path, configs: tuple[str, ...] = _CONFIGS) -> str:
@@ -121,21 +122,21 @@ def _json(path: Path) -> dict[str, Any]:
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} instead of an object")
     except ValueError as error:
-        raise CheckpointError(f"{path} is cut off or changed ({error}): copy the pipeline's folder again.") from error
+        raise CheckpointError(f"{path} is truncated or changed ({error}): copy the pipeline's folder again.") from error
     return content
 
 
 def load_denoiser(folder: PipelineFolder) -> Any:
-    """The denoiser of a folder, in FP32, for evaluation.
+    """Load the denoiser of a folder, in FP32 and eval mode.
 
     Raises:
-        UnsupportedModelError: another class.
-        ConfigurationError: it is quantized.
-        CheckpointError: weights that are missing or of another network.
+        UnsupportedModelError: Denoiser of another class.
+        ConfigurationError: Quantized denoiser.
+        CheckpointError: Weights that are missing or belong to another network.
     """
     path, name = folder.components[folder.denoiser]
     if name == "Transformer2DModel" and (path / "config.json").is_file():
-        # So the DiT of the hub is named, from before it had a class of its own.
+        # The DiT on the hub was saved under this name, before it had its own class.
         name = "DiTTransformer2DModel" if _json(path / "config.json").get("norm_type") == "ada_norm_zero" else name
     if (path / QUANTIZED).is_file():
         raise ConfigurationError(
@@ -145,17 +146,17 @@ def load_denoiser(folder: PipelineFolder) -> Any:
         )
     if name not in DENOISER_CLASSES:
         raise UnsupportedModelError(
-            f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. A network of your own"
-            " can be given as a module, with load_float_pipeline(folder, network=...)."
+            f"The denoiser in {path} is a {name}; supported are {', '.join(DENOISER_CLASSES)}. Your own network can be"
+            " passed as a module, with load_float_pipeline(folder, network=...)."
         )
     return load_component(path, name)
 
 
 def load_component(path: Path, name: str) -> Any:
-    """One component of a folder by the name of its class, networks in FP32 and for evaluation.
+    """Load a network from its folder by class name, in FP32 and eval mode.
 
     Raises:
-        CheckpointError: it cannot be loaded.
+        CheckpointError: Folder that cannot be loaded.
     """
     import torch
     from diffusers.utils.import_utils import is_accelerate_available
@@ -177,11 +178,11 @@ def load_component(path: Path, name: str) -> Any:
 
 
 def load_scheduler(folder: PipelineFolder, given: Any) -> Any:
-    """The scheduler that was given, as an object or a folder, or else that of the pipeline.
+    """Return the given scheduler, an object or a folder, or else load that of the pipeline.
 
     Raises:
-        ConfigurationError: there is none.
-        UnsupportedModelError: another class than those that can be sampled with.
+        ConfigurationError: Folder without a scheduler.
+        UnsupportedModelError: Scheduler of a class without a sampler here.
     """
     if given is not None and not isinstance(given, str | Path):
         return given
@@ -201,16 +202,16 @@ def load_scheduler(folder: PipelineFolder, given: Any) -> Any:
     if name not in SCHEDULERS:
         raise UnsupportedModelError(
             f"{path} holds a {name}; supported are {', '.join(SCHEDULERS)}. Write load_float_pipeline(folder,"
-            " scheduler=DDIMScheduler.from_config(config)) with one of these that does for the model."
+            " scheduler=DDIMScheduler.from_config(config)) with one of these that suits the model."
         )
     return getattr(import_module("diffusers"), name).from_config(config)
 
 
 def as_the_pipeline_has_it(scheduler: Any, pipeline: str) -> Any:
-    """The scheduler as the constructor of a pipeline changes it, or itself.
+    """Return the scheduler with the changes that the pipeline's constructor makes, or unchanged.
 
-    ``DDIMPipeline`` makes every scheduler a DDIM one, and Stable Diffusion's corrects two settings of old
-    folders; without this the images would not be those of the pipeline.
+    ``DDIMPipeline`` turns every scheduler into a DDIM one, and Stable Diffusion's constructor corrects two settings of
+    old folders; without these changes images would differ from those of the pipeline.
     """
     config = scheduler.config
     if pipeline == "DDIMPipeline" and type(scheduler).__name__ != "DDIMScheduler":

@@ -1,4 +1,4 @@
-"""Diffusion models as AccuQuant works on them, from pipelines of diffusers."""
+"""Diffusion models for AccuQuant, from diffusers pipelines."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.utilities.paths import user_path
 
 Kind = Literal["ddpm", "ldm", "ldm_class", "sd", "dit"]
-# Those of the pipelines of diffusers; of the class-conditional LDM that of its paper.
+# Default guidance of the diffusers pipelines, and of the class-conditional LDM in its paper.
 _GUIDANCE: dict[Kind, float] = {"ldm_class": 3.0, "sd": 7.5, "dit": 4.0}
 _PIPELINES: dict[Kind, str] = {
     "ldm": "LDMPipeline",
@@ -42,18 +42,19 @@ _PIPELINES: dict[Kind, str] = {
 
 @dataclass(frozen=True)
 class DiffusionModel:
-    """A denoiser, its scheduler and what is around them.
+    """Denoiser, scheduler and further components of a diffusion pipeline.
 
     Attributes:
-        network: the denoiser; a UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel.
-        scheduler: of diffusers.
-        kind: "ddpm", pixels, with classes where the network has them; "ldm", latents; "ldm_class", latents of classes
-            by a table of embeddings; "sd", latents of encoder_hidden_states; "dit", latents of classes.
-        sample_shape: (C, H, W) of a state.
-        components: the other networks by their names in the pipeline, ``vae``, ``vqvae``, ``class_embedding``, and
-            whatever else came with a pipeline object.
-        guidance: what the pipeline's own default is; None without guidance.
-        folder: where it was loaded from.
+        network: Denoiser, a UNet2DModel, UNet2DConditionModel or DiTTransformer2DModel.
+        scheduler: Scheduler of diffusers.
+        kind: Kind of model: "ddpm", pixels, with classes if the network has them; "ldm", latents; "ldm_class", latents
+            conditioned on classes through a table of embeddings; "sd", latents conditioned on encoder_hidden_states;
+            "dit", latents conditioned on classes.
+        sample_shape: Shape (C, H, W) of a state.
+        components: Other components by their names in the pipeline: ``vae``, ``vqvae``, ``class_embedding``, and any
+            further ones of a pipeline object.
+        guidance: Default guidance scale of the pipeline; None without guidance.
+        folder: Folder that the model was loaded from; None for a pipeline object.
     """
 
     network: nn.Module
@@ -66,48 +67,48 @@ class DiffusionModel:
 
     @property
     def decoder(self) -> Callable[[Tensor], Tensor] | None:
-        """From latents (n, C, H, W) to images (n, 3, H', W') in about [-1, 1]; None where states are images."""
+        """Decoder of latents (n, C, H, W) to images (n, 3, H', W') in about [-1, 1]; None if states are images."""
         network = next((self.components[name] for name in DECODERS if name in self.components), None)
         return None if network is None else Decoder(network, multiply=self.kind == "dit")
 
     @property
     def init_noise_sigma(self) -> float:
-        """What standard normal noise is multiplied with before the first step."""
+        """Factor of the standard normal noise before the first step."""
         return float(self.scheduler.init_noise_sigma)
 
     @property
     def pipeline_class(self) -> str:
-        """Name of the class of diffusers, or of ours, that samples with these components."""
+        """Name of the pipeline class, of diffusers or of this package, that samples with these components."""
         scheduler = type(self.scheduler).__name__
         pixels = {"DDIMScheduler": "DDIMPipeline", "PNDMScheduler": "PNDMPipeline"}.get(scheduler, "DDPMPipeline")
         return _PIPELINES.get(self.kind, pixels)
 
     @property
     def classes(self) -> int | None:
-        """How many classes it knows, the one for none left out; None where it takes no class labels."""
+        """Number of classes without the one for no class; None if the model takes no class labels."""
         if self.kind == "ldm_class":
             return len(self.components["class_embedding"].weight) - 1
         config: Any = self.network.config
-        known = config.get("num_embeds_ada_norm" if self.kind == "dit" else "num_class_embeds")
-        return None if known is None else int(known)
+        classes = config.get("num_embeds_ada_norm" if self.kind == "dit" else "num_class_embeds")
+        return None if classes is None else int(classes)
 
     def denoiser(self, guidance: float | None = None) -> Denoiser:
-        """A :class:`Denoiser` around the network, without guidance where it is None."""
+        """Wrap the network in a :class:`Denoiser`, without guidance if it is None."""
         return Denoiser(self.network, guidance)
 
     def images(self, states: Tensor, batch: int | None = None) -> Tensor:
-        """Images (n, 3 or so, H', W') in [0, 1] of the last states (n, C, H, W), decoded some at a time."""
+        """Convert last states (n, C, H, W) to images (n, C', H', W') in [0, 1], ``batch`` at a time."""
         return to_images(states, self.decoder, batch)
 
     def label_conditioning(self, labels: Tensor, guided: bool = True) -> Conditioning:
-        """What the denoiser is given for classes.
+        """Return the denoiser's conditioning for class labels.
 
         Args:
-            labels: (n,) int64.
-            guided: with the unconditional branch, where the model has one.
+            labels: Class labels (n,) int64.
+            guided: Add the unconditional branch if the model has one.
 
         Raises:
-            ConfigurationError: a model without classes, or a label that it does not know.
+            ConfigurationError: Model without classes, or a label out of range.
         """
         if self.classes is None:
             raise ConfigurationError(f"A {self.kind} model takes no class labels, found {len(labels)}: leave them out.")
@@ -121,9 +122,11 @@ class DiffusionModel:
             return {**cond, "uncond_class_labels": none} if guided and self.kind == "dit" else cond
         embed = self.components["class_embedding"]
         with torch.no_grad():
-            here = embed.weight.device
-            cond = {"encoder_hidden_states": embed(labels.to(here)).to(labels.device)}
-            return {**cond, "uncond_encoder_hidden_states": embed(none.to(here)).to(labels.device)} if guided else cond
+            device = embed.weight.device
+            cond = {"encoder_hidden_states": embed(labels.to(device)).to(labels.device)}
+            if not guided:
+                return cond
+            return {**cond, "uncond_encoder_hidden_states": embed(none.to(device)).to(labels.device)}
 
 
 def load_float_pipeline(
@@ -134,22 +137,23 @@ def load_float_pipeline(
     class_embedding: str | Path | Tensor | None = None,
     **download: Any,
 ) -> DiffusionModel:
-    """A diffusion model by its folder, its name on the hub, or from a pipeline of diffusers.
+    """Load a float diffusion model from a folder, the hub or a pipeline object.
 
     Args:
-        source: the folder of a pipeline as ``save_pretrained`` writes it (DDPM, DDIM, PNDM, LDM, Stable Diffusion, DiT,
-            and :class:`~lightning_quant.accuquant.class_conditional.ClassConditionalLDMPipeline`); the folder of a
-            denoiser alone; a name on the hub; or a pipeline object, whose components are taken as they are.
-        scheduler: in place of the pipeline's, an object or a folder; needed for a denoiser alone.
-        network: in place of the pipeline's denoiser.
-        class_embedding: of a class-conditional LDM, (classes + 1, D), last the row for no class; a safetensors file
-            with one tensor.
-        download: what else ``DiffusionPipeline.download`` takes for a name on the hub, as ``revision`` or ``variant``.
+        source: Folder of a pipeline as ``save_pretrained`` writes it (DDPM, DDIM, PNDM, LDM, Stable Diffusion, DiT,
+            and :class:`~lightning_quant.accuquant.class_conditional.ClassConditionalLDMPipeline`); folder of a
+            denoiser alone; name on the hub; or a pipeline object, whose components are used directly.
+        scheduler: Scheduler, an object or a folder, to use instead of the pipeline's; required for a denoiser alone.
+        network: Network to use instead of the pipeline's denoiser.
+        class_embedding: Table of a class-conditional LDM, (classes + 1, D), with the row for no class last; or a
+            safetensors file with one such tensor.
+        download: Further arguments of ``DiffusionPipeline.download`` for a name on the hub, such as ``revision`` or
+            ``variant``.
 
     Raises:
-        ConfigurationError: no such folder, no scheduler, no denoiser.
-        UnsupportedModelError: a pipeline, denoiser or scheduler that is not supported.
-        CheckpointError: files that are cut off or do not fit.
+        ConfigurationError: Missing folder, scheduler or denoiser.
+        UnsupportedModelError: Pipeline, denoiser or scheduler that is not supported.
+        CheckpointError: Files that are truncated or do not fit.
 
     Example:
         >>> from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -164,22 +168,22 @@ def load_float_pipeline(
         return _of_object(source, scheduler, network, class_embedding)
     folder = read_folder(_local(source, download))
     name = folder.denoiser
-    found = network if network is not None else load_denoiser(folder)
-    own = load_scheduler(folder, scheduler)
+    denoiser = network if network is not None else load_denoiser(folder)
+    steps = as_the_pipeline_has_it(load_scheduler(folder, scheduler), folder.pipeline)
     components = {key: load_component(*folder.components[key]) for key in _others(folder)}
-    return _model(found, as_the_pipeline_has_it(own, folder.pipeline), components, class_embedding, folder.path, name)
+    return _model(denoiser, steps, components, class_embedding, folder.path, name)
 
 
 def _local(source: str | Path, download: Mapping[str, Any]) -> Path:
     path = user_path(source)
     if path.is_dir():
         return path
-    # A name on the hub is "owner/name"; anything else was meant to be a folder.
+    # A name on the hub is "owner/name"; anything else is meant to be a folder.
     parts = str(source).split("/")
     if isinstance(source, Path) or len(parts) > 2 or source.startswith((".", "~")) or not all(parts):
         raise ConfigurationError(
-            f"There is no folder {path}: give that of a diffusers pipeline, with {INDEX}, or a name on the hub, as"
-            " 'google/ddpm-cifar10-32'."
+            f"There is no folder {path}: give the folder of a diffusers pipeline, with {INDEX}, or a name on the hub,"
+            " as 'google/ddpm-cifar10-32'."
         )
     try:
         return user_path(import_module("diffusers").DiffusionPipeline.download(source, **download))
@@ -191,14 +195,14 @@ def _local(source: str | Path, download: Mapping[str, Any]) -> Path:
 
 
 def _others(folder: PipelineFolder) -> list[str]:
-    found = [name for name in (folder.decoder, "class_embedding") if name in folder.components]
-    for name in found:
+    names = [name for name in (folder.decoder, "class_embedding") if name in folder.components]
+    for name in names:
         path, kind = folder.components[name]  # type: ignore[index]
         if name in DECODERS and kind not in DECODER_CLASSES:
             raise UnsupportedModelError(
                 f"The autoencoder in {path} is a {kind}; supported are {', '.join(DECODER_CLASSES)}."
             )
-    return [name for name in found if name is not None]
+    return [name for name in names if name is not None]
 
 
 def _of_object(
@@ -211,10 +215,10 @@ def _of_object(
             f"A {type(pipeline).__name__} has no {' or '.join(DENOISERS)}: give a folder, a name on the hub or a"
             " pipeline of diffusers."
         )
-    own = components.pop(name) if network is None else network
+    denoiser = components.pop(name) if network is None else network
     steps = components.pop("scheduler", None) if scheduler is None else scheduler
     others = {key: value for key, value in components.items() if value is not None and key not in (name, "scheduler")}
-    return _model(own, steps, others, class_embedding, None, name)
+    return _model(denoiser, steps, others, class_embedding, None, name)
 
 
 def _model(
@@ -249,13 +253,14 @@ def _kind(network: nn.Module, components: Mapping[str, Any]) -> Kind:
         case "UNet2DModel":
             return "ldm" if any(name in components for name in DECODERS) else "ddpm"
     raise UnsupportedModelError(
-        f"The denoiser is a {type(network).__name__}; of a pipeline it has to be a UNet2DModel, UNet2DConditionModel or"
-        " DiTTransformer2DModel. Give AccuQuant a network of your own and its scheduler without a pipeline."
+        f"The denoiser is a {type(network).__name__}; in a pipeline it has to be a UNet2DModel, UNet2DConditionModel or"
+        " DiTTransformer2DModel. Use your own network and its scheduler in a LightningModule with the AccuQuant"
+        " callback."
     )
 
 
 def _table(source: str | Path | Tensor, network: nn.Module) -> Any:
-    """A table of classes as a component; here, as its module imports diffusers."""
+    """Build the component of a table of classes; imported here because its module imports diffusers."""
     from lightning_quant.accuquant.class_conditional import class_embedding
 
     config: Any = network.config

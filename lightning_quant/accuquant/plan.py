@@ -1,4 +1,4 @@
-"""What of a denoiser is quantized, with how many bits, and what is not: found by calling it once."""
+"""Plan of a denoiser's quantization, made by calling it once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ SOFTMAX = "softmax_quantizer"
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One row: a layer, or an attention, whose weight bits are 0.
+    """Row of a plan: a layer, or an attention, whose weight bits are 0.
 
     Attributes:
-        name: of the module.
-        kind: what it is.
-        weight_bits: of its weight.
-        activation_bits: of its input; of query, key and value.
-        parts: channels of the halves of its input, where that is a concatenation.
-        note: why its bits are others, or why it stays in float.
-        left_out: whether it stays in float.
+        name: Name of the module.
+        kind: Kind of the module.
+        weight_bits: Bit-width of the weight.
+        activation_bits: Bit-width of a layer's input, or of an attention's query, key and value.
+        parts: Channels of each part of the input if it is a concatenation, else ().
+        note: Reason for a different bit-width or for staying in float.
+        left_out: Whether the module stays in float.
     """
 
     name: str
@@ -49,7 +49,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class DenoiserPlan(Tabled):
-    """What is quantized of a denoiser, in the order of its calls."""
+    """Plan of a denoiser's quantized layers and attentions, in the order of their calls."""
 
     heads: ClassVar[tuple[str, ...]] = ("module", "weight", "activation", "note")
 
@@ -57,11 +57,11 @@ class DenoiserPlan(Tabled):
     settings: Settings
 
     def chosen(self, kind: str) -> list[PlannedModule]:
-        """The rows of a kind that are quantized."""
+        """Return the rows of a kind that are quantized."""
         return [row for row in self.rows if row.kind == kind and not row.left_out]
 
     def summary(self) -> str:
-        """One line."""
+        """Summarize the plan in one line."""
         layers, attentions = self.chosen("layer"), self.chosen("attention")
         eight = sum(bool(row.note) for row in layers)
         split = sum(bool(row.parts) for row in layers)
@@ -71,13 +71,13 @@ class DenoiserPlan(Tabled):
             f"AccuQuant: {len(layers)} layers to W{s.weight_bits}A{s.activation_bits} ({eight} of them, first and"
             f" last, to {s.first_and_last_bits} bits)",
             f"{len(attentions)} attentions (softmax {s.softmax_bits} bits)",
-            f"{split} layers with a range for each half of a skip connection" if split else "",
+            f"{split} layers with one range per half of a skip connection" if split else "",
             f"{len(left)} left in float: {', '.join(left[:4])}{' ...' if len(left) > 4 else ''}" if left else "",
         ]
         return "; ".join(filter(None, parts)) + "."
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """A row for each layer and attention."""
+        """Yield a row of cells for each layer and attention."""
         for row in self.rows:
             bits = ("float", "float") if row.left_out else (str(row.weight_bits or ""), str(row.activation_bits))
             halves = f"halves of {' + '.join(map(str, row.parts))} channels" if row.parts else ""
@@ -85,16 +85,16 @@ class DenoiserPlan(Tabled):
 
 
 def plan_denoiser(network: nn.Module, settings: Settings, run: Callable[[], object]) -> DenoiserPlan:
-    """Call the denoiser once and see its layers in the order of their calls, and concatenations that come into them.
+    """Plan the quantization from one call of the denoiser, which shows its layers and their concatenated inputs.
 
     Args:
-        network: in float.
-        settings: bit-widths and what to leave out.
-        run: calls the network on one image.
+        network: Network in float.
+        settings: Bit-widths, and the modules to exclude.
+        run: Function that calls the network on one image.
 
     Raises:
-        UnsupportedModelError: a network without layers that can be quantized.
-        ConfigurationError: a pattern of ``exclude`` that matches nothing.
+        UnsupportedModelError: Network without layers that can be quantized.
+        ConfigurationError: Pattern in ``exclude`` that matches nothing, or patterns that match everything.
     """
     calls = _Probe(network).calls(run)
     names = {name: child for name, child in network.named_modules() if _is_layer(child) or _is_attention(child)}
@@ -161,24 +161,24 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _ends(network: nn.Module, layers: Sequence[str]) -> set[str]:
-    """The layer that the sample comes into, which is a convolution where there is one, and the last."""
+    """Return the layer that takes in the sample, the first convolution if there is one, and the last layer."""
     convolutions = (name for name in layers if not isinstance(network.get_submodule(name), nn.Linear))
     return {next(convolutions, layers[0]), layers[-1]}
 
 
 class _Probe(TorchFunctionMode):
-    """Notes calls of layers and attentions, and which inputs are concatenations along the channels."""
+    """Recorder of the calls of layers and attentions, and of inputs concatenated along the channels."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.found: dict[str, tuple[int, ...]] = {}
         self.halves: dict[str, tuple[int, ...]] = {}
-        # With the tensors themselves, or a number could be given twice.
+        # Holds the tensors themselves, as the id of a freed tensor could be reused.
         self.joined: dict[int, tuple[Tensor, tuple[int, ...]]] = {}
 
     def calls(self, run: Callable[[], object]) -> dict[str, tuple[int, ...]]:
-        """Names in order, each with the channels of the parts of its input, () where it is whole."""
+        """Return the names in order of the calls, each with the channels of its input's parts, () for a whole input."""
         hooks = []
         for name, module in self.network.named_modules():
             hooks.append(module.register_forward_pre_hook(lambda m, args, name=name: self._called(name, m, args)))
@@ -206,5 +206,5 @@ class _Probe(TorchFunctionMode):
             parts = self.halves.get(name, parts)
             self.found[name] = () if isinstance(module, nn.Linear) else parts
         elif parts and type(module).__name__ == "ResnetBlock2D":
-            # Its normalization and SiLU come first, which leave the halves what they are.
+            # Its normalization and SiLU come first, which keep the channels of the halves.
             self.halves[f"{name}.conv1"] = parts

@@ -1,4 +1,4 @@
-"""From a float denoiser and its scheduler to a calibration that can start: plan, estimate, trajectories, quantizers."""
+"""Preparation of a calibration: plan, estimate, float trajectories and quantizers."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ from lightning_quant.nn.structure import strip
 from lightning_quant.utilities.progress import ProgressBar
 from lightning_quant.utilities.text import duration
 
-# Measured in forwards of the float network (benchmarks/accuquant_adjoints.py): of a quantized forward, and of one with
-# its backward.
+# Cost of a quantized forward, and of one with its backward, in forwards of the float network; measured with
+# benchmarks/accuquant_adjoints.py.
 FORWARD, BACKWARD = 2.2, 5.0
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a diffusion model is made of, as a calibration sees it.
+    """Parts of a diffusion model that a calibration needs.
 
     Attributes:
-        denoiser: around the network, with guidance.
-        scheduler: of diffusers.
-        shape: (C, H, W) of a state.
-        conditioning: rows for the images of some numbers.
+        denoiser: Denoiser around the network, with guidance.
+        scheduler: Scheduler of diffusers.
+        shape: Shape (C, H, W) of a state.
+        conditioning: Function from image numbers to the conditioning of these images.
     """
 
     denoiser: Denoiser
@@ -59,53 +59,55 @@ class Parts:
 
 
 def image_numbers(settings: Settings) -> tuple[range, range]:
-    """Numbers of the images to learn from, and of those held out."""
+    """Return the numbers of the images to learn from, and of the held-out ones."""
     first = range(settings.trajectories)
     return first, range(first.stop, first.stop + settings.held_out)
 
 
 def sampler_for(parts: Parts, settings: Settings) -> Sampler:
-    """The sampler of the settings.
+    """Return the sampler for a scheduler and the settings.
 
     Raises:
-        UnsupportedModelError: a scheduler that is not known.
-        ConfigurationError: a window that is longer than the trajectory.
+        UnsupportedModelError: Scheduler that is not supported.
+        ConfigurationError: Window that is longer than the trajectory.
     """
     sampler = sampler_of(parts.scheduler, settings.steps, settings.eta)
     if isinstance(settings.window, int) and settings.window > len(sampler.timesteps):
         raise ConfigurationError(
-            f"window={settings.window} is longer than the trajectory, of {len(sampler.timesteps)} steps."
+            f"window={settings.window} is longer than the trajectory of {len(sampler.timesteps)} steps: write"
+            f" window={usual_window(len(sampler.timesteps))}, or leave it out."
         )
     return sampler
 
 
 def start(trainer: pl.Trainer, parts: Parts, settings: Settings, cache_dir: Path | None) -> Calibration:
-    """Print plan and estimate, make the float trajectories, and put empty quantizers into the network.
+    """Print plan and estimate, generate the float trajectories, and insert quantizers without ranges.
 
     Args:
-        trainer: says where files go and how ranks share the work.
-        parts: of the model, its network in float or quantized before, which is undone.
-        settings: of the calibration.
-        cache_dir: folder of the float trajectories; None is ``accuquant`` in ``default_root_dir``.
+        trainer: Trainer, which determines the folders and the ranks.
+        parts: Parts of the model; quantizers of an earlier quantization are removed.
+        settings: Settings of the calibration.
+        cache_dir: Folder of the float trajectories; None is ``accuquant`` in ``default_root_dir``.
 
     Raises:
-        ConfigurationError, UnsupportedModelError, CheckpointError, QuantizationError: as the parts below say.
+        ConfigurationError, UnsupportedModelError, CheckpointError, QuantizationError: See :func:`sampler_for`,
+            :func:`~lightning_quant.accuquant.plan.plan_denoiser`, :func:`trajectories` and :func:`call_once`.
     """
     network = parts.denoiser.network
     strip(network)
     check_weights_agree(network)
     sampler = sampler_for(parts, settings)
-    learned, held = image_numbers(settings)
+    learned, held_out = image_numbers(settings)
     with evaluating(network):
         plan = plan_denoiser(network, settings, lambda: call_once(parts, sampler, 1))
         seconds = _timed(parts, sampler, settings)
     rank_zero_info(f"{plan}\n{estimate(plan, sampler, parts.shape, seconds, trainer.world_size)}")
-    cache = trajectories(trainer, parts, sampler, settings, cache_dir, range(learned.start, held.stop))
+    cache = trajectories(trainer, parts, sampler, settings, cache_dir, range(learned.start, held_out.stop))
     length = settings.window if isinstance(settings.window, int) else usual_window(len(sampler.timesteps))
     groups = windows_of(len(sampler.timesteps), length) if settings.activation_parameters == "per_group" else []
     starts = [sampler.timesteps[group.start] for group in groups]
     prepare(network, plan, sorted(set(starts), reverse=True))
-    source = Source(parts.denoiser, sampler, plan, cache, learned, held, trainer.global_rank, trainer.world_size)
+    source = Source(parts.denoiser, sampler, plan, cache, learned, held_out, trainer.global_rank, trainer.world_size)
     return Calibration(source)
 
 
@@ -117,10 +119,10 @@ def trajectories(
     cache_dir: Path | None,
     ids: range,
 ) -> TrajectoryCache:
-    """The float trajectories of some images, made where they are not there yet; the network has to be in float.
+    """Generate the missing float trajectories of some images; the network must be in float.
 
-    A folder that was given holds those of one model and sampler; in the Trainer's each has a folder of its own, so that
-    a module that was trained on begins anew.
+    A ``cache_dir`` holds trajectories of one model and sampler. In the Trainer's folder, each model and sampler has
+    its own subfolder, so that a module that was trained further gets new trajectories.
     """
     folder = cache_folder(trainer, cache_dir, "accuquant") / "trajectories"
     if cache_dir is None:
@@ -135,11 +137,11 @@ def trajectories(
 
 
 def call_once(parts: Parts, sampler: Sampler, images: int) -> Tensor:
-    """The float denoiser at the first step.
+    """Call the float denoiser at the first step and return its output.
 
     Raises:
-        ConfigurationError: it cannot be called so.
-        QuantizationError: NaN in its output.
+        ConfigurationError: Denoiser that cannot be called with these inputs.
+        QuantizationError: Output with NaN or infinities.
     """
     device = device_of(parts.denoiser.network, torch.device("cpu"))
     x = initial_noise(parts.shape, range(images), 0).to(device)
@@ -151,21 +153,21 @@ def call_once(parts: Parts, sampler: Sampler, images: int) -> Tensor:
 
 @torch.no_grad()
 def _timed(parts: Parts, sampler: Sampler, settings: Settings) -> float:
-    """Seconds that the float denoiser takes for a batch."""
+    """Measure the seconds of a float call for one batch."""
     begin = time.perf_counter()
     call_once(parts, sampler, settings.batch_size)
     return time.perf_counter() - begin
 
 
 def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], seconds: float, ranks: int = 1) -> str:
-    """Sentences on time, memory and disk.
+    """Describe the expected time, memory and disk space of a calibration.
 
     Args:
-        plan: of the denoiser.
-        sampler: its steps.
-        shape: (C, H, W) of a state.
-        seconds: that a float call of one batch took.
-        ranks: that share the work.
+        plan: Plan of the denoiser.
+        sampler: Sampler of the trajectories.
+        shape: Shape (C, H, W) of a state.
+        seconds: Seconds of a float call for one batch.
+        ranks: Number of ranks that share the work.
     """
     settings, steps = plan.settings, len(sampler.timesteps)
     length = settings.window if isinstance(settings.window, int) else usual_window(steps)
@@ -173,19 +175,19 @@ def estimate(plan: DenoiserPlan, sampler: Sampler, shape: tuple[int, ...], secon
     float_calls = images / settings.batch_size * steps
     walked = network_calls(settings.adjoint, length) - length
     update = walked * FORWARD + length * BACKWARD
-    # Two more of single steps.
+    # The checks, with one at the start and two of single steps.
     checks = (settings.updates / settings.check_every + 3) * settings.held_out / settings.batch_size * steps * FORWARD
     learning = settings.updates * update * (1.25 if settings.window == "sweep" else 1) + checks
-    # All blocks together are about the network.
+    # All blocks together cost about as much as the network.
     blocks = settings.reconstruction * BLOCK_BATCH / settings.batch_size * BACKWARD
     size = trajectory_bytes(images, steps, shape, sampler.history)
     times = [duration(calls * seconds / ranks) for calls in (float_calls, learning, blocks)]
-    kept = length if settings.adjoint == "bptt" else 1
-    before = f" {settings.reconstruction} iterations on each block, {times[2]};" if settings.reconstruction else ""
+    graphs = length if settings.adjoint == "bptt" else 1
+    blockwise = f" {settings.reconstruction} iterations on each block, {times[2]};" if settings.reconstruction else ""
     return (
-        f"Calibration over windows of {'a length that is searched, about ' * (settings.window == 'sweep')}{length} of"
+        f"Calibration over windows of {'a length to be searched, about ' * (settings.window == 'sweep')}{length} of"
         f" {steps} steps, {settings.adjoint} gradient: float trajectories of {images} images, {times[0]} and"
-        f" {size / 1e6:.1f} MB on disk, where they are not there yet;{before} {settings.updates} updates of"
-        f" {settings.batch_size} images, {times[1]}, in the memory of {kept} network call{'s' * (kept > 1)} with its"
+        f" {size / 1e6:.1f} MB on disk, unless they exist already;{blockwise} {settings.updates} updates of"
+        f" {settings.batch_size} images, {times[1]}, in the memory of {graphs} network call{'s' * (graphs > 1)} with"
         " gradients."
     )

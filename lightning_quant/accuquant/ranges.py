@@ -1,4 +1,4 @@
-"""First ranges: of weights by least square error, of activations from histograms over float trajectories."""
+"""Initial ranges: of weights by least squared error, of activations from histograms over float trajectories."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lightning_quant.quantizers.timestep import TimestepQuantizer
 from lightning_quant.utilities.distributed import all_reduce_max, all_reduce_sum
 
 BINS = 2048
-# Shares of the widest range that are tried for each end.
+# Number of shares of the widest range that are tried for each end.
 _SHARES = 40
 Slot = tuple[str, str]
 
 
 def prepare(network: nn.Module, plan: DenoiserPlan, starts: Sequence[int] = ()) -> None:
-    """Put quantizers without ranges into all slots of a float network: it computes what it did.
+    """Insert quantizers without ranges into all slots of a float network; its outputs do not change.
 
     Args:
-        network: in float.
-        plan: of it.
-        starts: first timestep of each group of activation ranges; () for one range for all.
+        network: Network in float.
+        plan: Plan of the network.
+        starts: First timestep of each group of activation ranges; () for one range for all timesteps.
     """
     softmax = plan.settings.softmax_bits
     for row in plan.chosen("layer"):
@@ -49,10 +49,10 @@ def prepare(network: nn.Module, plan: DenoiserPlan, starts: Sequence[int] = ()) 
 
 
 def weight_ranges(network: nn.Module) -> None:
-    """Give the weights of all quantized layers their ranges, of least square error, and nearest codes.
+    """Set the weight ranges of all quantized layers to those of least squared error, with nearest codes.
 
     Raises:
-        QuantizationError: a weight that is 0 or not finite.
+        QuantizationError: Weight that is all 0 or not finite.
     """
     for name, layer in quantized_layers(network):
         quantizer = layer.weight_quantizer
@@ -65,37 +65,37 @@ def weight_ranges(network: nn.Module) -> None:
 
 
 def activation_quantizers(network: nn.Module) -> dict[Slot, TimestepQuantizer]:
-    """The quantizers of activations by name of their module and slot."""
+    """Return the quantizers of activations by module name and slot."""
     modules = ((("input_quantizer",), quantized_layers(network)), (SLOTS, swapped_attentions(network)))
-    found = {(name, slot): getattr(m, slot) for slots, named in modules for name, m in named for slot in slots}
-    return {key: quantizer for key, quantizer in found.items() if isinstance(quantizer, TimestepQuantizer)}
+    quantizers = {(name, slot): getattr(m, slot) for slots, named in modules for name, m in named for slot in slots}
+    return {key: quantizer for key, quantizer in quantizers.items() if isinstance(quantizer, TimestepQuantizer)}
 
 
 def activation_ranges(network: nn.Module, calls: Iterable[Callable[[], object]]) -> None:
-    """Give all activations their ranges: of least square error over what the float network meets.
+    """Set all activation ranges to those of least squared error over the float network's activations.
 
-    Two passes, for the ends and for a histogram between them, so that ranks and order make no difference.
+    Two passes, one for the ends and one for a histogram between them, make the result independent of ranks and order.
 
     Args:
-        network: prepared, its activations without ranges.
-        calls: each calls the network once, with its timestep; gone through twice.
+        network: Prepared network, its activations without ranges.
+        calls: Functions that call the network once at their timestep; iterated twice.
 
     Raises:
-        QuantizationError: an activation that is not finite; a group of timesteps in which a layer was not called.
+        QuantizationError: Activation that is not finite, or a group of timesteps in which a layer was not called.
     """
     statistics = {slot: _Statistics(quantizer) for slot, quantizer in activation_quantizers(network).items()}
     _watch(network, {slot: s.widen for slot, s in statistics.items()}, calls)
     _reduce(all_reduce_max, [t for s in statistics.values() for t in (s.low, s.high)])
-    for (name, slot), found in statistics.items():
-        found.check(f"{slot} of {name}")
+    for (name, slot), slot_statistics in statistics.items():
+        slot_statistics.check(f"{slot} of {name}")
     _watch(network, {slot: s.count for slot, s in statistics.items()}, calls)
     _reduce(all_reduce_sum, [s.counts for s in statistics.values()])
-    for found in statistics.values():
-        found.quantizer.set_range(*found.best_ranges())
+    for slot_statistics in statistics.values():
+        slot_statistics.quantizer.set_range(*slot_statistics.best_ranges())
 
 
 def _reduce(over_ranks: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> None:
-    """One collective for all tensors, in place."""
+    """Reduce all tensors in place with one collective."""
     flat = over_ranks(torch.cat([t.flatten() for t in tensors]))
     for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
         tensor.copy_(part.view_as(tensor))
@@ -104,7 +104,7 @@ def _reduce(over_ranks: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> No
 def _watch(
     network: nn.Module, observers: dict[Slot, Callable[[Tensor], None]], calls: Iterable[Callable[[], object]]
 ) -> None:
-    """Make the calls, and show each observer the tensors that come to its slot."""
+    """Make the calls, and pass each observer the tensors that reach its slot."""
     hooks = []
     for name, layer in quantized_layers(network):
         observe = observers[name, "input_quantizer"]
@@ -124,12 +124,12 @@ def _watch(
 
 
 class _Statistics:
-    """What one slot meets: ends and histograms, each (groups, parts, ...)."""
+    """Ends and histograms of the tensors at one slot, (groups, parts, ...)."""
 
     def __init__(self, quantizer: TimestepQuantizer) -> None:
         self.quantizer = quantizer
         device = quantizer.scale.device
-        # The low end with its sign turned, so that both are maxima.
+        # The low end is negated, so that both ends are maxima.
         self.low, self.high = (torch.full(quantizer.scale.shape, -torch.inf, device=device) for _ in range(2))
         self.counts = torch.zeros(*quantizer.scale.shape, BINS, device=device, dtype=torch.float64)
 
@@ -137,7 +137,7 @@ class _Statistics:
         return x.float().split(self.quantizer.parts, 1) if self.quantizer.parts else (x.float(),)
 
     def widen(self, x: Tensor) -> None:
-        """Take in the ends of a tensor."""
+        """Widen the ends to those of a tensor."""
         group = self.quantizer.known_group
         for part, values in enumerate(self._parts(x)):
             low, high = values.aminmax()
@@ -145,23 +145,23 @@ class _Statistics:
             self.high[group, part] = torch.maximum(self.high[group, part], high)
 
     def check(self, name: str) -> None:
-        """Raise where there is nothing, or something that is not finite."""
+        """Raise an error if a group has no tensors, or a tensor is not finite."""
         if bool((self.low.isfinite() & self.high.isfinite()).all()):
-            # Zero is a code of every range.
+            # Every range contains zero.
             self.low, self.high = -self.low.clamp_min(0), self.high.clamp_min(0)
             return
         if bool(self.low.isneginf().any()):
             raise QuantizationError(
-                f"The {name} met nothing in some group of timesteps: give more trajectories, or shared ranges,"
-                " activation_parameters='shared'."
+                f"The {name} was never called in some group of timesteps: write more trajectories, or share the ranges"
+                " with activation_parameters='shared'."
             )
         raise QuantizationError(
-            f"The {name} met NaN or infinity: the float model overflows; run it in FP32, precision='32-true', or leave"
+            f"The {name} got NaN or infinity: the float model overflows; run it in FP32, precision='32-true', or leave"
             " the module out with exclude."
         )
 
     def count(self, x: Tensor) -> None:
-        """Take a tensor into the histogram between the ends."""
+        """Add a tensor to the histogram between the ends."""
         group = self.quantizer.known_group
         for part, values in enumerate(self._parts(x)):
             low, high = self.low[group, part], self.high[group, part]
@@ -169,18 +169,18 @@ class _Statistics:
             self.counts[group, part] += torch.bincount(bins, minlength=BINS)
 
     def best_ranges(self) -> tuple[Tensor, Tensor]:
-        """Ranges (groups, parts) of least square error, one end searched after the other."""
-        found = [
+        """Return the ranges (groups, parts) of least squared error, searching one end after the other."""
+        ranges = [
             _best_range(self.low[index], self.high[index], self.counts[index], self.quantizer.bits)
             for index in itertools.product(*map(range, self.low.shape))
         ]
-        low, high = (torch.stack(ends).view_as(self.low) for ends in zip(*found, strict=True))
+        low, high = (torch.stack(ends).view_as(self.low) for ends in zip(*ranges, strict=True))
         return low, high
 
 
 def _best_range(low: Tensor, high: Tensor, counts: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     width = (high - low) / BINS
-    centres = low + width * (torch.arange(BINS, device=low.device) + 0.5)
+    centers = low + width * (torch.arange(BINS, device=low.device) + 0.5)
     shares = torch.linspace(1, 1 / _SHARES, _SHARES, device=low.device)
     one = torch.ones(1, device=low.device)
     best = [one, one]
@@ -190,7 +190,7 @@ def _best_range(low: Tensor, high: Tensor, counts: Tensor, bits: int) -> tuple[T
         scale, zero_point, grid = scale_and_zero_point(low * tried[0], high * tried[1], bits, symmetric=False)
         assert zero_point is not None
         scale, zero_point = scale[:, None], zero_point[:, None]
-        moved = decode(encode(centres.expand(_SHARES, -1), scale, grid, zero_point), scale, zero_point)
-        error = ((moved - centres).double().square() * counts).sum(1)
+        quantized = decode(encode(centers.expand(_SHARES, -1), scale, grid, zero_point), scale, zero_point)
+        error = ((quantized - centers).double().square() * counts).sum(1)
         best[end] = shares[error.argmin()].view(1)
     return low * best[0][0], high * best[1][0]

@@ -1,4 +1,4 @@
-"""The rounding of a block's weights, learned so that its output is what it was in float: stage A of a calibration.
+"""Block reconstruction, stage A of a calibration: rounding of weights, learned to reproduce a block's float output.
 
 Sources: Nagel et al., "Up or Down? Adaptive Rounding for Post-Training Quantization" (arXiv 2004.10568); Li et al.,
 "BRECQ" (arXiv 2102.05426).
@@ -26,24 +26,25 @@ from lightning_quant.quantizers.rounded import RoundedQuantizer
 from lightning_quant.quantizers.timestep import TimestepQuantizer
 from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
 
-# Weight of the penalty, its exponent at first and at last, and the share of the iterations that go without it: BRECQ's.
+# BRECQ's weight of the penalty, its first and last exponent, and the share of iterations without it.
 PENALTY, FIRST_BETA, LAST_BETA, WARM_UP = 0.01, 20.0, 2.0, 0.2
 BATCH = 32
-# BRECQ's rates at its 20 000 iterations: with fewer they are as much larger, up to a limit.
+# BRECQ's learning rates for its 20 000 iterations; with fewer they grow in proportion, up to a limit.
 RATE, ACTIVATION_RATE, ITERATIONS = 1e-3, 4e-5, 20_000
 LARGEST_RATE, LARGEST_ACTIVATION_RATE = 0.1, 1e-3
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """How a block is learned.
+    """Schedule of the learning of a block.
 
     Attributes:
-        iterations: updates of each block.
-        rate: of the variables of the rounding; default 1e-3, more where there are fewer than 20 000 iterations.
-        activation_rate: of the logarithm of activations' step sizes, and of zero points in parts of the range.
-        batch: images in an update.
-        seed: of the batches.
+        iterations: Number of updates of each block.
+        rate: Learning rate of the rounding variables; None takes 1e-3, or more below 20 000 iterations.
+        activation_rate: Learning rate of the logarithms of activations' step sizes, and of zero points as shares of
+            the range; None takes 4e-5, or more below 20 000 iterations.
+        batch: Number of images in an update.
+        seed: Seed of the batches.
     """
 
     iterations: int
@@ -54,14 +55,14 @@ class Schedule:
 
     @property
     def rates(self) -> tuple[float, float]:
-        """Of the rounding and of activations."""
+        """Learning rates of the rounding variables and of the activations."""
         factor = max(1.0, ITERATIONS / max(1, self.iterations))
         rounding = min(RATE * factor, LARGEST_RATE) if self.rate is None else self.rate
         activations = min(ACTIVATION_RATE * factor, LARGEST_ACTIVATION_RATE)
         return rounding, activations if self.activation_rate is None else self.activation_rate
 
     def beta(self, iteration: int) -> float | None:
-        """Exponent of the penalty at an iteration; None where there is none yet.
+        """Return the exponent of the penalty at an iteration; None before the penalty starts.
 
         Example:
             >>> [Schedule(10).beta(i) for i in (0, 1, 2, 6, 9)]
@@ -74,19 +75,20 @@ class Schedule:
 
 
 class Reconstruction:
-    """Reconstructs the blocks of a denoiser one by one; all that it finds is in the quantizers.
+    """Block-by-block reconstruction of a denoiser, whose results are stored in the quantizers.
 
-    After any block the state of the network can be saved, and another ``Reconstruction`` goes on with the next.
+    After any block the state of the network can be saved, and another ``Reconstruction`` can resume with the next.
 
     Args:
-        network: prepared, with ranges.
-        plan: of it.
-        settings: ``reconstruction`` iterations a block, and the seed.
-        calls: of the network on float states, each with its timestep; on each rank with its own images, taken in turn.
-        branches: rows that an image has in the network's batch: 2 with classifier-free guidance.
+        network: Prepared network with ranges.
+        plan: Plan of the network.
+        settings: Settings with the ``reconstruction`` iterations of each block, and the seed.
+        calls: Calls of the network on float states, each with its timestep; each rank has its own images, taken in
+            turn.
+        branches: Rows of an image in the network's batch: 2 with classifier-free guidance.
 
     Attributes:
-        blocks: their names in order of execution.
+        blocks: Names of the blocks in order of execution.
     """
 
     def __init__(
@@ -96,13 +98,15 @@ class Reconstruction:
         self.blocks = blocks_of(network, plan)
 
     def run(self, block: str) -> dict[str, float]:
-        """Reconstruct one; the mean square error of its output ``before`` and ``after``, which is never larger.
+        """Reconstruct a block and return the mean squared error of its output ``before`` and ``after``.
+
+        The error ``after`` is never larger.
 
         Raises:
-            ConfigurationError: a name that is not in ``blocks``.
+            ConfigurationError: Name that is not in ``blocks``.
         """
         if block not in self.blocks:
-            raise ConfigurationError(f"{block!r} is none of the blocks: expected one of {', '.join(self.blocks)}.")
+            raise ConfigurationError(f"{block!r} is not a block: expected one of {', '.join(self.blocks)}.")
         seed = self.settings.seed * 1_000_003 + self.blocks.index(block)
         with evaluating(self.network):
             data = gather(self.network, block, self.calls, self.branches)
@@ -113,25 +117,25 @@ class Reconstruction:
 def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule: Schedule) -> dict[str, float]:
     """Learn the rounding of a block's weights and the ranges of its activations.
 
-    Adam on the square error of the output, summed over channels and a mean over the rest, plus 0.01 times the penalty,
-    which drives the rounding, soft at first, to 0 or 1. Every rank takes its own of the same images, and gradients are
-    summed.
+    Adam minimizes the squared error of the output, summed over channels and averaged over the rest, plus 0.01 times the
+    penalty, which drives the rounding, soft at first, to 0 or 1. All ranks draw the same batch, each takes its own
+    images of it, and gradients are summed.
 
     Args:
-        network: prepared, with ranges, in evaluation mode.
-        block: name of the block.
-        data: of :func:`gather`.
-        schedule: iterations, rates, batch and seed.
+        network: Prepared network with ranges, in eval mode.
+        block: Name of the block.
+        data: Inputs and targets from :func:`gather`.
+        schedule: Schedule with iterations, rates, batch and seed.
 
     Returns:
-        mean square errors ``before`` and ``after`` on all of the data; where learning made it worse the block is left
-        as it was, and they are equal.
+        Mean squared errors ``before`` and ``after`` on all data. If learning does not lower the error, the block is
+        restored, and both are equal.
     """
     module = network.get_submodule(block)
     weights = (quantizer for _, quantizer in _weights(module))
     quantizers: list[RoundedQuantizer | TimestepQuantizer] = [*weights, *activation_quantizers(module).values()]
     before = block_error(module, data)
-    old = [{key: tensor.clone() for key, tensor in q.state_dict().items()} for q in quantizers]
+    states = [{key: tensor.clone() for key, tensor in q.state_dict().items()} for q in quantizers]
     try:
         _learn(module, data, schedule)
     except BaseException:
@@ -143,15 +147,15 @@ def reconstruct_block(network: nn.Module, block: str, data: BlockData, schedule:
     after = block_error(module, data)
     if after < before:
         return {"before": before, "after": after}
-    # Also where it is NaN.
-    for quantizer, state in zip(quantizers, old, strict=True):
+    # Also reached if the error is NaN.
+    for quantizer, state in zip(quantizers, states, strict=True):
         quantizer.load_state_dict(state)
     return {"before": before, "after": before}
 
 
 @torch.no_grad()
 def block_error(module: nn.Module, data: BlockData) -> float:
-    """Mean square error of a block's output on the data of all ranks."""
+    """Return the mean squared error of a block's output on the data of all ranks."""
     sums = torch.zeros(2, dtype=torch.float64, device=data.device)
     for start in range(0, len(data), BATCH):
         output, target = data.run(module, torch.arange(start, min(start + BATCH, len(data))))
@@ -160,9 +164,9 @@ def block_error(module: nn.Module, data: BlockData) -> float:
 
 
 def _weights(module: nn.Module) -> list[tuple[QuantizedLayer, RoundedQuantizer]]:
-    """The layers of a block whose rounding is learned."""
-    found = ((layer, layer.weight_quantizer) for _, layer in quantized_layers(module))
-    return [(layer, quantizer) for layer, quantizer in found if isinstance(quantizer, RoundedQuantizer)]
+    """Return the layers of a block whose rounding is learned, with their weight quantizers."""
+    layers = ((layer, layer.weight_quantizer) for _, layer in quantized_layers(module))
+    return [(layer, quantizer) for layer, quantizer in layers if isinstance(quantizer, RoundedQuantizer)]
 
 
 def _learn(module: nn.Module, data: BlockData, schedule: Schedule) -> None:
@@ -182,7 +186,7 @@ def _learn(module: nn.Module, data: BlockData, schedule: Schedule) -> None:
 
 
 def _begin(module: nn.Module, schedule: Schedule) -> tuple[list[Tensor], list[dict[str, object]]]:
-    """Start all quantizers of a block; the variables of the rounding, and all that is learned by its rate."""
+    """Start the learning of a block's quantizers; return the rounding variables and the parameter groups by rate."""
     rate, activation_rate = schedule.rates
     alphas = []
     by_rate: dict[float, list[Tensor]] = {}
@@ -193,14 +197,14 @@ def _begin(module: nn.Module, schedule: Schedule) -> tuple[list[Tensor], list[di
     for activation in activation_quantizers(module).values():
         leaves = activation.begin()
         by_rate.setdefault(activation_rate, []).append(leaves["log_ratio"])
-        # As far as the end of the range, which a step size moves by the same rate.
+        # Scaled so that a zero point moves as far as the end of the range moves with the step size.
         by_rate.setdefault(activation_rate * activation.grid.high, []).append(leaves["zero_point"])
     by_rate.setdefault(rate, []).extend(alphas)
     return alphas, [{"params": params, "lr": lr} for lr, params in by_rate.items() if params]
 
 
 def _batches(images: int, schedule: Schedule) -> Iterator[Tensor]:
-    """Images of each iteration, the same on all ranks: all in turn, in a new order each time round."""
+    """Yield the images of each iteration, the same on all ranks: all in turn, in a new order each epoch."""
     size = min(schedule.batch, images)
     generator = torch.Generator().manual_seed(schedule.seed)
     order = torch.empty(0, dtype=torch.int64)
@@ -212,7 +216,7 @@ def _batches(images: int, schedule: Schedule) -> Iterator[Tensor]:
 
 
 def _data_loss(module: nn.Module, data: BlockData, images: Tensor) -> Tensor:
-    """This rank's share of the square error of some images: summed over channels, a mean over the rest."""
+    """Return this rank's share of the images' squared error, summed over channels and averaged over the rest."""
     rows = data.of(images)
     if not len(rows):
         return torch.zeros((), device=data.device)
@@ -223,11 +227,11 @@ def _data_loss(module: nn.Module, data: BlockData, images: Tensor) -> Tensor:
 
 
 def _give_gradients(loss: Tensor, leaves: list[Tensor]) -> None:
-    """Gradients of the loss, summed over ranks in one collective; the network's parameters get none."""
-    found: Sequence[Tensor | None] = [None] * len(leaves)
+    """Set the leaves' gradients, summed over ranks in one collective; the network's parameters get none."""
+    local: Sequence[Tensor | None] = [None] * len(leaves)
     if loss.requires_grad:
-        found = torch.autograd.grad(loss, leaves, allow_unused=True)
-    gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=True)]
+        local = torch.autograd.grad(loss, leaves, allow_unused=True)
+    gradients = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, local, strict=True)]
     if several_ranks():
         flat = all_reduce_sum(torch.cat([gradient.flatten() for gradient in gradients]))
         parts = flat.split([leaf.numel() for leaf in leaves])

@@ -1,4 +1,4 @@
-"""Differentiable twins of the step functions of diffusers' schedulers."""
+"""Differentiable counterparts of the step functions of diffusers' schedulers."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ SUPPORTED: dict[str, type[Sampler]] = {
 }
 
 _WHY = {
-    "prediction_type": "the step does not know what such an output says of the image",
-    "thresholding": "its limit is a quantile of each image, which the float and the quantized image do not share",
-    "variance_type": "a learned one is in further channels of the output; with fixed_large_log diffusers gives NaN",
-    "algorithm_type": "only the deterministic solver of the data prediction is written",
-    "solver_order": "one earlier prediction is kept",
+    "prediction_type": "the step cannot derive the image from such an output",
+    "thresholding": "its limit is a quantile of each image, which differs between the float and the quantized image",
+    "variance_type": "a learned variance is in further channels of the output; fixed_large_log gives NaN in diffusers",
+    "algorithm_type": "only the deterministic solver of the data prediction is implemented",
+    "solver_order": "only one earlier prediction is kept",
 }
 
 
 def sampler_of(scheduler: Any, steps: int, eta: float = 0.0) -> Sampler:
-    """The steps that a diffusers scheduler takes, as pure differentiable functions.
+    """Return the steps of a diffusers scheduler as pure differentiable functions.
 
-    The scheduler itself is left as it is. Timesteps and tables are its own; a chain of steps equals one of
-    ``scheduler.step`` to 1e-6 of its size.
+    The scheduler is not changed. The sampler uses its timesteps and tables; a chain of steps equals one of
+    ``scheduler.step`` up to a relative error of 1e-6.
 
     Args:
-        scheduler: DDIMScheduler, DDPMScheduler, PNDMScheduler or DPMSolverMultistepScheduler.
-        steps: as ``scheduler.set_timesteps`` takes it; a sampler may call the network more often.
-        eta: of DDIM, from 0 (no noise) to 1 (as much as DDPM).
+        scheduler: Scheduler, a DDIMScheduler, DDPMScheduler, PNDMScheduler or DPMSolverMultistepScheduler.
+        steps: Number of steps for ``scheduler.set_timesteps``; a sampler may call the network more often.
+        eta: DDIM's eta: 0 is deterministic, 1 is as noisy as DDPM.
 
     Raises:
-        UnsupportedModelError: another scheduler, or one that takes its own steps.
-        ConfigurationError: steps out of range, an option or a prediction type that the step does not know, or numbers
-            with which diffusers would compute NaN.
+        UnsupportedModelError: Another scheduler, or a subclass that overrides the step.
+        ConfigurationError: Steps out of range, an unsupported option or prediction type, or values with which
+            diffusers would compute NaN.
 
     Example:
         >>> from diffusers import PNDMScheduler
@@ -69,46 +69,46 @@ def sampler_of(scheduler: Any, steps: int, eta: float = 0.0) -> Sampler:
             f"eta={eta} belongs to DDIM, found {name}: write eta=0.0, or "
             "scheduler = DDIMScheduler.from_config(scheduler.config)."
         )
-    own = _with_timesteps(scheduler, name, steps)
-    return DDIMSampler(own, eta) if kind is DDIMSampler else kind(own)
+    prepared = _with_timesteps(scheduler, name, steps)
+    return DDIMSampler(prepared, eta) if kind is DDIMSampler else kind(prepared)
 
 
 def _kind(scheduler: Any) -> str:
-    """The supported class whose step the scheduler takes; by name, so that diffusers need not be imported."""
-    found: Any = type(scheduler)
-    for cls in found.__mro__:
+    """Return the name of the supported class that the scheduler is; by name, to avoid importing diffusers."""
+    kind: Any = type(scheduler)
+    for cls in kind.__mro__:
         if cls.__name__ in SUPPORTED and cls.__module__.split(".")[0] == "diffusers":
             break
     else:
         raise UnsupportedModelError(
-            f"{found.__name__} is no scheduler whose step is known; supported are {', '.join(SUPPORTED)}: "
+            f"{kind.__name__} is not a supported scheduler; supported are {', '.join(SUPPORTED)}: "
             "write for example scheduler = DDIMScheduler.from_config(scheduler.config)."
         )
-    if found.step is not cls.step:
+    if kind.step is not cls.step:
         raise UnsupportedModelError(
-            f"{found.__name__} overrides the step of {cls.__name__}, which would not be taken: write "
-            f"scheduler = {cls.__name__}.from_config(scheduler.config) if the original step will do."
+            f"{kind.__name__} overrides the step of {cls.__name__}, and the override would be ignored: write "
+            f"scheduler = {cls.__name__}.from_config(scheduler.config) if the original step is sufficient."
         )
     return str(cls.__name__)
 
 
 def _check_options(scheduler: Any, name: str) -> None:
-    for option, known in SUPPORTED[name].OPTIONS.items():
-        found = scheduler.config.get(option, known[0])
-        if found in known:
+    for option, supported in SUPPORTED[name].OPTIONS.items():
+        value = scheduler.config.get(option, supported[0])
+        if value in supported:
             continue
-        expected = ", ".join(map(repr, known))
+        expected = ", ".join(map(repr, supported))
         advice = (
             "write the one of them that the network was trained with"
             if option == "prediction_type"
-            else f"write scheduler = {name}.from_config(scheduler.config, {option}={known[0]!r})"
+            else f"write scheduler = {name}.from_config(scheduler.config, {option}={supported[0]!r})"
         )
         why = f" ({_WHY[option]})" if option in _WHY else ""
-        raise ConfigurationError(f"{option}={found!r} of {name} is not supported{why}; known: {expected}: {advice}.")
+        raise ConfigurationError(f"{option}={value!r} of {name} is not supported{why}; expected {expected}: {advice}.")
 
 
 def _with_timesteps(scheduler: Any, name: str, steps: int) -> Any:
-    """A copy after ``set_timesteps``, which replaces what it changes: a shallow one leaves the original alone."""
+    """Copy a scheduler and set its timesteps; a shallow copy suffices, as ``set_timesteps`` replaces attributes."""
     most = int(scheduler.config.num_train_timesteps)
     least = 1 if scheduler.config.get("skip_prk_steps", True) else 4
     if not least <= steps <= most:
@@ -116,16 +116,16 @@ def _with_timesteps(scheduler: Any, name: str, steps: int) -> Any:
         raise ConfigurationError(
             f"steps={steps}: expected {least} .. {most}, as many as {name} was trained with{hint}."
         )
-    own = copy.copy(scheduler)
+    copied = copy.copy(scheduler)
     try:
-        own.set_timesteps(steps)
+        copied.set_timesteps(steps)
     except ValueError as error:
         raise ConfigurationError(f"{name} has no timesteps for steps={steps}: {error}") from error
-    outside = [int(t) for t in own.timesteps if not 0 <= t < most]
+    outside = [int(t) for t in copied.timesteps if not 0 <= t < most]
     if outside:
         raise ConfigurationError(
             f"{name} with steps={steps} asks for timestep {outside[0]}, expected 0 .. {most - 1}: write fewer steps, "
             f"or a scheduler with another steps_offset (found {scheduler.config.get('steps_offset')}) or "
             f"timestep_spacing (found {scheduler.config.get('timestep_spacing')!r})."
         )
-    return own
+    return copied

@@ -1,4 +1,4 @@
-"""What can be chosen about a calibration, checked before anything starts."""
+"""Settings of a calibration, validated at construction."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Learn = Literal["all", "rounding", "activations"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of :class:`lightning_quant.AccuQuant` that decide what the quantized denoiser computes.
+    """Arguments of :class:`lightning_quant.AccuQuant` that determine what the quantized denoiser computes.
 
     Raises:
-        ConfigurationError: one that is out of range.
+        ConfigurationError: Value out of range.
     """
 
     weight_bits: int = 4
@@ -62,8 +62,8 @@ class Settings:
         )
         for name, allowed in choices:
             if getattr(self, name) not in get_args(allowed):
-                known = ", ".join(map(repr, get_args(allowed)))
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {known}.")
+                expected = ", ".join(map(repr, get_args(allowed)))
+                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {expected}.")
 
     def _check_counts(self) -> None:
         smallest = {"reconstruction": 0, "updates": 0}
@@ -82,8 +82,8 @@ class Settings:
             return
         if not isinstance(window, int) or window < 1:
             raise ConfigurationError(
-                f"window={window!r}: expected a number of steps, 'sweep', or None for {self.steps}"
-                f" steps' usual {usual_window(self.steps)}."
+                f"window={window!r}: expected a number of steps, 'sweep', or None for the default of"
+                f" {usual_window(self.steps)} with {self.steps} steps."
             )
         if window > self.steps:
             raise ConfigurationError(
@@ -92,14 +92,15 @@ class Settings:
             )
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for fingerprints and JSON."""
+        """Return plain values, for fingerprints and JSON."""
         return asdict(self) | {"exclude": list(self.exclude)}
 
 
 def usual_window(steps: int) -> int:
-    """A twentieth to a tenth of the steps, as the paper's: 50 and 100 steps in windows of 5, 200 of 10.
+    """Return the default window length, a twentieth to a tenth of the steps.
 
-    Fewer than 40 steps in windows of 4: of 20 steps, windows of 2 came out behind those of 4 and of 10.
+    This gives the paper's windows: 5 of 50 and of 100 steps, 10 of 200. The minimum is 4: with 20 steps, windows of 2
+    were worse than those of 4 and of 10.
 
     Example:
         >>> [usual_window(steps) for steps in (3, 10, 20, 50, 100, 200)]
@@ -109,7 +110,7 @@ def usual_window(steps: int) -> int:
 
 
 def windows_of(steps: int, window: int) -> list[range]:
-    """Consecutive windows that cover all steps; the last may be shorter.
+    """Return consecutive windows that cover all steps; the last may be shorter.
 
     Example:
         >>> windows_of(7, 3)

@@ -1,4 +1,4 @@
-"""Samplers whose step needs x, one output and perhaps noise: DDIM and DDPM.
+"""Single-step samplers, whose step needs x, one output and possibly noise: DDIM and DDPM.
 
 Sources: Song et al., "Denoising Diffusion Implicit Models" (arXiv 2010.02502); Ho et al., "Denoising Diffusion
 Probabilistic Models" (arXiv 2006.11239).
@@ -22,7 +22,7 @@ from lightning_quant.accuquant.stepping import (
 
 
 class _Step(NamedTuple):
-    """x_{k+1} = original * (clipped prediction of the image) + direction * (x or the noise in it) + sigma * noise."""
+    """Coefficients of x_{k+1} = original * clipped_image + direction * (x or its noise) + sigma * noise."""
 
     original: float
     direction: float
@@ -30,7 +30,7 @@ class _Step(NamedTuple):
 
 
 class _SingleStepSampler(Sampler):
-    """A weighted sum of the predicted image, a direction, and fresh noise."""
+    """Sampler whose step is a weighted sum of the predicted image, a direction and fresh noise."""
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
@@ -43,13 +43,13 @@ class _SingleStepSampler(Sampler):
         self, k: int, x: Tensor, output: Tensor, history: History = (), noise: Tensor | None = None
     ) -> tuple[Tensor, History]:
         self._check_carried(k, history)
-        at, says = self._steps[k], self._predictions[k]
-        original = says.original(x, output)
+        coefficients, prediction = self._steps[k], self._predictions[k]
+        original = prediction.original(x, output)
         if self.clip is not None:
             original = original.clamp(-self.clip, self.clip)
-        result = at.original * original + at.direction * self._direction(says, x, output)
+        result = coefficients.original * original + coefficients.direction * self._direction(prediction, x, output)
         if self.draws(k):
-            result = result + at.sigma * self._noise(k, x, noise)
+            result = result + coefficients.sigma * self._noise(k, x, noise)
         return result, ()
 
     def draws(self, k: int) -> bool:
@@ -59,11 +59,11 @@ class _SingleStepSampler(Sampler):
     def _coefficients(self, scheduler: Any, t: int) -> _Step: ...
 
     @abstractmethod
-    def _direction(self, says: Prediction, x: Tensor, output: Tensor) -> Tensor: ...
+    def _direction(self, prediction: Prediction, x: Tensor, output: Tensor) -> Tensor: ...
 
 
 class DDIMSampler(_SingleStepSampler):
-    """DDIM with any eta: 0 adds no noise, 1 as much as DDPM.
+    """DDIM sampler with any eta: 0 is deterministic, 1 is as noisy as DDPM.
 
     Example:
         >>> import torch
@@ -89,20 +89,20 @@ class DDIMSampler(_SingleStepSampler):
         return {**super().describe(), "eta": self.eta}
 
     def _coefficients(self, scheduler: Any, t: int) -> _Step:
-        # Not the next timestep of the list: with spacings other than "leading" diffusers goes by this distance.
+        # Not the next timestep in the list: with spacings other than "leading", diffusers uses this distance.
         previous = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
         alpha = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.final_alpha_cumprod
         sigma = self.eta * scheduler._get_variance(t, previous) ** 0.5
         step = _Step(float(alpha**0.5), float((1 - alpha - sigma**2) ** 0.5), float(sigma))
-        check_finite(step, t, f"eta={self.eta} asks for more noise than the step can hold: write eta=1.0 or less.")
+        check_finite(step, t, f"eta={self.eta} asks for more noise than the step allows: write eta=1.0 or less.")
         return step
 
-    def _direction(self, says: Prediction, x: Tensor, output: Tensor) -> Tensor:
-        return says.noise(x, output)
+    def _direction(self, prediction: Prediction, x: Tensor, output: Tensor) -> Tensor:
+        return prediction.noise(x, output)
 
 
 class DDPMSampler(_SingleStepSampler):
-    """Ancestral sampling; every step but the one at timestep 0 adds noise."""
+    """DDPM sampler (ancestral sampling); every step except the one at timestep 0 adds noise."""
 
     OPTIONS: ClassVar = {
         "prediction_type": PREDICTIONS,
@@ -113,7 +113,7 @@ class DDPMSampler(_SingleStepSampler):
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__(scheduler)
-        # Which one precedes is the library's choice, and has changed between its releases.
+        # The choice of the previous timestep has changed between releases of diffusers.
         self._description["previous"] = [int(scheduler.previous_timestep(t)) for t in self.timesteps]
 
     def _coefficients(self, scheduler: Any, t: int) -> _Step:
@@ -122,7 +122,7 @@ class DDPMSampler(_SingleStepSampler):
         alpha_previous = scheduler.alphas_cumprod[previous] if previous >= 0 else scheduler.one
         ratio = alpha / alpha_previous
         sigma = scheduler._get_variance(t)
-        if scheduler.config.variance_type != "fixed_small_log":  # which is no variance, but its root
+        if scheduler.config.variance_type != "fixed_small_log":  # for which diffusers returns the square root already
             sigma = sigma**0.5
         step = _Step(
             float(alpha_previous**0.5 * (1 - ratio) / (1 - alpha)),
@@ -132,6 +132,6 @@ class DDPMSampler(_SingleStepSampler):
         check_finite(step, t, "the betas of the scheduler must lie between 0 and 1.")
         return step
 
-    def _direction(self, says: Prediction, x: Tensor, output: Tensor) -> Tensor:
-        del says, output
+    def _direction(self, prediction: Prediction, x: Tensor, output: Tensor) -> Tensor:
+        del prediction, output
         return x

@@ -1,7 +1,7 @@
-"""What every sampler has: its timesteps, what it carries along, and the data prediction from a network's output.
+"""Base class of samplers, and predictions of image and noise from a network's output.
 
 The steps themselves are in single_step.py and multistep.py; :func:`lightning_quant.accuquant.samplers.sampler_of`
-makes them from a scheduler.
+builds them from a scheduler.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ PREDICTIONS = (EPSILON, SAMPLE, VELOCITY)
 
 
 class Sampler(ABC):
-    """The steps of one scheduler as pure functions: nothing is kept between calls, so a step can be taken again.
+    """Steps of a scheduler as pure functions: nothing is kept between calls, so a step can be repeated.
 
     A chain goes from noise to image: step k takes x_k at ``timesteps[k]`` to x_{k+1}, with one call of the network.
-    Numbers that depend on the timestep alone are computed once, in FP32 from the tables of the scheduler with its own
-    expressions: some cancel (1 - alpha_t / alpha_prev), so that a better precision would leave its chain by 1e-4.
+    Coefficients, which depend on the timestep alone, are computed once, in FP32 from the scheduler's tables and with
+    its own expressions: some suffer from cancellation (1 - alpha_t / alpha_prev), so that a higher precision would
+    deviate from its chain by 1e-4.
 
     Attributes:
-        timesteps: what the network is told, one for each of its calls.
-        stochastic: whether some step adds noise.
-        history: how many earlier outputs a step uses at most; 0 for single-step samplers.
+        timesteps: Timestep of each call of the network.
+        stochastic: Whether some step adds noise.
+        history: Maximum number of earlier outputs that a step uses; 0 for single-step samplers.
     """
 
-    # The values of options under which the step is the one written here, the default first.
+    # Supported values of options, the default first.
     OPTIONS: ClassVar[dict[str, tuple[Any, ...]]] = {}
-    # Options that decide what a step computes, beside the timesteps.
+    # Options beside the timesteps that determine what a step computes.
     DESCRIBED: ClassVar[tuple[str, ...]] = ()
 
     history: int = 0
@@ -56,72 +57,72 @@ class Sampler(ABC):
     def step(
         self, k: int, x: Tensor, output: Tensor, history: History = (), noise: Tensor | None = None
     ) -> tuple[Tensor, History]:
-        """x_{k+1}, and what step k + 1 needs beside it.
+        """Return x_{k+1} and the history for step k + 1.
 
-        Differentiable in ``x``, ``output`` and every tensor of ``history``, in their dtype. Some steps leave an
-        argument unused: ask ``torch.autograd.grad`` with ``allow_unused=True``.
+        Differentiable in ``x``, ``output`` and every tensor of ``history``, in their dtype. Some steps do not use all
+        arguments: call ``torch.autograd.grad`` with ``allow_unused=True``.
 
         Args:
-            k: 0 .. len(timesteps) - 1.
-            x: (n, C, H, W), x_k.
-            output: (n, C, H, W), what the network said of ``x`` at ``timesteps[k]``.
-            history: what the step before returned, or :meth:`history_at`.
-            noise: (n, C, H, W), standard normal; needed where :meth:`draws` is true, else not looked at.
+            k: Index of the step, 0 .. len(timesteps) - 1.
+            x: State x_k, (n, C, H, W).
+            output: Output of the network for ``x`` at ``timesteps[k]``, (n, C, H, W).
+            history: History returned by the previous step or by :meth:`history_at`.
+            noise: Standard normal noise, (n, C, H, W); required if :meth:`draws` is true, else ignored.
         """
 
     def start(self) -> History:
-        """What is carried along at the start of a chain: nothing."""
+        """Return the history at the start of a chain, which is empty."""
         return ()
 
     def carried(self, k: int) -> int:
-        """How many tensors the history before step ``k`` has; the same in every chain."""
+        """Return the number of tensors in the history before step ``k``; it is the same in every chain."""
         del k
         return 0
 
     def history_at(self, k: int, states: Tensor, outputs: Tensor) -> History:
-        """What a chain with these states and outputs carries along before step ``k``.
+        """Return the history before step ``k`` of a chain with these states and outputs.
 
         Args:
-            k: 0 .. len(timesteps).
-            states: (at least k, n, C, H, W), x_0, x_1 and so on.
-            outputs: (at least k, n, C, H, W), the network's outputs at them.
+            k: Index of the step, 0 .. len(timesteps).
+            states: States x_0, x_1, ..., (at least k, n, C, H, W).
+            outputs: Outputs of the network for these states, (at least k, n, C, H, W).
         """
         del k, states, outputs
         return ()
 
     def draws(self, k: int) -> bool:
-        """Whether step ``k`` adds noise."""
+        """Return whether step ``k`` adds noise."""
         del k
         return False
 
     def describe(self) -> dict[str, Any]:
-        """Plain values that decide what the steps compute, for fingerprints."""
+        """Return the plain values that determine what the steps compute, for fingerprints."""
         return dict(self._description)
 
     def _check_carried(self, k: int, history: History) -> None:
         if len(history) != self.carried(k):
             raise ConfigurationError(
-                f"step({k}) carries {self.carried(k)} tensors in its history, found {len(history)}: pass what the step "
-                f"before returned, start() before the first one, or history_at({k}, states, outputs)."
+                f"step({k}) expects {self.carried(k)} tensors in its history, found {len(history)}: pass the history "
+                f"that the previous step returned, start() for the first step, or history_at({k}, states, outputs)."
             )
 
     def _noise(self, k: int, x: Tensor, noise: Tensor | None) -> Tensor:
         if noise is None:
             raise ConfigurationError(
                 f"step({k}) at timestep {self.timesteps[k]} adds noise, found noise=None: pass a standard normal "
-                f"tensor of shape {tuple(x.shape)}, the same one to every network that is compared."
+                f"tensor of shape {tuple(x.shape)}, the same for all networks that are compared."
             )
         return noise.to(x)
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What an output says at one timestep, where x = root_alpha * original + root_beta * noise.
+    """Interpretation of an output at one timestep, with x = root_alpha * original + root_beta * noise.
 
     Attributes:
-        kind: one of `PREDICTIONS`.
-        root_alpha: share of the image.
-        root_beta: share of the noise.
+        kind: Prediction type, one of `PREDICTIONS`.
+        root_alpha: Factor of the image.
+        root_beta: Factor of the noise.
     """
 
     kind: str
@@ -129,7 +130,7 @@ class Prediction:
     root_beta: float
 
     def original(self, x: Tensor, output: Tensor) -> Tensor:
-        """The image behind ``x``.
+        """Return the predicted image in ``x``.
 
         Example:
             >>> import torch
@@ -143,7 +144,7 @@ class Prediction:
         return output
 
     def noise(self, x: Tensor, output: Tensor) -> Tensor:
-        """The noise in ``x``."""
+        """Return the predicted noise in ``x``."""
         if self.kind == EPSILON:
             return output
         if self.kind == VELOCITY:
@@ -152,15 +153,15 @@ class Prediction:
 
 
 def prediction_at(scheduler: Any, t: int) -> Prediction:
-    """How to read an output at timestep ``t`` of a scheduler with the table ``alphas_cumprod``.
+    """Return the interpretation of an output at timestep ``t`` of a scheduler with the table ``alphas_cumprod``.
 
     Raises:
-        ConfigurationError: ``epsilon`` where nothing of the image is left in x, as with a zero terminal SNR.
+        ConfigurationError: Prediction type ``epsilon`` where x is pure noise, as with a zero terminal SNR.
     """
     alpha, kind = scheduler.alphas_cumprod[t], scheduler.config.prediction_type
     if alpha == 0 and kind == EPSILON:
         raise ConfigurationError(
-            f"prediction_type='epsilon' says nothing of the image at timestep {t}, where alphas_cumprod is 0 "
+            f"prediction_type='epsilon' does not determine the image at timestep {t}, where alphas_cumprod is 0 "
             f"(rescale_betas_zero_snr={scheduler.config.get('rescale_betas_zero_snr')}): write a scheduler with "
             "rescale_betas_zero_snr=False, or use a network trained with prediction_type='v_prediction'."
         )
@@ -168,13 +169,13 @@ def prediction_at(scheduler: Any, t: int) -> Prediction:
 
 
 def check_finite(numbers: tuple[float, ...], t: int, advice: str) -> None:
-    """Refuse a step whose numbers are not finite: diffusers would go on with NaN.
+    """Refuse a step whose coefficients are not finite, with which diffusers would continue and compute NaN.
 
     Raises:
-        ConfigurationError: a number is infinite or NaN.
+        ConfigurationError: Coefficient that is infinite or NaN.
     """
     if not all(map(math.isfinite, numbers)):
-        raise ConfigurationError(f"the step from timestep {t} has no finite coefficients, found {numbers}: {advice}")
+        raise ConfigurationError(f"The step from timestep {t} has no finite coefficients, found {numbers}: {advice}")
 
 
 _TABLES = (
@@ -189,7 +190,7 @@ _TABLES = (
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it: arrays and tuples as lists."""
+    """Convert a value for JSON: arrays and tuples become lists."""
     if hasattr(value, "tolist"):
         return value.tolist()
     return list(value) if isinstance(value, tuple) else value

@@ -1,4 +1,4 @@
-"""From prompts to what a text-to-image denoiser is given, by a pipeline's text encoder or from a file."""
+"""Embeddings of prompts for text-to-image denoisers, from a pipeline's text encoder or from a file."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ _HIDDEN, _EMPTY = "encoder_hidden_states", "uncond_encoder_hidden_states"
 
 
 def text_encoder(model: DiffusionModel) -> Encode:
-    """A function from n prompts to their embeddings (n, L, D) on the CPU, as StableDiffusionPipeline computes them.
+    """Return a function from n prompts to embeddings (n, L, D) on the CPU, as StableDiffusionPipeline computes them.
 
-    The encoder is loaded here and not with the model: it is large, and embeddings are computed once.
+    The encoder is loaded here and not with the model, because it is large and embeddings are computed once.
 
     Args:
-        model: with ``text_encoder`` and ``tokenizer`` among its components or in its folder.
+        model: Model with ``text_encoder`` and ``tokenizer`` among its components or in its folder.
 
     Raises:
-        ConfigurationError: it has none, or transformers is not installed.
-        CheckpointError: files that cannot be loaded.
+        ConfigurationError: Model without a text encoder or tokenizer, or transformers is not installed.
+        CheckpointError: Files that cannot be loaded.
     """
     tokenizer, encoder = (_component(model, name) for name in ("tokenizer", "text_encoder"))
 
     @torch.no_grad()
     def encode(prompts: list[str]) -> Tensor:
-        found = tokenizer(
+        tokens = tokenizer(
             prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         masked = getattr(encoder.config, "use_attention_mask", None)
-        mask = found.attention_mask.to(encoder.device) if masked else None
-        hidden: Tensor = encoder(found.input_ids.to(encoder.device), attention_mask=mask)[0]
+        mask = tokens.attention_mask.to(encoder.device) if masked else None
+        hidden: Tensor = encoder(tokens.input_ids.to(encoder.device), attention_mask=mask)[0]
         return hidden.float().cpu()
 
     return encode
@@ -53,15 +53,15 @@ def text_encoder(model: DiffusionModel) -> Encode:
 def _component(model: DiffusionModel, name: str) -> Any:
     if name in model.components:
         return model.components[name]
-    known = {} if model.folder is None else read_folder(model.folder).components
-    if name not in known:
+    components = {} if model.folder is None else read_folder(model.folder).components
+    if name not in components:
         raise ConfigurationError(
-            f"This {model.kind} model has no {name}, so that prompts cannot be encoded: give the folder of a whole"
-            f" pipeline, or a safetensors file with {_HIDDEN} and {_EMPTY}, read_embeddings(file, ids)."
+            f"This {model.kind} model has no {name} to encode prompts with: give the folder of a complete pipeline, or"
+            f" a safetensors file with {_HIDDEN} and {_EMPTY}, read_embeddings(file, ids)."
         )
-    path, kind = known[name]
+    path, kind = components[name]
     try:
-        found: Any = getattr(import_module("transformers"), kind).from_pretrained(path)
+        component: Any = getattr(import_module("transformers"), kind).from_pretrained(path)
     except ImportError as error:
         raise ConfigurationError(
             f"The {name} in {path} is a {kind} of transformers, which is not installed: pip install transformers, or"
@@ -69,29 +69,29 @@ def _component(model: DiffusionModel, name: str) -> Any:
         ) from error
     except (OSError, ValueError, RuntimeError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is not the folder of a {kind} that transformers can load: {error}") from error
-    return found.eval().float() if name == "text_encoder" else found
+    return component.eval().float() if name == "text_encoder" else component
 
 
 def read_embeddings(path: str | Path, ids: Iterable[int] | Tensor) -> Conditioning:
-    """Conditioning from embeddings of prompts in a safetensors file, taken one after the other by the images' numbers.
+    """Read the conditioning from a safetensors file of prompt embeddings, assigned in turn by the images' numbers.
 
     Args:
-        path: with the tensor ``encoder_hidden_states`` (prompts, L, D), and for guidance beside it
+        path: File with the tensor ``encoder_hidden_states`` (prompts, L, D), and for guidance
             ``uncond_encoder_hidden_states`` (1, L, D) or (prompts, L, D).
-        ids: (n,) numbers of the images.
+        ids: Numbers of the images, (n,).
 
     Returns:
-        rows (n, L, D) by name.
+        Rows (n, L, D) by name.
 
     Raises:
-        CheckpointError: no such file, or one that is cut off.
-        ConfigurationError: tensors that are missing or of other shapes.
+        CheckpointError: Missing or truncated file.
+        ConfigurationError: Tensors that are missing or have another shape.
     """
     file = user_path(path)
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{file} is no safetensors file of embeddings ({error}).") from error
+        raise CheckpointError(f"{file} is not a safetensors file of embeddings ({error}).") from error
     hidden, empty = tensors.get(_HIDDEN), tensors.get(_EMPTY)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     fits = empty is None or (
@@ -103,5 +103,5 @@ def read_embeddings(path: str | Path, ids: Iterable[int] | Tensor) -> Conditioni
             " (1, L, D) or (prompts, L, D)."
         )
     rows = [number % len(hidden) for number in numbers(ids)]
-    found = {_HIDDEN: hidden[rows]}
-    return found if empty is None else {**found, _EMPTY: empty.expand(len(hidden), -1, -1)[rows]}
+    conditional = {_HIDDEN: hidden[rows]}
+    return conditional if empty is None else {**conditional, _EMPTY: empty.expand(len(hidden), -1, -1)[rows]}

@@ -1,4 +1,4 @@
-"""Rolling a sampler out, the same for float and quantized networks, and what is kept of it."""
+"""Sampling trajectories of float and quantized networks."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ if TYPE_CHECKING:
     from lightning_quant.accuquant.denoiser import Conditioning, Denoiser
     from lightning_quant.accuquant.samplers import Sampler
 
-# Called with how many images have taken one step more: images times steps in all.
+# Function that is called with the number of images after each of their steps.
 Progress = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Trajectories:
-    """States of n images over consecutive steps, or of a window of the steps.
+    """States of n images over all steps of a sampler, or over a window of them.
 
     Attributes:
-        states: (steps + 1, n, C, H, W) FP32, from noise to image; the last one alone where no others were kept.
-        outputs: (steps, n, C, H, W) of the denoiser, or None; kept for samplers with history, not kept of windows.
-        conditioning: rows (n, ...) by name.
-        ids: (n,) int64, the numbers of the images.
-        seed: of their noise.
-        stochastic: whether the sampler's steps take noise.
-        start: the step that ``states[0]`` is the state before.
-        histories: of a window, what the float sampler carried beside the state before each step, tensors (n, ...);
-            empty for samplers without history.
+        states: States (steps + 1, n, C, H, W) in FP32, from noise to image; only the last one if no others were kept.
+        outputs: Outputs of the denoiser (steps, n, C, H, W), kept for samplers with history, else None; None in
+            windows.
+        conditioning: Rows (n, ...) by name.
+        ids: Numbers of the images, (n,) int64.
+        seed: Seed of the noise.
+        stochastic: Whether the sampler's steps take noise.
+        start: Index of the step that starts at ``states[0]``.
+        histories: History of the float sampler before each step of a window, tensors (n, ...); empty for samplers
+            without history.
     """
 
     states: Tensor
@@ -53,14 +54,14 @@ class Trajectories:
 
     @property
     def steps(self) -> range:
-        """The steps between the states."""
+        """Indices of the steps between the states."""
         return range(self.start, self.start + len(self.states) - 1)
 
     def batch(self, index: Tensor | slice) -> Trajectories:
-        """Some of the images.
+        """Select some of the images.
 
         Args:
-            index: rows, as a slice, int64 or bool.
+            index: Rows, as a slice or as an int64 or bool tensor.
         """
         return replace(
             self,
@@ -72,20 +73,20 @@ class Trajectories:
         )
 
     def window(self, start: int, stop: int, sampler: Sampler) -> Trajectories:
-        """The steps start .. stop - 1 of all images, with the float history before each.
+        """Return the steps start .. stop - 1 of all images, with the float history before each.
 
         Args:
-            start: first step.
-            stop: the step after the last.
-            sampler: that the trajectories are of.
+            start: Index of the first step.
+            stop: Index after the last step.
+            sampler: Sampler of the trajectories.
 
         Raises:
-            ConfigurationError: not among the steps, or no outputs for a sampler with history.
+            ConfigurationError: Steps outside the trajectories, or missing outputs for a sampler with history.
         """
         check_window(start, stop, self.steps)
         if sampler.history and self.outputs is None:
             raise ConfigurationError(
-                f"{type(sampler).__name__} uses earlier outputs, and these trajectories have none: take the window of"
+                f"{type(sampler).__name__} uses earlier outputs, and these trajectories have none: take the window from"
                 " trajectories that generate(..., keep=True) made with this sampler."
             )
         states = self.states[start - self.start : stop - self.start + 1]
@@ -93,18 +94,18 @@ class Trajectories:
         return replace(self, states=states, outputs=None, start=start, histories=histories)
 
     def noise(self, k: int) -> Tensor | None:
-        """Noise of step k, (n, C, H, W) where the states are; None where steps take none."""
+        """Return the noise of step k, (n, C, H, W), on the states' device; None if steps take no noise."""
         if not self.stochastic:
             return None
         return step_noise(self.states.shape[2:], self.ids, k, self.seed).to(self.states.device)
 
     def to_window(self) -> Window:
-        """What :func:`lightning_quant.accuquant.windows.window_loss` walks over: all steps."""
+        """Convert all steps to a window for :func:`lightning_quant.accuquant.windows.window_loss`."""
         noises = tuple(noise for noise in map(self.noise, self.steps) if noise is not None)
         return Window(self.start, self.states, self.histories, noises)
 
     def to(self, device: torch.device | str) -> Trajectories:
-        """All tensors but ``ids`` on a device."""
+        """Move all tensors except ``ids`` to a device."""
         return replace(
             self,
             states=self.states.to(device),
@@ -125,25 +126,25 @@ def generate(
     progress: Progress | None = None,
     batch: int | None = None,
 ) -> Trajectories:
-    """Take all steps of a sampler, without gradients, the network in evaluation mode.
+    """Take all steps of a sampler, without gradients and with the network in eval mode.
 
     Args:
-        denoiser: runs where the parameters of its network are.
-        sampler: a step for each of its timesteps.
-        x: (n, C, H, W) noise, as :func:`initial_noise` draws it; the result is on its device.
-        conditioning: rows (n, ...) by name, {} for none.
-        ids: (n,) numbers of the images, which their noise depends on.
-        seed: of the noise of stochastic samplers.
-        keep: all states, and all outputs where the sampler has a history; else the last state alone.
-        progress: called with the number of images after each step that they took.
-        batch: images at once, None for all.
+        denoiser: Denoiser, which runs on the device of its network's parameters.
+        sampler: Sampler with one step per timestep.
+        x: Initial noise (n, C, H, W), as :func:`initial_noise` draws it; the result is on its device.
+        conditioning: Rows (n, ...) by name; {} for none.
+        ids: Numbers of the images, (n,), which determine their noise.
+        seed: Seed of the noise of stochastic samplers.
+        keep: Keep all states, and all outputs if the sampler has a history; otherwise only the last state.
+        progress: Function that is called with the number of images after each of their steps.
+        batch: Number of images computed at once; None computes all together.
 
     Returns:
-        the samples are ``states[-1]``.
+        Trajectories, whose samples are ``states[-1]``.
 
     Raises:
-        QuantizationError: an output with NaN or infinities.
-        ConfigurationError: numbers of images, noise and conditioning that do not agree.
+        QuantizationError: Output with NaN or infinities.
+        ConfigurationError: Image numbers, noise and conditioning of different lengths.
 
     Example:
         >>> from diffusers import DDIMScheduler
@@ -153,23 +154,24 @@ def generate(
         ...     def __call__(self, x, t, conditioning):
         ...         return 0.1 * x
         >>> x = torch.ones(4, 1, 2, 2)
-        >>> found = generate(Denoiser(), sampler_of(DDIMScheduler(), 10), x, {}, range(4), seed=0, keep=True)
-        >>> found.states.shape, found.window(6, 8, sampler_of(DDIMScheduler(), 10)).states.shape
+        >>> sampler = sampler_of(DDIMScheduler(), 10)
+        >>> trajectories = generate(Denoiser(), sampler, x, {}, range(4), seed=0, keep=True)
+        >>> trajectories.states.shape, trajectories.window(6, 8, sampler).states.shape
         (torch.Size([11, 4, 1, 2, 2]), torch.Size([3, 4, 1, 2, 2]))
     """
-    found = numbers(ids)
-    _check_rows(x, conditioning, found)
+    image_numbers = numbers(ids)
+    _check_rows(x, conditioning, image_numbers)
     parts = []
     with torch.no_grad(), evaluating(denoiser.network):
-        for rows in _slices(len(found), batch):
-            some = {name: values[rows] for name, values in conditioning.items()}
-            parts.append(_roll(denoiser, sampler, x[rows], some, found[rows], seed, keep, progress))
-    outputs = [each for _, each in parts if each is not None]
+        for rows in _slices(len(image_numbers), batch):
+            selected = {name: values[rows] for name, values in conditioning.items()}
+            parts.append(_roll(denoiser, sampler, x[rows], selected, image_numbers[rows], seed, keep, progress))
+    outputs = [part_outputs for _, part_outputs in parts if part_outputs is not None]
     return Trajectories(
         states=torch.cat([states for states, _ in parts], dim=1),
         outputs=torch.cat(outputs, dim=1) if outputs else None,
         conditioning=conditioning,
-        ids=torch.tensor(found),
+        ids=torch.tensor(image_numbers),
         seed=seed,
         stochastic=sampler.stochastic,
     )
@@ -185,7 +187,7 @@ def _roll(
     keep: bool,
     progress: Progress | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """States and outputs of one batch."""
+    """Take all steps for one batch and return its states and outputs."""
     home, device = x.device, device_of(denoiser.network, x.device)
     states: list[Tensor] = [x.float()]
     outputs: list[Tensor] = []
@@ -201,30 +203,30 @@ def _roll(
                 outputs.append(output.to(home))
         if progress is not None:
             progress(len(ids))
-    kept = torch.stack(states) if keep else x.to(home)[None]
-    return kept, torch.stack(outputs) if outputs else None
+    stacked = torch.stack(states) if keep else x.to(home)[None]
+    return stacked, torch.stack(outputs) if outputs else None
 
 
 def histories_of(sampler: Sampler, steps: range, states: Any, outputs: Any) -> tuple[History, ...]:
-    """What a sampler carries along before each of some steps of float trajectories; empty without history.
+    """Return the history before each of some steps of float trajectories; empty for samplers without history.
 
     Args:
-        sampler: that the trajectories are of.
-        steps: consecutive.
-        states: (n, C, H, W) by the number of the step.
-        outputs: likewise.
+        sampler: Sampler of the trajectories.
+        steps: Indices of consecutive steps.
+        states: States (n, C, H, W), indexed by step.
+        outputs: Outputs (n, C, H, W), indexed by step.
     """
     return tuple(sampler.history_at(k, states, outputs) for k in steps) if sampler.history else ()
 
 
 def trajectory_bytes(images: int, steps: int, shape: Iterable[int], history: int = 0) -> int:
-    """Size of trajectories in FP32, in memory and on disk, conditioning left out.
+    """Return the size in bytes of FP32 trajectories, in memory and on disk, without conditioning.
 
     Args:
-        images: how many.
-        steps: of the sampler, its network calls.
-        shape: (C, H, W) of a state.
-        history: of the sampler; with one, outputs are kept too.
+        images: Number of images.
+        steps: Number of steps of the sampler, which is that of its network calls.
+        shape: Shape (C, H, W) of a state.
+        history: History of the sampler; above 0, outputs are kept too.
 
     Example:
         >>> trajectory_bytes(256, 50, (4, 64, 64)) / 1e9
@@ -234,13 +236,13 @@ def trajectory_bytes(images: int, steps: int, shape: Iterable[int], history: int
 
 
 def check_finite(output: Tensor, k: int, timestep: int, ids: Iterable[int] | Tensor) -> None:
-    """Raise a QuantizationError where the output of a step has NaN or infinities.
+    """Raise a QuantizationError if the output of a step has NaN or infinities.
 
     Args:
-        output: (n, C, H, W).
-        k: the step.
-        timestep: of the step.
-        ids: (n,) numbers of the images.
+        output: Output of the denoiser, (n, C, H, W).
+        k: Index of the step.
+        timestep: Timestep of the step.
+        ids: Numbers of the images, (n,).
     """
     if bool(output.isfinite().all()):
         return
@@ -250,13 +252,13 @@ def check_finite(output: Tensor, k: int, timestep: int, ids: Iterable[int] | Ten
     several = f" and {len(bad) - 4} more" if len(bad) > 4 else ""
     raise QuantizationError(
         f"The denoiser's output contains {what} at step {k} (timestep {timestep}), for the images"
-        f" {', '.join(map(str, bad[:4]))}{several}. Look for NaN among its weights and its conditioning; where it"
-        " runs in half precision, load it with torch_dtype=torch.float32 and write precision='32-true'."
+        f" {', '.join(map(str, bad[:4]))}{several}. Look for NaN in its weights and its conditioning; if it runs in"
+        " half precision, load it with torch_dtype=torch.float32 and write precision='32-true'."
     )
 
 
 def check_window(start: int, stop: int, steps: range) -> None:
-    """Raise a ConfigurationError where start .. stop - 1 are not steps of a trajectory."""
+    """Raise a ConfigurationError if start .. stop - 1 are not steps of a trajectory."""
     if not steps.start <= start < stop <= steps.stop:
         raise ConfigurationError(
             f"The window of steps {start} .. {stop - 1} is not within the trajectory's, {steps.start} .."
@@ -265,13 +267,13 @@ def check_window(start: int, stop: int, steps: range) -> None:
 
 
 def device_of(network: nn.Module, other: torch.device) -> torch.device:
-    """Where the parameters of a network are, or another device where it has none."""
+    """Return the device of a network's parameters, or ``other`` if it has none."""
     first = next(network.parameters(), None)
     return other if first is None else first.device
 
 
 def rows_to(conditioning: Conditioning, device: torch.device | str) -> Conditioning:
-    """Conditioning on a device."""
+    """Move conditioning to a device."""
     return {name: rows.to(device) for name, rows in conditioning.items()}
 
 
@@ -284,6 +286,6 @@ def _slices(count: int, batch: int | None) -> list[slice]:
 
 def _check_rows(x: Tensor, conditioning: Conditioning, ids: list[int]) -> None:
     rows = {"x": len(x), **{name: len(values) for name, values in conditioning.items()}}
-    for name, found in rows.items():
-        if found != len(ids):
-            raise ConfigurationError(f"{name} has {found} rows for {len(ids)} images: give it one row for each of ids.")
+    for name, count in rows.items():
+        if count != len(ids):
+            raise ConfigurationError(f"{name} has {count} rows for {len(ids)} images: expected one row per image.")

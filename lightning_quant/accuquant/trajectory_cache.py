@@ -1,4 +1,4 @@
-"""Float trajectories on disk: generated once by all ranks together, continued where it stopped, read by rows."""
+"""Cache of float trajectories on disk, generated once by all ranks, resumable, and read by rows."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Chunk:
-    """Some images whose trajectories are in one file, with their conditioning."""
+    """Images whose trajectories are in one file, with their conditioning."""
 
     path: Path
     ids: list[int]
@@ -55,7 +55,7 @@ class _Chunk:
 
 @dataclass(frozen=True)
 class _Recipe:
-    """What all trajectories of a folder have in common."""
+    """Settings that all trajectories of a folder share."""
 
     denoiser: Denoiser
     sampler: Sampler
@@ -64,27 +64,27 @@ class _Recipe:
 
 
 class _ByStep:
-    """Tensors by the number of the step, each read once, when it is asked for."""
+    """Tensors by step, each read on first access."""
 
     def __init__(self, read: Callable[[int], Tensor]) -> None:
-        self._read, self._found = read, dict[int, Tensor]()
+        self._read, self._tensors = read, dict[int, Tensor]()
 
     def __getitem__(self, k: int) -> Tensor:
-        if k not in self._found:
-            self._found[k] = self._read(k)
-        return self._found[k]
+        if k not in self._tensors:
+            self._tensors[k] = self._read(k)
+        return self._tensors[k]
 
 
 class TrajectoryCache:
-    """Trajectories of the float model in a folder, one file for some images each.
+    """Cache of the float model's trajectories in a folder, several images per file.
 
-    The folder is that of one model, scheduler, guidance and seed; of these it can hold any images, in several calls
+    A folder belongs to one model, scheduler, guidance and seed, and can hold any number of images from several calls
     of :meth:`ensure`. Ranks that share a file system generate disjoint files; a rank that does not see the files of
-    the others generates them too.
+    other ranks generates them too.
 
     Args:
-        folder: made where it is missing.
-        chunk: images in a file, which is what a stopped generation loses at most.
+        folder: Folder of the files; created if missing.
+        chunk: Number of images in a file, and so the most that an interrupted generation loses.
 
     Example:
         >>> from tempfile import mkdtemp
@@ -108,7 +108,7 @@ class TrajectoryCache:
             raise ConfigurationError(f"chunk={chunk}: expected at least one image in a file, as chunk=32.")
         self.folder, self.chunk = user_path(folder), chunk
         self._recipe: _Recipe | None = None
-        # Where an image is: its file, its row there, and the conditioning of that file.
+        # File and row of each image.
         self._rows: dict[int, tuple[_Chunk, int]] = {}
 
     def ensure(
@@ -122,27 +122,27 @@ class TrajectoryCache:
         progress: Progress | None = None,
         batch: int | None = None,
     ) -> int:
-        """Generate what is missing. Where there are several ranks, all of them call this.
+        """Generate the missing trajectories; all ranks must call this together.
 
         Args:
-            denoiser: around the float network.
-            sampler: what takes the steps.
-            conditioning: rows (n, ...) by name, {} for none.
-            ids: (n,) numbers of the images, all different.
-            shape: (C, H, W) of a state.
-            seed: of the noise.
-            progress: called with the number of images after each step that they took; those that are there already
-                count too. In all a rank counts its share of images times steps.
-            batch: images at once, None for a file's.
+            denoiser: Denoiser around the float network.
+            sampler: Sampler that takes the steps.
+            conditioning: Rows (n, ...) by name; {} for none.
+            ids: Distinct numbers of the images, (n,).
+            shape: Shape (C, H, W) of a state.
+            seed: Seed of the noise.
+            progress: Function that is called with the number of images after each of their steps; existing
+                trajectories count too. In total a rank counts its share of images times steps.
+            batch: Number of images computed at once; None computes a file's images together.
 
         Returns:
-            how many trajectories this process generated.
+            Number of trajectories that this process generated.
 
         Raises:
-            CheckpointError: the folder's trajectories are of another model, scheduler, step count, guidance, seed or
-                shape, or its description is damaged.
-            ConfigurationError: not enough space on the disk, images that occur twice, rows that do not agree.
-            QuantizationError: NaN in the denoiser's output, or another rank stopped.
+            CheckpointError: Folder with trajectories of another model, scheduler, step count, guidance, seed or shape,
+                or with a damaged description.
+            ConfigurationError: Not enough disk space, duplicate images, or conditioning without one row per image.
+            QuantizationError: Output of the denoiser with NaN or infinities, or another rank that failed.
         """
         recipe = _Recipe(denoiser, sampler, tuple(shape), seed)
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
@@ -156,48 +156,48 @@ class TrajectoryCache:
 
         device = device_of(denoiser.network, torch.device("cpu"))
         chunks = on_all_ranks(share, device, "generate their trajectories")
-        # Nothing, where the file system is shared.
+        # Files of other ranks that this rank does not see; none on a shared file system.
         generated += self._generate(recipe, chunks, None, batch, check=False)
         self._recipe = recipe
         self._rows.update({number: (chunk, row) for chunk in chunks for row, number in enumerate(chunk.ids)})
         return generated
 
     def trajectories(self, ids: Iterable[int] | Tensor) -> Trajectories:
-        """All steps of some images, (steps + 1, n, C, H, W) on the CPU, in the order of ids.
+        """Read all steps of some images, (steps + 1, n, C, H, W) on the CPU, in the order of ``ids``.
 
         Raises:
-            ConfigurationError: an image that :meth:`ensure` did not get.
-            CheckpointError: a file that is gone or damaged by now.
+            ConfigurationError: Image that was not passed to :meth:`ensure`.
+            CheckpointError: File that has been removed or damaged since.
         """
-        return self._read(numbers(ids), 0, self._steps, outputs=bool(self._known.sampler.history))
+        return self._read(numbers(ids), 0, self._steps, outputs=bool(self._ensured.sampler.history))
 
     def window(self, ids: Iterable[int] | Tensor, start: int, stop: int) -> Trajectories:
-        """Steps start .. stop - 1 of some images, with the float history before each; reads no others.
+        """Read only the steps start .. stop - 1 of some images, with the float history before each.
 
         Raises:
-            ConfigurationError: steps that there are not, an image that :meth:`ensure` did not get.
-            CheckpointError: a file that is gone or damaged by now.
+            ConfigurationError: Steps outside the trajectories, or an image that was not passed to :meth:`ensure`.
+            CheckpointError: File that has been removed or damaged since.
         """
         check_window(start, stop, range(self._steps))
-        found = numbers(ids)
-        states, outputs = (_ByStep(partial(self._at_step, found, name)) for name in (STATES, OUTPUTS))
-        histories = histories_of(self._known.sampler, range(start, stop), states, outputs)
-        return replace(self._read(found, start, stop, outputs=False), histories=histories)
+        image_numbers = numbers(ids)
+        states, outputs = (_ByStep(partial(self._at_step, image_numbers, name)) for name in (STATES, OUTPUTS))
+        histories = histories_of(self._ensured.sampler, range(start, stop), states, outputs)
+        return replace(self._read(image_numbers, start, stop, outputs=False), histories=histories)
 
     @property
-    def _known(self) -> _Recipe:
+    def _ensured(self) -> _Recipe:
         if self._recipe is None:
-            raise ConfigurationError("The cache does not know its trajectories yet: call ensure(...) first.")
+            raise ConfigurationError("The cache has no trajectories yet: call ensure(...) first.")
         return self._recipe
 
     @property
     def _steps(self) -> int:
-        return len(self._known.sampler.timesteps)
+        return len(self._ensured.sampler.timesteps)
 
     # -- reading --------------------------------------------------------------------------------------------------
 
     def _read(self, ids: list[int], start: int, stop: int, outputs: bool) -> Trajectories:
-        recipe, rows = self._known, [self._row(number) for number in ids]
+        recipe, rows = self._ensured, [self._row(number) for number in ids]
         return Trajectories(
             states=self._values(ids, STATES, start, stop + 1),
             outputs=self._values(ids, OUTPUTS, start, stop) if outputs else None,
@@ -221,7 +221,7 @@ class TrajectoryCache:
     def _row(self, number: int) -> tuple[_Chunk, int]:
         if number not in self._rows:
             raise ConfigurationError(
-                f"Image {number} is not among the {len(self._rows)} of the cache: give its number to ensure(..., ids=)"
+                f"Image {number} is not among the {len(self._rows)} of the cache: pass its number to ensure(..., ids=)"
                 " first."
             )
         return self._rows[number]
@@ -229,36 +229,37 @@ class TrajectoryCache:
     # -- generating -----------------------------------------------------------------------------------------------
 
     def _chunks(self, recipe: _Recipe, conditioning: Conditioning, ids: list[int]) -> Iterator[_Chunk]:
-        """The files of the images; a file's name says all that decides what is in it."""
+        """Yield the files of the images; the digest in a file's name covers everything that determines its content."""
         if len(set(ids)) < len(ids) or not ids:
             raise ConfigurationError(f"ids has {len(ids)} numbers, {len(set(ids))} of them different: write range(n).")
         _check_rows(conditioning, len(ids))
         described = describe(recipe.denoiser, recipe.sampler, recipe.shape, recipe.seed)
         check_description(self.folder, described)
         for first in range(0, len(ids), self.chunk):
-            some = ids[first : first + self.chunk]
+            chunk_ids = ids[first : first + self.chunk]
             rows = {name: values[first : first + self.chunk].cpu() for name, values in sorted(conditioning.items())}
-            parts = (described, some, [(name, fingerprint(values)) for name, values in rows.items()])
+            parts = (described, chunk_ids, [(name, fingerprint(values)) for name, values in rows.items()])
             digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
-            yield _Chunk(self.folder / f"{some[0]:06d}-{some[-1]:06d}-{digest}.safetensors", some, rows)
+            path = self.folder / f"{chunk_ids[0]:06d}-{chunk_ids[-1]:06d}-{digest}.safetensors"
+            yield _Chunk(path, chunk_ids, rows)
 
     def _generate(
         self, recipe: _Recipe, chunks: list[_Chunk], progress: Progress | None, batch: int | None, check: bool
     ) -> int:
         missing = [chunk for chunk in chunks if not (intact(chunk.path) if check else chunk.path.is_file())]
         images = sum(len(chunk.ids) for chunk in missing)
-        there = sum(len(chunk.ids) for chunk in chunks) - images
-        if progress is not None and there:
-            progress(there * len(recipe.sampler.timesteps))
+        existing = sum(len(chunk.ids) for chunk in chunks) - images
+        if progress is not None and existing:
+            progress(existing * len(recipe.sampler.timesteps))
         if missing:
             check_writable(self.folder)
             self._check_space(recipe, images)
         for chunk in missing:
             x = initial_noise(recipe.shape, chunk.ids, recipe.seed)
-            made = generate(
+            trajectories = generate(
                 recipe.denoiser, recipe.sampler, x, chunk.conditioning, chunk.ids, recipe.seed, True, progress, batch
             )
-            write(chunk.path, made)
+            write(chunk.path, trajectories)
         return images
 
     def _check_space(self, recipe: _Recipe, images: int) -> None:
@@ -274,4 +275,4 @@ class TrajectoryCache:
 def _check_rows(conditioning: Conditioning, images: int) -> None:
     for name, values in conditioning.items():
         if len(values) != images:
-            raise ConfigurationError(f"{name} has {len(values)} rows for {images} images: give it one row for each.")
+            raise ConfigurationError(f"{name} has {len(values)} rows for {images} images: expected one row per image.")

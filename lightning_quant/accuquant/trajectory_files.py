@@ -1,4 +1,4 @@
-"""The files of a folder of trajectories: what they are of in JSON, and tensors that are read by rows."""
+"""Files of a folder of trajectories: a description in JSON, and tensors that are read by rows."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _SHA = "sha256"
 
 
 def describe(denoiser: Denoiser, sampler: Sampler, shape: Sequence[int], seed: int) -> dict[str, Any]:
-    """What decides the float trajectories beside the images' numbers and conditioning, as JSON has it.
+    """Describe, for JSON, what determines float trajectories beside the images' numbers and conditioning.
 
     Args:
-        denoiser: around the float network.
-        sampler: what takes the steps.
-        shape: (C, H, W) of a state.
-        seed: of the noise.
+        denoiser: Denoiser around the float network.
+        sampler: Sampler that takes the steps.
+        shape: Shape (C, H, W) of a state.
+        seed: Seed of the noise.
     """
     scheduler = sampler.describe()
     described = {
@@ -56,11 +56,12 @@ def describe(denoiser: Denoiser, sampler: Sampler, shape: Sequence[int], seed: i
 
 
 def check_description(folder: Path, described: Mapping[str, Any]) -> None:
-    """Write what a folder's trajectories are of, or compare it with what is written there.
+    """Write the description of a folder's trajectories, or compare it with the existing one.
 
     Raises:
-        CheckpointError: they were made otherwise, or the description is damaged; names what differs.
-        ConfigurationError: the folder cannot be written to.
+        CheckpointError: Trajectories with another description, or a damaged description; the message names the
+            differences.
+        ConfigurationError: Folder that is not writable.
     """
     path = folder / DESCRIPTION
     if path.is_file():
@@ -73,18 +74,18 @@ def check_description(folder: Path, described: Mapping[str, Any]) -> None:
 
 
 def _compare(path: Path, expected: Mapping[str, Any]) -> None:
-    """Raise a CheckpointError where a folder's trajectories were made otherwise."""
+    """Raise a CheckpointError if a folder's trajectories have another description."""
     remedy = f"delete the folder {path.parent}, or write cache_dir=ANOTHER_FOLDER."
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        differences = list(_differences(_flat(found), _flat(expected)))
+        description = json.loads(path.read_text(encoding="utf-8"))
+        differences = list(_differences(_flat(description), _flat(expected)))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is cut off or changed ({error}): {remedy}") from error
+        raise CheckpointError(f"{path} is truncated or changed ({error}): {remedy}") from error
     if differences:
-        # Of the lists (timesteps, coefficients) one value says as much.
-        plain = [each for each in differences if not isinstance(each[1], list)] or differences
-        shown = "; ".join(f"{name} {_shown(old)} there, {_shown(new)} here" for name, old, new in plain)
-        raise CheckpointError(f"The trajectories in {path.parent} were made otherwise ({shown}): {remedy}")
+        # Lists such as the timesteps are shown only if nothing else differs.
+        scalars = [difference for difference in differences if not isinstance(difference[1], list)] or differences
+        shown = "; ".join(f"{name} {_shown(old)} there, {_shown(new)} here" for name, old, new in scalars)
+        raise CheckpointError(f"The trajectories in {path.parent} have other settings ({shown}): {remedy}")
 
 
 def _flat(described: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,17 +103,17 @@ def _shown(value: Any) -> str:
     return value[:12] if isinstance(value, str) else reprlib.repr(value)
 
 
-def write(path: Path, made: Trajectories) -> None:
-    """A file of trajectories, image by image so that those of one image lie together; under another name first."""
-    tensors = {STATES: made.states.transpose(0, 1).contiguous()}
-    if made.outputs is not None:
-        tensors[OUTPUTS] = made.outputs.transpose(0, 1).float().contiguous()
+def write(path: Path, trajectories: Trajectories) -> None:
+    """Write a file of trajectories atomically, with the steps of an image next to each other."""
+    tensors = {STATES: trajectories.states.transpose(0, 1).contiguous()}
+    if trajectories.outputs is not None:
+        tensors[OUTPUTS] = trajectories.outputs.transpose(0, 1).float().contiguous()
     with whole_file(path) as temporary:
         save_file(tensors, temporary, {_SHA: _sha(tensors)})
 
 
 def intact(path: Path) -> bool:
-    """Whether a file is there and holds what was written; warns where it does not."""
+    """Return whether a file exists and is undamaged; warn if it is damaged."""
     if not path.is_file():
         return False
     try:
@@ -120,25 +121,26 @@ def intact(path: Path) -> bool:
             expected = (file.metadata() or {}).get(_SHA)
         if _sha(load_file(path)) == expected:
             return True
-        problem = "its SHA-256 is not the one that was written down"
+        problem = "its SHA-256 is not the recorded one"
     except (SafetensorError, OSError) as error:
         problem = str(error)
-    rank_zero_warn(f"{path} is cut off or changed ({problem}): its trajectories are generated again.")
+    rank_zero_warn(f"{path} is truncated or changed ({problem}): its trajectories are generated again.")
     return False
 
 
 def read_row(path: Path, name: str, row: int, start: int, stop: int) -> Tensor:
-    """States or outputs (stop - start, C, H, W) of one image."""
+    """Read the states or outputs (stop - start, C, H, W) of one image."""
     try:
         with safe_open(path, framework="pt") as file:
-            found: Tensor = file.get_slice(name)[row : row + 1, start:stop]
-            return found[0]
+            rows: Tensor = file.get_slice(name)[row : row + 1, start:stop]
+            return rows[0]
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} is gone or damaged by now ({error}): start again, which generates its trajectories anew."
+            f"{path} was removed or damaged during the run ({error}): start again, which generates its trajectories"
+            " again."
         ) from error
 
 
 def _sha(tensors: Mapping[str, Tensor]) -> str:
-    # One value for all of them: safetensors writes several in any order, and equal trajectories are equal files.
+    # One digest for all tensors: safetensors writes metadata in any order, and equal trajectories must be equal files.
     return hashlib.sha256(repr([(name, fingerprint(tensors[name])) for name in sorted(tensors)]).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Gradients of the error that piles up over a window of denoising steps, in the memory of one network call.
+"""Gradients of the error accumulated over a window of denoising steps, in the memory of one network call.
 
 Source: Lee et al., "AccuQuant: Simulating Multiple Denoising Steps for Quantizing Diffusion Models", NeurIPS 2025
 (arXiv 2510.20348).
@@ -17,12 +17,12 @@ Adjoint = Literal["identity", "coefficient", "exact", "bptt", "per_step"]
 Denoise = Callable[[Tensor, int], Tensor]
 History = tuple[Tensor, ...]
 
-# Adjoints that walk to the last step before they know any gradient.
+# Adjoints that run forward to the last step before they compute any gradient.
 _WALKING = ("identity", "coefficient", "exact")
 
 
 class Steps(Protocol):
-    """What is needed of a sampler, see :class:`lightning_quant.accuquant.samplers.Sampler`."""
+    """Interface of a sampler, see :class:`lightning_quant.accuquant.samplers.Sampler`."""
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -31,7 +31,7 @@ class Steps(Protocol):
     def step(
         self, k: int, x: Tensor, output: Tensor, history: History, noise: Tensor | None = None
     ) -> tuple[Tensor, History]:
-        """The next state, and what is carried along beside it."""
+        """Return the next state and its history."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class Window:
     """Consecutive steps of a batch of trajectories.
 
     Attributes:
-        start: first step.
-        states: of the float model, (steps + 1, n, C, H, W); the last is the target, the first where the window starts.
-        histories: what the float sampler carried at each of the steps; empty for single-step samplers.
-        noises: of each step; empty where the sampler needs none.
-        x: where the quantized model starts; default the first state.
-        total: images that the loss is a mean of; default n, more where ranks share a batch.
+        start: Index of the first step.
+        states: States of the float model, (steps + 1, n, C, H, W), from the start of the window to the target.
+        histories: History of the float sampler before each step; empty for single-step samplers.
+        noises: Noise of each step; empty if the sampler needs none.
+        x: State from which the quantized model starts; None takes the first state.
+        total: Number of images that the loss is averaged over; None takes n, more if ranks share a batch.
     """
 
     start: int
@@ -59,19 +59,19 @@ class Window:
 
     @property
     def begin(self) -> Tensor:
-        """Where the quantized model starts."""
+        """State from which the quantized model starts."""
         return self.states[0] if self.x is None else self.x
 
     def history(self, step: int) -> History:
-        """What the float sampler carried at the given step of the window."""
+        """Return the float sampler's history before a step of the window."""
         return self.histories[step] if self.histories else ()
 
     def noise(self, step: int) -> Tensor | None:
-        """Noise of the given step of the window."""
+        """Return the noise of a step of the window."""
         return self.noises[step] if self.noises else None
 
     def single(self, step: int) -> Window:
-        """One step of it, from the float state."""
+        """Return a window of one step, from the float state."""
         states = self.states[step : step + 2]
         histories, noises = self.histories[step : step + 1], self.noises[step : step + 1]
         return Window(self.start + step, states, histories, noises, total=self.total)
@@ -79,7 +79,7 @@ class Window:
 
 @dataclass
 class Rollout:
-    """States (steps + 1), outputs (steps) and histories (steps + 1) along a window."""
+    """States (steps + 1), outputs (steps) and histories (steps + 1) of a rollout over a window."""
 
     states: list[Tensor]
     histories: list[History]
@@ -89,23 +89,23 @@ class Rollout:
 def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoint = "identity") -> Tensor:
     """Add the gradients of a window's loss to the leaf tensors of the network's quantizers.
 
-    The loss is the squared error of the state at the end of the window, summed over elements, a mean over images.
-    ``identity`` sends its gradient straight to every state of the window, by-passing the networks in between, and then
-    recomputes one step at a time with autograd: the memory of one network call, whatever the length. ``coefficient``
-    by-passes the networks but not the sampler's factors. ``exact`` goes backwards through the steps, one recomputed at
-    a time, and equals ``bptt``, which keeps all of them. ``per_step`` starts each step at the float state, as methods
-    before this one, and takes the error of each.
+    The loss is the squared error of the state at the end of the window, summed over elements and averaged over images.
+    ``identity`` passes its gradient unchanged to every state of the window, bypassing the networks in between, and
+    then recomputes one step at a time with autograd, in the memory of one network call whatever the length.
+    ``coefficient`` bypasses the networks but not the sampler's factors. ``exact`` backpropagates through the steps,
+    recomputing one at a time, and equals ``bptt``, which stores all of them. ``per_step`` starts each step at the float
+    state, as earlier methods do, and sums the errors of the steps.
 
-    A multistep sampler uses an output in several steps: the gradient of an output collects them all.
+    A multistep sampler uses an output in several steps; the gradient of an output sums over all of them.
 
     Args:
-        denoise: from a state (n, C, H, W) and its timestep to the output that the sampler takes.
-        sampler: the steps.
-        window: what to walk over.
-        adjoint: how the gradient goes back.
+        denoise: Function from a state (n, C, H, W) and its timestep to the output that the sampler takes.
+        sampler: Sampler that takes the steps.
+        window: Window of float states and noise.
+        adjoint: Way in which the gradient is propagated back.
 
     Returns:
-        the loss, detached.
+        Loss, detached.
 
     Example:
         >>> from lightning_quant.accuquant.samplers import sampler_of
@@ -120,7 +120,7 @@ def window_loss(denoise: Denoise, sampler: Steps, window: Window, adjoint: Adjoi
 
 
 def network_calls(adjoint: Adjoint, length: int) -> int:
-    """Calls of the network that :func:`window_loss` makes over a window; as many as it has steps are with a backward.
+    """Return the number of network calls of :func:`window_loss`, of which ``length`` have a backward pass.
 
     Example:
         >>> network_calls("identity", 4), network_calls("per_step", 4)
@@ -131,7 +131,7 @@ def network_calls(adjoint: Adjoint, length: int) -> int:
 
 @torch.no_grad()
 def roll(denoise: Denoise, sampler: Steps, window: Window, steps: int | None = None) -> Rollout:
-    """The quantized model over a window, or over some first steps of it, without gradients."""
+    """Run the quantized model over a window, or over its first ``steps`` steps, without gradients."""
     rollout = Rollout([window.begin], [window.history(0)])
     for step in range(len(window) if steps is None else steps):
         k, x = window.start + step, rollout.states[-1]
@@ -158,7 +158,7 @@ def _bptt(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
 
 
 def _exact(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
-    # The last step is walked with its graph: it is the first to go backwards through.
+    # The last step is computed with its graph, as it is the first one of the backward pass.
     last = len(window) - 1
     rollout = roll(denoise, sampler, window, last)
     loss, gradients = torch.zeros(()), list[Tensor | None]()
@@ -170,8 +170,8 @@ def _exact(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
             loss = _loss(following[0], window)
             loss.backward()  # type: ignore[no-untyped-call]
         else:
-            known = [(t, g) for t, g in zip((following[0], *following[1]), gradients, strict=True) if g is not None]
-            torch.autograd.backward([t for t, _ in known], [g for _, g in known])
+            pairs = [(t, g) for t, g in zip((following[0], *following[1]), gradients, strict=True) if g is not None]
+            torch.autograd.backward([t for t, _ in pairs], [g for _, g in pairs])
         gradients = [t.grad for t in (x, *history)]
     return loss.detach()
 
@@ -185,7 +185,7 @@ def _coefficient(denoise: Denoise, sampler: Steps, window: Window) -> Tensor:
 
 
 def _bypass(denoise: Denoise, sampler: Steps, window: Window, straight: bool) -> Tensor:
-    # The last call keeps its graph: its output is all that the gradients still wait for.
+    # The last call keeps its graph; all gradients can be computed once its output is there.
     last = len(window) - 1
     rollout = roll(denoise, sampler, window, last)
     output = denoise(rollout.states[last], sampler.timesteps[window.start + last])
@@ -201,17 +201,17 @@ def _bypass(denoise: Denoise, sampler: Steps, window: Window, straight: bool) ->
 def _output_gradients(
     sampler: Steps, window: Window, outputs: list[Tensor], straight: bool
 ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-    """The loss, and its gradient in each output with the networks taken for constants: through the steps alone."""
+    """Return the loss and its gradient in each output, through the steps alone: networks count as constants."""
     outputs = [output.detach().requires_grad_() for output in outputs]
     x, history = window.begin, window.history(0)
     for step, output in enumerate(outputs):
         k, before = window.start + step, x
         x, history = sampler.step(k, x.detach() if straight else x, output, history, window.noise(step))
         if straight:
-            # The step's value with the gradient of the identity.
+            # The value of the step, with the gradient of the identity.
             x = x + (before - before.detach())
     loss = _loss(x, window)
-    # Where a Runge-Kutta start is split between windows, an output may have no use in this one.
+    # If a Runge-Kutta start is split between windows, an output may be unused in this one.
     return loss.detach(), torch.autograd.grad(loss, outputs, allow_unused=True)
 
 

@@ -1,6 +1,6 @@
 """The command line `lightning-quant`: a LightningCLI, the packaged configs and the demo.
 
-Nothing here imports torch or Lightning before a verb that needs them runs.
+torch and Lightning are imported only by the verbs that need them.
 """
 
 from lightning_quant.cli.entry import main

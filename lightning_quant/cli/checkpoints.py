@@ -1,4 +1,4 @@
-"""Checkpoints by the names that Lightning gives them, for a process that did not train."""
+"""Checks of the checkpoint names `best`, `last` and `hpc`, for a process that did not train."""
 
 from __future__ import annotations
 
@@ -14,30 +14,31 @@ from lightning_quant.cli.advice import UsageError
 from lightning_quant.utilities.paths import check_writable, trainer_path
 
 NAMED = ("best", "last", "hpc")
-# These begin anew where there is no last checkpoint yet.
+# Verbs that start from scratch if there is no last checkpoint yet.
 _TRAINS = ("fit", "calibrate")
 
 
 def check_named(verb: str, name: str | None, trainer: Trainer) -> None:
-    """Refuse a name that Lightning would not find a checkpoint for, and say which there are.
+    """Refuse a name for which Lightning would not find a checkpoint, and list the existing checkpoints.
 
     Args:
         verb: Verb of the command line.
-        name: Value of `--ckpt_path`; what is no name is let through.
+        name: Value of `--ckpt_path`; paths are accepted unchecked.
         trainer: Trainer with the checkpoint callbacks of the command line.
 
     Raises:
-        UsageError: Always for `best`, which only the process that trained knows; for `last` where nothing is.
+        UsageError: The name `best`, which only the training process can resolve, or `last` or `hpc` without such a
+            checkpoint.
     """
     if name not in NAMED or "://" in str(trainer.default_root_dir):
         return
-    own, folder = _folders(trainer)
+    current, folder = _folders(trainer)
     files = sorted(folder.rglob("*.ckpt"), key=lambda file: file.stat().st_mtime, reverse=True)
-    if name == "last" and (verb in _TRAINS or any(own.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"))):
+    if name == "last" and (verb in _TRAINS or any(current.glob(f"{ModelCheckpoint.CHECKPOINT_NAME_LAST}*.ckpt"))):
         return
     if name == "hpc" and any(trainer_path(trainer.default_root_dir).glob("hpc_ckpt_*.ckpt")):
         return
-    why = "only the process that trained knows which it is" if name == "best" else f"there is none in {own}"
+    why = "only the process that trained knows which it is" if name == "best" else f"there is none in {current}"
     write = (_recorded_best(files[0]) if name == "best" else None) or files[0] if files else "FILE"
     raise UsageError(
         f"--ckpt_path {name}: {why}; the folder {folder} holds {listed(files, folder)}. Write --ckpt_path {write}"
@@ -45,13 +46,13 @@ def check_named(verb: str, name: str | None, trainer: Trainer) -> None:
 
 
 def check_root(trainer: Trainer) -> None:
-    """Refuse a folder of logs that cannot be written to, where the config of the run goes first.
+    """Refuse a log folder that is not writable, before the config of the run is saved there.
 
     Args:
         trainer: Trainer of the command line.
 
     Raises:
-        ConfigurationError: Another folder is to be given, as `--trainer.default_root_dir`.
+        ConfigurationError: Folder that is not writable.
     """
     root = str(trainer.log_dir or trainer.default_root_dir)
     if trainer.is_global_zero and not trainer.fast_dev_run and "://" not in root:  # type: ignore[attr-defined]
@@ -59,7 +60,7 @@ def check_root(trainer: Trainer) -> None:
 
 
 def listed(paths: Iterable[Path], folder: Path | None = None) -> str:
-    """Return some files as words, the first ten.
+    """Return the first ten paths as text.
 
     Example:
         >>> listed([Path("a.ckpt"), Path("b.ckpt")]), listed([])
@@ -70,17 +71,17 @@ def listed(paths: Iterable[Path], folder: Path | None = None) -> str:
 
 
 def _folders(trainer: Trainer) -> tuple[Path, Path]:
-    """Folders of this run's checkpoints, and of those of the runs before it too."""
+    """Return the folder of this run's checkpoints, and the one that also holds those of earlier runs."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint) and callback.dirpath is not None:
             return trainer_path(callback.dirpath), trainer_path(callback.dirpath)
     root = trainer_path(trainer.log_dir or trainer.default_root_dir)
-    # With a logger each run has a folder of its own, beside those of others.
+    # With a logger, each run has its own folder beside those of other runs.
     return root / "checkpoints", root.parent if trainer.loggers else root / "checkpoints"
 
 
 def _recorded_best(file: Path) -> str | None:
-    """The best checkpoint by the record in the newest."""
+    """Return the best checkpoint according to the newest one."""
     with suppress(Exception):
         states = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["callbacks"].values()
         paths = [state["best_model_path"] for state in states if isinstance(state, dict) and "best_model_path" in state]

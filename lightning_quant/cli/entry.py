@@ -1,4 +1,4 @@
-"""What the words of a command line lead to."""
+"""Entry point of the command line."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ verbs:
 {verbs}
 
   lightning-quant VERB --help             options of a verb
-  lightning-quant fit --config NAME       NAME: a file of yours, or one of `lightning-quant configs`
+  lightning-quant fit --config NAME       NAME: your own file, or one of `lightning-quant configs`
 
-options: --help, --version, --debug (after the verb: tracebacks; also LIGHTNING_QUANT_DEBUG=1)
+options: --help, --version, --debug (after the verb: show tracebacks; same as LIGHTNING_QUANT_DEBUG=1)
 """
 
 
@@ -33,11 +33,11 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run one command line.
 
     Args:
-        args: The words after `lightning-quant`; those of the process if not given.
+        args: Words after `lightning-quant`; None takes those of the process.
 
     Raises:
-        SystemExit: With code 2 if the command line is wrong, 1 if the package refuses to go on; both
-            with one message on stderr. `--debug` lets the error through instead.
+        SystemExit: Code 2 for a wrong command line, code 1 for an error of the package; both print one message to
+            stderr. `--debug` raises the error instead.
 
     Example:
         >>> main(["configs", "quickstart"])  # doctest: +ELLIPSIS
@@ -89,8 +89,8 @@ def _configs(argv: Sequence[str]) -> None:
         return
     names = packaged.names()
     width = max(map(len, names)) + 2
-    for each in names:
-        print(f"{each:<{width}}{packaged.describe(each)}")
+    for name in names:
+        print(f"{name:<{width}}{packaged.describe(name)}")
 
 
 def _demo(argv: Sequence[str]) -> None:

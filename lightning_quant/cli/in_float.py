@@ -1,4 +1,4 @@
-"""A callback that evaluates the float weights of a checkpoint, whatever it holds."""
+"""Callback that evaluates the float weights of a checkpoint, even a quantized one."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from lightning_quant.nn.structure import rebuild_when_loading, strip
 
 
 class InFloat(pl.Callback):
-    """Take the quantizers off a module before it is evaluated: what ``--quantization null`` asks for."""
+    """Callback behind ``--quantization null``: it removes a module's quantizers before the evaluation."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Let the module load a quantized checkpoint; a fit goes on as its module says."""
+        """Let the module load a quantized checkpoint; a fit is left alone."""
         if stage != "fit":
             rebuild_when_loading(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Validate in float; a validation within a fit is of what is trained."""
+        """Validate in float; a validation within a fit evaluates the module as it is trained."""
         if trainer.state.fn == "validate":
             strip(pl_module)
 

@@ -32,20 +32,20 @@ from lightning_quant.gradient import GradientQuantization, IntervalStrategy
 from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.utilities.paths import trainer_path, user_path
 
-# Options that say something without a value too.
+# Options that may be written without a value.
 _SWITCHES, _BOOLEANS = ("--compare_float",), ("true", "false")
-# The class that jsonargparse failed to make, innermost first.
+# The class that jsonargparse failed to instantiate, innermost first.
 _WRAPPED = re.compile(r"Given value: Namespace\(class_path='([\w.]+)'")
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser, with errors of one sentence."""
+    """LightningCLI's parser with one-sentence errors."""
 
     def add_class_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add those of a class; what may be an object or a mapping of its arguments is the object here.
+        """Add the arguments of a class; an argument that takes an object or a mapping takes only the object here.
 
-        A mapping takes anything: the one wrong option that is no option of the object would become a mapping, in the
-        place of all that a config says about it.
+        A mapping accepts anything: one misspelled option of the object would become a mapping that replaces
+        everything that a config says about it.
         """
         added: list[str] = super().add_class_arguments(*args, **kwargs)
         for action in self._actions:
@@ -54,7 +54,7 @@ class Parser(LightningArgumentParser):
         return added
 
     def parse_args(self, args: Sequence[str] | None = None, *more: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Parse; `null` for an option of an option of a class arrives here as the text of what it became, None."""
+        """Parse the arguments; `null` for a nested option of a class arrives here as the text `None`."""
         if args is not None:
             args = [f"{arg[:-4]}null" if arg.endswith("=None") else arg for arg in args]
             following = pairwise([*args, ""])
@@ -66,7 +66,8 @@ class Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        options = [action.dest for each in (parser, *_subparsers(parser)) for action in each._actions]
+        parsers = (parser, *_subparsers(parser))
+        options = [action.dest for candidate in parsers for action in candidate._actions]
         bases = (LightningModule, LightningDataModule, Callback, IntervalStrategy, Optimizer, LRScheduler)
         ours = [name for name in lightning_quant.__all__ if isclass(vars(lightning_quant).get(name))]
         classes = [*ours, *(cls.__name__ for base in bases for cls in _subclasses(base))]
@@ -79,11 +80,11 @@ class QuantizationCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's verbs and ours, each with the arguments that are not options."""
+        """Return the verbs of Lightning and of this package, each with the arguments that are not options."""
         return {**LightningCLI.subcommands(), "calibrate": {"model", "datamodule"}, "analyze": {"model", "datamodule"}}
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        """Let help begin with what the verb does, not with fifty lines that say how its options are written."""
+        """Make the help start with a description of the verb instead of fifty lines of option syntax."""
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.usage = (
             f"lightning-quant {subcommand} --config FILE [--OPTION VALUE ...]\n\n"
@@ -100,22 +101,22 @@ class QuantizationCLI(LightningCLI):
         parser.add_argument(
             "--quantization",
             type=self.quantizations(),
-            # Absent is not null, which also takes the quantizers of a checkpoint off.
+            # An absent option differs from null, which also removes the quantizers of a checkpoint.
             default=SUPPRESS,
             help="GradientQuantization, IGQViT or AccuQuant, e.g. `--quantization.weight_bits 6`; null for float.",
         )
 
     @staticmethod
     def quantizations() -> Any:
-        """The type of `--quantization`; options without a class name are those of the first."""
-        # These bring libraries that help does without.
+        """Return the type of `--quantization`; options without a class name belong to the first class."""
+        # Imported here because help does not need the libraries behind them.
         from lightning_quant.accuquant.callback import AccuQuant
         from lightning_quant.igq_vit.callback import IGQViT
 
         return GradientQuantization | IGQViT | AccuQuant | None
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Parse without Lightning's warning about arguments beside `sys.argv`: here they stem from it."""
+        """Parse without Lightning's warning about arguments passed beside `sys.argv`: here they come from it."""
         match args:
             case None | list():
                 self.config = parser.parse_args(args)
@@ -124,7 +125,7 @@ class QuantizationCLI(LightningCLI):
         _check_values(self.config.get(self.config.get("subcommand") or "") or self.config)
 
     def _parse_ckpt_path(self) -> None:
-        """Take the model from the checkpoint where it names its class; one written from Python does not."""
+        """Read the model from a checkpoint that names its class; one written from Python does not."""
         path = self.config[self.config.subcommand].get("ckpt_path") if self.config.get("subcommand") else None
         if path and (file := trainer_path(path)).is_file():
             checkpoint = torch.load(file, weights_only=True, map_location="cpu", mmap=True)
@@ -133,7 +134,7 @@ class QuantizationCLI(LightningCLI):
         super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
-        """Build model, data and trainer; what a constructor refuses is a ConfigurationError."""
+        """Build model, data and trainer; turn errors of their constructors into ConfigurationErrors."""
         try:
             super().instantiate_classes()
         except (UsageError, QuantizationError):
@@ -145,8 +146,8 @@ class QuantizationCLI(LightningCLI):
             check_root(self.trainer)
 
     def _refusal(self, error: Exception) -> str:
-        """The option whose object could not be made, and why not."""
-        # jsonargparse wraps what the constructor of an optional class says, and may drop the original.
+        """Return the option whose object could not be built, and the reason."""
+        # jsonargparse wraps the error of an optional class's constructor, and may drop the original.
         text = str(error)
         classes = _WRAPPED.findall(text)
         reason = explain(text) if "Union subtypes" in text else text
@@ -158,41 +159,42 @@ class QuantizationCLI(LightningCLI):
         options |= {f"trainer.{key}": value for key, value in vars(config.trainer).items()}
         for key, value in options.items():
             if classes and isinstance(value, Namespace) and value.get("class_path") == classes[-1]:
-                # What our constructors say ends with what to write.
-                made = "" if reason.endswith(".") else f"{classes[-1].rpartition('.')[2]} cannot be made of this: "
-                return f"--{key}: {made}{reason}"
+                # Messages of our own constructors end with the line to write and a full stop.
+                prefix = "" if reason.endswith(".") else f"{classes[-1].rpartition('.')[2]} cannot be built: "
+                return f"--{key}: {prefix}{reason}"
             if isinstance(value, list) and text.endswith(f"Given value: {value}"):
                 return f"--{key}: {reason}"
         return reason
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer, with the quantization ahead of all other callbacks."""
-        chosen, model = self._get(self.config_init, "quantization"), self._get(self.config_init, "model")
+        quantization, model = self._get(self.config_init, "quantization"), self._get(self.config_init, "model")
         calibrates = getattr(model, "fit_is_calibration", False)
-        others = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
-        others = list(others) if isinstance(others, list) else [others]
-        own = model.configure_callbacks()
-        if not any(isinstance(each, WhatRan) for each in (own if isinstance(own, Sequence) else [own])):
-            others.append(WhatRan())
-        if chosen is None:
+        callbacks = kwargs.get("callbacks", self._get(self.config_init, "trainer")["callbacks"]) or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        of_model = model.configure_callbacks()
+        of_model = of_model if isinstance(of_model, Sequence) else [of_model]
+        if not any(isinstance(callback, WhatRan) for callback in of_model):
+            callbacks.append(WhatRan())
+        if quantization is None:
             evaluates = self.subcommand in ("validate", "test", "predict")
-            asked = evaluates and self._get(self.config_init, "quantization", default="") is None
-            if asked and calibrates:
+            in_float = evaluates and self._get(self.config_init, "quantization", default="") is None
+            if in_float and calibrates:
                 raise UsageError(
                     f"{type(model).__name__} is evaluated quantized, found --quantization null: write --compare_float"
-                    f" for both, or --model of the float network."
+                    f" to evaluate both, or --model with the float network."
                 )
-            return self._trainer(**{**kwargs, "callbacks": [InFloat(), *others] if asked else others})
+            return self._trainer(**{**kwargs, "callbacks": [InFloat(), *callbacks] if in_float else callbacks})
         if calibrates:
             raise UsageError(
-                f"{type(model).__name__} is quantized as --model.quantization says; write --model.quantization.OPTION"
-                f" in the place of --quantization.OPTION, found {type(chosen).__name__} there."
+                f"{type(model).__name__} is quantized by --model.quantization; write --model.quantization.OPTION"
+                f" instead of --quantization.OPTION, found {type(quantization).__name__} there."
             )
-        if any(isinstance(callback, type(chosen)) for callback in others):
-            name = type(chosen).__name__
+        if any(isinstance(callback, type(quantization)) for callback in callbacks):
+            name = type(quantization).__name__
             raise UsageError(f"{name} is given twice, as `quantization` and in `trainer.callbacks`; keep one of them.")
         # First, because a callback that copies the weights in `setup` (EMA) must see the quantized layers.
-        return self._trainer(**{**kwargs, "callbacks": [chosen, *others]})
+        return self._trainer(**{**kwargs, "callbacks": [quantization, *callbacks]})
 
     def _trainer(self, **kwargs: Any) -> Trainer:
         try:
@@ -202,7 +204,7 @@ class QuantizationCLI(LightningCLI):
 
 
 class _HelpCLI(QuantizationCLI):
-    """Answers `--help` and nothing else."""
+    """CLI that answers `--help` only, without importing the calibrating callbacks."""
 
     @staticmethod
     def quantizations() -> Any:
@@ -210,15 +212,15 @@ class _HelpCLI(QuantizationCLI):
 
 
 def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
-    """Parse, instantiate and, unless told otherwise, run.
+    """Parse a command line, build its objects and run its verb.
 
     Args:
-        args: A command line without the name of the program; with `run=False` also without the verb.
-        run: Whether the verb is carried out.
+        args: Command line without the name of the program; with `run=False` also without the verb.
+        run: Whether to run the verb.
     """
     helping = bool({"-h", "--help"} & set(args))
     if not helping:
-        # Short names such as `ImageClassifier` are found among imported classes; help does without.
+        # Short names such as `ImageClassifier` are found among imported classes; help does not need them.
         for name in lightning_quant.__all__:
             getattr(lightning_quant, name)
         import_module("lightning_quant.models")
@@ -235,7 +237,7 @@ def build(args: Sequence[str], run: bool = True) -> QuantizationCLI:
 
 @contextmanager
 def _verbs_are_no_names() -> Iterator[None]:
-    """The parser asks the package whether a verb is one of its names; of `analyze` that would import all it needs."""
+    """Keep the parser, which looks verbs up in the package, from importing everything that `analyze` needs."""
     names = vars(lightning_quant)
     absent = CalibratingTrainer.analyze.__name__ not in names
     if absent:
@@ -248,24 +250,24 @@ def _verbs_are_no_names() -> Iterator[None]:
 
 
 def _first(error: BaseException) -> BaseException:
-    """What an error was made of."""
+    """Return the first error in the chain of causes."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
     return error
 
 
 def _check_values(config: Any) -> None:
-    """Refuse what the parser lets through, and LightningCLI stumbles over."""
+    """Refuse values that the parser accepts but LightningCLI fails on."""
     trainer, seed = config.get("trainer"), config.get("seed_everything")
     if not isinstance(trainer, Namespace):
         raise UsageError(f"--trainer: expected its options, as --trainer.max_epochs 1, found {trainer!r}.")
     if type(seed) is int and not 0 <= seed < 2**32:
         raise UsageError(f"--seed_everything: {seed} is not in 0 .. 4294967295.")
     path = str(config.get("ckpt_path") or "best")
-    # Others than files on this disk, Lightning finds.
+    # Lightning resolves names, registries and addresses by itself.
     if path not in NAMED and not path.startswith("registry") and "://" not in path:
-        config["ckpt_path"] = str(found := user_path(path))
-        _check_exists(found)
+        config["ckpt_path"] = str(file := user_path(path))
+        _check_exists(file)
 
 
 def _check_exists(path: Path) -> None:
@@ -278,7 +280,7 @@ def _check_exists(path: Path) -> None:
 
 
 def object_alone(typehint: Any) -> Any:
-    """The type of an option that is an object or a mapping, without the mapping; others as they are.
+    """Return the type of an option that takes an object or a mapping, without the mapping; other types unchanged.
 
     Example:
         >>> object_alone(Path | dict[str, int] | None)

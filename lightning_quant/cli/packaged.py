@@ -1,4 +1,4 @@
-"""The configs that travel with the package, found by name from any folder."""
+"""The configs that ship with the package, found by name from any folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = next(filter(Path.is_dir, (_PACKAGE / "configs", _PACKAGE.parent / "conf
 
 
 def names() -> list[str]:
-    """Names of all packaged configs, as `--config` takes them.
+    """Return the names of all packaged configs, as `--config` takes them.
 
     Example:
         >>> "quickstart.yaml" in names()
@@ -24,7 +24,7 @@ def names() -> list[str]:
 
 
 def describe(name: str) -> str:
-    """The first comment line of a packaged config.
+    """Return the first comment line of a packaged config.
 
     Example:
         >>> describe("quickstart.yaml").startswith("Digits")
@@ -35,12 +35,12 @@ def describe(name: str) -> str:
 
 
 def find(given: str) -> Path:
-    """The file that `--config given` means: a local one if there is one, else the packaged one.
+    """Find the file that `--config given` refers to: a local file if it exists, else the packaged one.
 
-    The suffix `.yaml` and a leading `configs/` may be there or not.
+    The suffix `.yaml` and a leading `configs/` are optional.
 
     Raises:
-        UsageError: Neither a local nor a packaged file has that name.
+        UsageError: No local and no packaged file of that name.
     """
     if (local := user_path(given)).is_file():
         return local
@@ -49,20 +49,20 @@ def find(given: str) -> Path:
         if name in names():
             return FOLDER / name
     if local.is_dir():
-        raise UsageError(f"--config {given} is a folder; name a YAML file in it.")
+        raise UsageError(f"--config {given} is a folder; write the path of a YAML file in it.")
     near = did_you_mean(
         inside, [*names(), *(str(PurePath(given).with_name(path.name)) for path in local.parent.glob("*.y*ml"))]
     )
     raise UsageError(
-        f"There is no config file {given!r}, neither here nor among the packaged ones{near}; "
-        "`lightning-quant configs` lists those."
+        f"There is no config file {given!r}, neither here nor among the packaged configs{near}; "
+        "`lightning-quant configs` lists the packaged ones."
     )
 
 
 def resolve(argv: Sequence[str]) -> list[str]:
-    """Replace every `--config NAME` of a command line by the path of the file it means.
+    """Replace every `--config NAME` of a command line by the path of its file.
 
-    YAML given in place, `-` and addresses such as `s3://...` are left as they are.
+    Inline YAML, `-` and addresses such as `s3://...` are left unchanged.
 
     Example:
         >>> resolve(["fit", "--trainer.max_epochs", "1"])

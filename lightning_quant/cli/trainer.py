@@ -1,4 +1,4 @@
-"""The Trainer of the command line: Lightning's, with the verbs `calibrate` and `analyze`."""
+"""The Trainer of the command line: Lightning's Trainer with the verbs `calibrate` and `analyze`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 
 from lightning_quant.cli.advice import UsageError
 
-# True of a training. The network of a calibration is in evaluation, and its steps are no data.
-_UNTRUE = ("Found .* module.* in eval mode", "Your `IterableDataset` has `__len__` defined")
+# These warnings apply to training only: calibration runs in eval mode, and its steps carry no data.
+_TRAINING_ONLY = ("Found .* module.* in eval mode", "Your `IterableDataset` has `__len__` defined")
 
 
 class CalibratingTrainer(Trainer):
-    """Lightning's Trainer with two verbs more; a verb of the command line is a method of its Trainer.
+    """Lightning's Trainer with the additional verbs ``calibrate`` and ``analyze``.
 
-    ``validate`` and ``test`` can evaluate in float too, and print both side by side.
+    Each verb of the command line is a method of its Trainer. ``validate`` and ``test`` can also evaluate the float
+    network and print both results side by side.
     """
 
     def validate(  # type: ignore[override]
@@ -28,15 +29,15 @@ class CalibratingTrainer(Trainer):
 
         Args:
             args: Arguments of ``Trainer.validate``.
-            compare_float: Whether the float network is evaluated too, and both are printed.
-            float_ckpt_path: Checkpoint of the float network, needed to compare what was trained quantized.
+            compare_float: Whether to evaluate the float network too, and print both results.
+            float_ckpt_path: Checkpoint of the float network; needed to compare a network that was trained quantized.
             kwargs: Arguments of ``Trainer.validate``.
         """
         with self._comparing(compare_float, float_ckpt_path) as compared:
-            found = super().validate(*args, **kwargs)
+            results = super().validate(*args, **kwargs)
         if compared:
-            _print_comparison(self, found, "validate", float_ckpt_path, args, kwargs)
-        return found
+            _print_comparison(self, results, "validate", float_ckpt_path, args, kwargs)
+        return results
 
     def test(  # type: ignore[override]
         self, *args: Any, compare_float: bool = False, float_ckpt_path: str | None = None, **kwargs: Any
@@ -45,15 +46,15 @@ class CalibratingTrainer(Trainer):
 
         Args:
             args: Arguments of ``Trainer.test``.
-            compare_float: Whether the float network is evaluated too, and both are printed.
-            float_ckpt_path: Checkpoint of the float network, needed to compare what was trained quantized.
+            compare_float: Whether to evaluate the float network too, and print both results.
+            float_ckpt_path: Checkpoint of the float network; needed to compare a network that was trained quantized.
             kwargs: Arguments of ``Trainer.test``.
         """
         with self._comparing(compare_float, float_ckpt_path) as compared:
-            found = super().test(*args, **kwargs)
+            results = super().test(*args, **kwargs)
         if compared:
-            _print_comparison(self, found, "test", float_ckpt_path, args, kwargs)
-        return found
+            _print_comparison(self, results, "test", float_ckpt_path, args, kwargs)
+        return results
 
     def analyze(
         self,
@@ -65,21 +66,21 @@ class CalibratingTrainer(Trainer):
         images: int = 32,
         float_ckpt_path: str | None = None,
     ) -> None:
-        """Measure a quantized network layer by layer on its test data, and write a report of it.
+        """Measure a quantized network layer by layer on its test data, and write a report.
 
         Args:
-            model: Quantized, by a checkpoint or by a callback such as `--quantization IGQViT`.
-            datamodule: Of the test data; None where the model has its own.
-            ckpt_path: A checkpoint of a quantized run.
-            folder: For quantization_report.html and .json; None takes the logger's.
-            sensitivity: Whether layers are measured one by one.
-            images: Rows of batches that they are measured on at least.
-            float_ckpt_path: Checkpoint of the float network to compare with, where it was trained quantized.
+            model: Module that a checkpoint or a callback such as `--quantization IGQViT` quantizes.
+            datamodule: DataModule with the test data; None if the model has its own.
+            ckpt_path: Checkpoint of a quantized run.
+            folder: Folder for quantization_report.html and .json; None takes the logger's.
+            sensitivity: Whether to measure the layers one by one.
+            images: Minimum number of images for the measurement.
+            float_ckpt_path: Checkpoint of the float network; needed for a network that was trained quantized.
 
         Raises:
-            QuantizationError: Nothing that is quantized, or could be.
+            QuantizationError: Network with no layer that is quantized or can be.
         """
-        from lightning_quant.report.analyzing import analyze  # brings libraries that help does without
+        from lightning_quant.report.analyzing import analyze  # imports libraries that help does not need
 
         analyze(model, datamodule, folder, ckpt_path, sensitivity, images, self, float_ckpt_path)
 
@@ -89,17 +90,17 @@ class CalibratingTrainer(Trainer):
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
     ) -> None:
-        """Calibrate a quantized network: on unlabelled images, or on what a diffusion model samples.
+        """Calibrate a quantized network on unlabeled images, or a diffusion model on its own samples.
 
-        It is `fit` of a module whose fit is its calibration, with all that Lightning does around a fit.
+        This is `fit` of a module whose fit is its calibration, with all that Lightning does around a fit.
 
         Args:
-            model: A module with `fit_is_calibration = True`, such as IGQViTModule and AccuQuantModule.
-            datamodule: Where the images come from, if it needs any.
-            ckpt_path: A checkpoint of a stopped calibration, which goes on from there.
+            model: Module with `fit_is_calibration = True`, such as IGQViTModule and AccuQuantModule.
+            datamodule: DataModule with the calibration images, if the module needs any.
+            ckpt_path: Checkpoint of an interrupted calibration to resume.
 
         Raises:
-            UsageError: A module that is trained by its fit.
+            UsageError: Module whose fit is a training.
 
         Example:
             >>> from lightning.pytorch.demos.boring_classes import BoringModel
@@ -111,19 +112,20 @@ class CalibratingTrainer(Trainer):
         """
         if getattr(model, "fit_is_calibration", False):
             with warnings.catch_warnings():
-                for message in _UNTRUE:
+                for message in _TRAINING_ONLY:
                     warnings.filterwarnings("ignore", message)
                 self.fit(model, datamodule=datamodule, ckpt_path=ckpt_path)
             return
         name = type(model).__name__
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
-        callback = next((type(each).__name__ for each in callbacks if getattr(each, "calibrates", False)), None)
-        if callback is not None:
+        calibrating = (type(callback).__name__ for callback in callbacks if getattr(callback, "calibrates", False))
+        callback_name = next(calibrating, None)
+        if callback_name is not None:
             raise UsageError(
-                f"{callback} calibrates {name} when an evaluation starts; write lightning-quant test with the same"
+                f"{callback_name} calibrates {name} when an evaluation starts; write lightning-quant test with the same"
                 " options."
             )
-        from lightning_quant.accuquant.denoiser import SUPPORTED  # brings libraries that help does without
+        from lightning_quant.accuquant.denoiser import SUPPORTED  # imports libraries that help does not need
 
         denoises = any(type(layer).__name__ in SUPPORTED for layer in model.modules())
         method = "AccuQuant" if denoises else "IGQViT"
@@ -134,11 +136,11 @@ class CalibratingTrainer(Trainer):
 
     @contextmanager
     def _comparing(self, compare_float: bool, float_ckpt_path: str | None) -> Iterator[bool]:
-        """Refuse what cannot be compared before its first batch."""
+        """Check before the first batch that the comparison with the float network is possible."""
         if not compare_float and float_ckpt_path is None:
             yield False
             return
-        from lightning_quant.report.comparing import Comparable  # brings libraries that help does without
+        from lightning_quant.report.comparing import Comparable  # imports libraries that help does not need
 
         callbacks: list[Callback] = self.callbacks  # type: ignore[attr-defined]
         check = Comparable(float_ckpt_path)
@@ -150,7 +152,12 @@ class CalibratingTrainer(Trainer):
 
 
 def _print_comparison(
-    trainer: Trainer, found: Any, verb: Any, float_ckpt_path: str | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    trainer: Trainer,
+    results: Any,
+    verb: Any,
+    float_ckpt_path: str | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> None:
     from lightning_quant.report.comparing import compare
 
@@ -158,6 +165,6 @@ def _print_comparison(
     data = {name: value for name, value in kwargs.items() if name in ("datamodule", "dataloaders")}
     if dataloaders:
         data["dataloaders"] = dataloaders[0]
-    comparison = compare(trainer, model, found, verb, float_ckpt_path, **data)
+    comparison = compare(trainer, model, results, verb, float_ckpt_path, **data)
     if trainer.is_global_zero:
         print(comparison)

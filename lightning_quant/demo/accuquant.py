@@ -42,7 +42,7 @@ NETWORK: dict[str, Any] = {
     "attention_head_dim": 16,
     "norm_num_groups": 8,
 }
-# So few pixels are noise long before the usual 0.02.
+# With so few pixels the usual 0.02 destroys the image too early.
 SCHEDULER = {"beta_end": 0.012}
 EPOCHS = 50
 BATCH_SIZE = 64
@@ -53,7 +53,7 @@ STEPS = 20
 WINDOW = 2
 UPDATES = 150
 TRAJECTORIES = 128
-# Higher than usual, because the updates are few.
+# Higher than the defaults, because there are few updates.
 RATES = {"rounding_lr": 1e-2, "activation_lr": 1e-3}
 IMAGES = 256
 TITLES = {
@@ -62,18 +62,18 @@ TITLES = {
     "per_step": "per step",
     "accuquant": "AccuQuant",
 }
-# Of equal images; see GenerationMetrics.
+# Metrics of equal images; see GenerationMetrics.
 FLOAT = {"end_error": 0.0, "FID2FP32": 0.0, "PSNR": 100.0}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One calibration and test.
+    """Result of one calibration and test.
 
     Attributes:
-        measures: ``end_error``, ``FID2FP32`` and ``PSNR``, as :func:`run` has them.
-        seconds: of the calibration.
-        module: quantized, with what its test found.
+        measures: Metrics ``end_error``, ``FID2FP32`` and ``PSNR``, see :func:`run`.
+        seconds: Duration of the calibration in seconds.
+        module: Quantized module with the report of its test.
     """
 
     measures: Mapping[str, float]
@@ -82,17 +82,17 @@ class Run:
 
 
 def run(console: Console, output: Path, seed: int) -> Outcome:
-    """Train a small UNet in float, and show how far its images move under each calibration.
+    """Train a small UNet in float, and compare how far its images move under each calibration.
 
     Args:
-        console: to print to.
-        output: folder for ``images.png``, ``error_curves.png``, the float pipeline and the quantized one.
-        seed: of the training, the noise and the draws.
+        console: Console to print to.
+        output: Folder for ``images.png``, ``error_curves.png``, the float pipeline and the quantized one.
+        seed: Seed of the training, the noise and the batches.
 
     Returns:
-        for ``float``, ``per_step`` and ``accuquant`` the distance to the float model: ``end_error``, RMSE of the last
-        states from held-out noise, images being in [-1, 1]; ``FID2FP32``; and ``PSNR`` in dB, 100 for equal images;
-        and the report of the run over windows.
+        Distances of ``float``, ``per_step`` and ``accuquant`` to the float model, and the report of the run over
+        windows. The distances are ``end_error``, the RMSE of the last states from held-out noise, with images in
+        [-1, 1]; ``FID2FP32``; and ``PSNR`` in dB, 100 for equal images.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -114,7 +114,7 @@ def run(console: Console, output: Path, seed: int) -> Outcome:
 
 
 def _train(pipeline: Path, seed: int) -> None:
-    """Train in float, keep averaged weights as a pipeline of diffusers."""
+    """Train in float, and save the averaged weights as a diffusers pipeline."""
     pl.seed_everything(seed, verbose=False)
     adamw = partial(torch.optim.AdamW, lr=4e-3, weight_decay=1e-4)
     model = ImageDiffusion(NETWORK, SCHEDULER, pipeline=str(pipeline), optimizer=adamw, lr_scheduler="one_cycle")
@@ -124,7 +124,7 @@ def _train(pipeline: Path, seed: int) -> None:
 
 
 def _features(seed: int) -> nn.Module:
-    """The last hidden layer of a small classifier of the digits, trained in seconds."""
+    """Train a small digit classifier in seconds, and return it up to its last hidden layer."""
     torch.manual_seed(seed)
     network = nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.ReLU(), nn.Flatten()),
@@ -143,7 +143,7 @@ def _features(seed: int) -> nn.Module:
 
 
 class _Grey(nn.Module):
-    """Back from the three equal channels that feature networks are given."""
+    """Conversion of the three equal channels that feature networks get back to one."""
 
     def forward(self, images: Tensor) -> Tensor:
         return images[:, :1]
@@ -154,7 +154,10 @@ def _digits(mean: tuple[float], std: tuple[float]) -> DigitsDataModule:
 
 
 def _quantizations() -> dict[str, dict[str, Any]]:
-    """What differs; network calls are equal, and a window is walked to its last step before any gradient is known."""
+    """Return the settings of each run; both learning runs make equally many network calls.
+
+    A window needs more calls per update, because it is walked to its last step before any gradient is known.
+    """
     calls = UPDATES * network_calls("identity", WINDOW)
     return {
         "ranges": {"updates": 0},
@@ -166,8 +169,8 @@ def _quantizations() -> dict[str, dict[str, Any]]:
 def _calibrate(
     name: str, pipeline: Path, features: nn.Module, cache: str, seed: int, others: Sequence[pl.Callback]
 ) -> Run:
-    """What a user writes: the module, ``trainer.fit`` and ``trainer.test``."""
-    chosen = _quantizations()[name]
+    """Calibrate and test as a user would, with the module, ``trainer.fit`` and ``trainer.test``."""
+    settings = _quantizations()[name]
     module = AccuQuantModule(
         str(pipeline),
         images=IMAGES,
@@ -182,10 +185,10 @@ def _calibrate(
             **RATES,
             "seed": seed,
             "cache_dir": cache,
-            # All updates are done, so that network calls are equal.
-            "check_every": max(1, chosen["updates"] // 8),
-            "patience": chosen["updates"] + 1,
-            **chosen,
+            # No early stopping, so that network calls are equal.
+            "check_every": max(1, settings["updates"] // 8),
+            "patience": settings["updates"] + 1,
+            **settings,
         },
     )
     trainer = cpu_trainer(max_epochs=1, callbacks=[RunBar(f"{TITLES[name]}, seed {seed}"), *others], logger=False)
@@ -193,14 +196,14 @@ def _calibrate(
     with _as_expected():
         trainer.fit(module)
         seconds = time.perf_counter() - start
-        found = trainer.test(module, verbose=False)[0]
-    measures = {"end_error": found["test/error_end"], **{key: found[f"test/{key}"] for key in ("FID2FP32", "PSNR")}}
+        metrics = trainer.test(module, verbose=False)[0]
+    measures = {"end_error": metrics["test/error_end"], **{key: metrics[f"test/{key}"] for key in ("FID2FP32", "PSNR")}}
     return Run(measures, seconds, module)
 
 
 @contextmanager
 def _as_expected() -> Iterator[None]:
-    """Without warnings of what is so by intention: only the distance to the float model is shown; steps are counted."""
+    """Suppress warnings about intended settings: missing metrics, an iterable data set of steps, few workers."""
     with warnings.catch_warnings():
         for message in ("Not computed: ", ".*IterableDataset.*", ".*does not have many workers.*"):
             warnings.filterwarnings("ignore", message=message)
@@ -208,7 +211,7 @@ def _as_expected() -> Iterator[None]:
 
 
 def _drawn(runs: Mapping[str, Run]) -> Any:
-    """The reports of all tests as one."""
+    """Merge the reports of all tests into one."""
     reports = {TITLES[name]: run.module.generation_report for name, run in runs.items()}
     first = next(iter(reports.values()))
     quantized = {title: report["images"]["quantized"] for title, report in reports.items()}
@@ -225,10 +228,10 @@ def _drawn(runs: Mapping[str, Run]) -> Any:
 def _introduce(console: Console) -> None:
     console.print(
         f"[bold]AccuQuant[/bold]: a small diffusion model is trained on the same digits, {EPOCHS} epochs in float, and "
-        f"samples them in {STEPS} steps. Then its weights are quantized to {BITS[0]} bits and its activations to "
-        f"{BITS[1]}. Their ranges are the same three times; the rounding of weights and the step sizes are then "
-        f"learned not at all, for each step from the float state, and over windows of {WINDOW} steps of the quantized "
-        "model.\n",
+        f"samples images in {STEPS} steps. Then its weights are quantized to {BITS[0]} bits and its activations to "
+        f"{BITS[1]}. All three runs start from the same ranges; the rounding of weights and the step sizes are then "
+        f"either not learned, learned for each step from the float state, or learned over windows of {WINDOW} steps of "
+        "the quantized model.\n",
         highlight=False,
     )
 
@@ -236,46 +239,46 @@ def _introduce(console: Console) -> None:
 def _conclude(console: Console, runs: Mapping[str, Run], seconds: float) -> None:
     title = f"Digits, UNet of 8x8 pixels, weights/activations {BITS[0]}/{BITS[1]}, {seconds:.0f} s in all"
     table = Table(title=title, title_justify="left")
-    table.add_column("to the float model", no_wrap=True)
+    table.add_column("distance to the float model", no_wrap=True)
     for heading in ("end error", "FID2FP32", "PSNR", "calls", "s"):
         table.add_column(heading, justify="right")
     table.add_row(TITLES["float"], "0", "0", "equal", "-", "-")
-    for name, each in runs.items():
-        measures = each.measures
+    for name, run in runs.items():
+        measures = run.measures
         table.add_row(
             TITLES[name],
             f"{measures['end_error']:.4f}",
             f"{measures['FID2FP32']:.3f}",
             f"{measures['PSNR']:.1f} dB",
-            str(_calls(each)),
-            f"{each.seconds:.0f}",
+            str(_calls(run)),
+            f"{run.seconds:.0f}",
         )
     console.print()
     console.print(table)
     console.print(
         f"""\
-All distances are to the images that the float model makes of the same seeds, so
-float itself is 0. end error: RMSE after the last of {STEPS} steps from held-out noise,
-images being in [-1, 1]. FID2FP32: by the features of a small classifier of the
-digits, {IMAGES} images. calls: of the network, in the updates, as many for both; s:
-the whole calibration. ranges alone: nothing is learned. per step: each step
-begins at the float state, as in earlier methods. One network, one seed: run other
-seeds before you rank.""",
+All distances are to the images of the float model from the same seeds, so float
+itself is 0. end error: RMSE after the last of {STEPS} steps from held-out noise, with
+images in [-1, 1]. FID2FP32: on the features of a small digit classifier, {IMAGES}
+images. calls: network calls of the updates, the same for both methods. s: seconds
+of the whole calibration. ranges alone: nothing is learned. per step: each step
+starts at the float state, as in earlier methods. One network and one seed: run
+other seeds before you rank the methods.""",
         highlight=False,
         markup=False,
         soft_wrap=True,
     )
 
 
-def _calls(each: Run) -> int:
-    """Network calls of the updates."""
-    settings, calibration = each.module.quantization.settings, each.module.calibration
+def _calls(run: Run) -> int:
+    """Return the number of network calls of the updates."""
+    settings, calibration = run.module.quantization.settings, run.module.calibration
     assert calibration is not None
     return calibration.updates * network_calls(settings.adjoint, WINDOW)
 
 
 def _show_one(console: Console, module: AccuQuantModule, output: Path, pictures: Sequence[Path]) -> None:
-    """The quantized pipeline saved and opened again, and what else there is to look at."""
+    """Save the quantized pipeline, load it again, and print the paths of all results."""
     folder = save_quantized_pipeline(module.model, output / METHOD / "quantized", module.network)
     images = [
         pipeline(batch_size=4, generator=torch.Generator().manual_seed(0), num_inference_steps=STEPS, output_type="np")
@@ -286,7 +289,7 @@ def _show_one(console: Console, module: AccuQuantModule, output: Path, pictures:
     console.print(
         f"""
 Pictures   {", ".join(map(str, pictures))}
-Quantized  {folder}, a pipeline of diffusers; opened again it gives
+Quantized  {folder}, a diffusers pipeline; loaded again it gives
            {verdict}
 Float      {output / METHOD / "float"}
 
@@ -294,7 +297,7 @@ Try next
   lightning-quant fit --config diffusion/digits.yaml
   lightning-quant calibrate --config accuquant/quickstart.yaml
   lightning-quant test --config accuquant/quickstart.yaml --ckpt_path digits_ddim_4bit/last.ckpt
-or, in Python, take the quantized pipeline:
+or, in Python, load the quantized pipeline:
   from lightning_quant import load_quantized_pipeline
   images = load_quantized_pipeline("{folder}")(batch_size=16, num_inference_steps={STEPS}).images""",
         highlight=False,
@@ -304,6 +307,6 @@ or, in Python, take the quantized pipeline:
 
 
 def _around(module: AccuQuantModule) -> Any:
-    """A pipeline of diffusers with the network as it is."""
+    """Return a diffusers pipeline around the quantized network in memory."""
     pipeline: Any = DDIMPipeline(module.network, module.model.scheduler)
     return pipeline

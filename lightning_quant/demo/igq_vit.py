@@ -32,7 +32,7 @@ EPOCHS = 40
 BATCH_SIZE = 64
 DRAWS = 3
 
-# Bits of weights and activations. The last ones are those of the report: on digits 4-bit activations lose nothing.
+# Bits of weights and activations. The report uses the last pair, because on digits 4-bit activations lose nothing.
 BITS = ((4, 4), (4, 2))
 SCHEMES: dict[str, dict[str, Any]] = {
     "layer_wise": {"scheme": "layer_wise"},
@@ -51,14 +51,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One calibration and test.
+    """Result of one calibration and test.
 
     Attributes:
-        accuracy: share of the test images in [0, 1].
-        seconds: of both together.
-        model: quantized.
-        calibration: how it was.
-        report: of the test, where one was made.
+        accuracy: Test accuracy in [0, 1].
+        seconds: Duration of calibration and test in seconds.
+        model: Quantized model.
+        calibration: Finished calibration.
+        report: Report of the test; None if none was made.
     """
 
     accuracy: float
@@ -72,15 +72,15 @@ Runs = Mapping[tuple[str, tuple[int, int]], list[Run]]
 
 
 def run(console: Console, output: Path, seed: int) -> Outcome:
-    """Train a small ViT in float, and show what it keeps under each scheme, with and without groups.
+    """Train a small ViT in float, and compare its accuracy under each scheme, with and without groups.
 
     Args:
-        console: to print to.
-        output: folder for ``budget.png``, ``channel_ranges.png``, the float checkpoint and the quantized network.
-        seed: of the training and of the first draw of calibration images; the other draws follow it.
+        console: Console to print to.
+        output: Folder for ``budget.png``, ``channel_ranges.png``, the float checkpoint and the quantized network.
+        seed: Seed of the training and of the first draw of calibration images; further draws use the following seeds.
 
     Returns:
-        accuracy in float and mean accuracy of each scheme, in [0, 1], and the report of one run with groups allocated.
+        Accuracy in float and mean accuracy of each scheme, in [0, 1], and the report of one run with allocated groups.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -90,7 +90,7 @@ def run(console: Console, output: Path, seed: int) -> Outcome:
     _conclude(console, accuracy, runs, time.perf_counter() - start)
     allocated, everywhere = (runs[name, BITS[-1]][0] for name in ("igq_allocated", "igq_fixed"))
     pictures = draw_calibration(allocated.calibration, output)
-    # Channels are drawn in 8 groups: an allocation gives the layer whose groups differ most a lot more.
+    # Drawn with 8 groups everywhere: an allocation gives many more to the layer whose groups differ most.
     draw_calibration(everywhere.calibration, output)
     _show_one(console, allocated.model, checkpoint, output, pictures)
     assert allocated.report is not None
@@ -99,7 +99,7 @@ def run(console: Console, output: Path, seed: int) -> Outcome:
 
 
 def _train(checkpoint: Path, seed: int) -> float:
-    """Train in float, keep the checkpoint, test."""
+    """Train in float, save the checkpoint and test."""
     pl.seed_everything(seed, verbose=False)
     adamw = partial(torch.optim.AdamW, lr=4e-3, weight_decay=0.05)
     model = ImageClassifier(NETWORK, 10, model_kwargs=ARCHITECTURE, optimizer=adamw, lr_scheduler="one_cycle")
@@ -110,7 +110,7 @@ def _train(checkpoint: Path, seed: int) -> float:
 
 
 def _calibrate(checkpoint: Path, draws: range) -> Runs:
-    """Every scheme in all bits, with every draw of calibration images."""
+    """Calibrate and test every scheme at all bit-widths with every draw of calibration images."""
     jobs = [(name, bits, draw) for bits in BITS for name in SCHEMES for draw in draws]
     runs: dict[tuple[str, tuple[int, int]], list[Run]] = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -123,15 +123,15 @@ def _calibrate(checkpoint: Path, draws: range) -> Runs:
 
 
 def _test(checkpoint: Path, callback: IGQViT, report: QuantizationReport | None) -> Run:
-    """What a user writes: the callback, and ``trainer.test``."""
+    """Calibrate and test as a user would, with the callback and ``trainer.test``."""
     model = ImageClassifier.load_from_checkpoint(checkpoint)
     start = time.perf_counter()
     callbacks: list[pl.Callback] = [callback] if report is None else [callback, report]
     trainer = cpu_trainer(callbacks=callbacks, logger=False, enable_progress_bar=False)
     accuracy = trainer.test(model, _data(), verbose=False)[0]["test/acc"]
     assert callback.calibration is not None
-    found = None if report is None else report.report
-    return Run(float(accuracy), time.perf_counter() - start, model.eval(), callback.calibration, found)
+    run_report = None if report is None else report.report
+    return Run(float(accuracy), time.perf_counter() - start, model.eval(), callback.calibration, run_report)
 
 
 def _data() -> DigitsDataModule:
@@ -146,26 +146,26 @@ def _introduce(console: Console) -> None:
     console.print(
         f"[bold]IGQ-ViT[/bold]: a vision transformer of {ARCHITECTURE['depth']} blocks is trained on the same digits, "
         f"{EPOCHS} epochs in float. Then its weights and activations are quantized under four schemes, each calibrated "
-        f"on {DRAWS} draws of 32 unlabelled training images.\n",
+        f"on {DRAWS} draws of 32 unlabeled training images.\n",
         highlight=False,
     )
 
 
 def _conclude(console: Console, accuracy: float, runs: Runs, seconds: float) -> None:
     names = [f"{weights}/{activations}" for weights, activations in BITS]
-    title = f"Digits, {NETWORK} made small, mean of {DRAWS} draws, {seconds:.0f} s in all"
+    title = f"Digits, small {NETWORK}, mean of {DRAWS} draws, {seconds:.0f} s in all"
     table = Table(title=title, title_justify="left")
     table.add_column("test accuracy, weights/activations", no_wrap=True)
-    for heading in (*names, f"{names[-1]}, least to most", f"bit operations, {names[-1]}", "s a run"):
+    for heading in (*names, f"{names[-1]}, min to max", f"bit operations, {names[-1]}", "s per run"):
         table.add_column(heading, justify="right")
     table.add_row(TITLES["float"], *(f"{accuracy:.2%}" for _ in BITS), "-", "-", "-")
     for name in SCHEMES:
         last = runs[name, BITS[-1]]
-        found = [run.accuracy for run in last]
+        accuracies = [run.accuracy for run in last]
         table.add_row(
             TITLES[name],
             *(f"{_mean(runs[name, bits]):.2%}" for bits in BITS),
-            f"{min(found):.2%} to {max(found):.2%}",
+            f"{min(accuracies):.2%} to {max(accuracies):.2%}",
             "-" if name == "upper_bound" else _overhead(last[0].calibration),
             f"{statistics.mean(run.seconds for run in last):.1f}",
         )
@@ -178,12 +178,12 @@ def _conclude(console: Console, accuracy: float, runs: Runs, seconds: float) -> 
     console.print(
         f"""\
 layer-wise: one range for all channels of an input. IGQ: each channel of each
-image takes the range of one of 8 groups, or of 8 on average over the layers.
-upper bound: a range for each channel of each image, by its least and largest
-value. At {names[-1]}, to layer-wise: IGQ {igq} points, allocated {allocated}, upper bound {bound}.
-One network, {TEST_IMAGES} test images, {1 / TEST_IMAGES:.2%} each: two points or less between two rows
-rank nothing. Groups cost so many bit operations because this network is so
-narrow: 8 groups in a DeiT-B at 4/4 cost 1.8 % more.""",
+image uses the range of one of 8 groups, or of 8 on average over the layers.
+upper bound: each channel of each image has its own range, from its minimum to
+its maximum. At {names[-1]}, relative to layer-wise: IGQ {igq} points, allocated {allocated},
+upper bound {bound}. One network, {TEST_IMAGES} test images, {1 / TEST_IMAGES:.2%} each: differences of up
+to two points are not significant. Groups cost so many bit operations because
+this network is narrow: 8 groups in a DeiT-B at 4/4 cost 1.8 % more.""",
         highlight=False,
         markup=False,
         soft_wrap=True,
@@ -191,17 +191,17 @@ narrow: 8 groups in a DeiT-B at 4/4 cost 1.8 % more.""",
 
 
 def _overhead(calibration: Calibration) -> str:
-    """Bit operations of an image, in percent above layer-wise."""
+    """Return the bit operations of an image, in percent above layer-wise."""
     plan = calibration.source.plan
-    same = plan.settings.groups if plan.settings.scheme == "igq" else 0
-    chosen = {name: groups for (name, slot), groups in calibration.groups.items() if slot == INPUT}
-    return f"{plan.bops(chosen or same).total / plan.bops(0).total - 1:+.0%}"
+    uniform = plan.settings.groups if plan.settings.scheme == "igq" else 0
+    allocated = {name: groups for (name, slot), groups in calibration.groups.items() if slot == INPUT}
+    return f"{plan.bops(allocated or uniform).total / plan.bops(0).total - 1:+.0%}"
 
 
 def _show_one(
     console: Console, model: ImageClassifier, checkpoint: Path, output: Path, pictures: Sequence[Path]
 ) -> None:
-    """One network saved and loaded again, and what else there is to look at."""
+    """Save one network, load it again, and print the paths of all results."""
     folder = save_quantized(model, output / METHOD / "quantized")
     size = (folder / "model.safetensors").stat().st_size / sum(4 * p.numel() for p in model.parameters())
     images = torch.cat([images for images, _ in _data().test_dataloader()])
@@ -211,7 +211,7 @@ def _show_one(
     console.print(
         f"""
 Pictures   {", ".join(map(str, pictures))}
-Quantized  {folder} (allocated, the last bits above), {size:.0%} of the size in float;
+Quantized  {folder} (allocated, {"/".join(map(str, BITS[-1]))}), {size:.0%} of the size in float;
            loaded again it gives {verdict}
 Float      {checkpoint}
 
@@ -219,7 +219,7 @@ Try next
   lightning-quant fit --config igq_vit/digits_float.yaml
   lightning-quant calibrate --config igq_vit/quickstart.yaml
   lightning-quant test --config igq_vit/quickstart.yaml --ckpt_path digits_vit_4bit/last.ckpt
-or, in Python, take the quantized network:
+or, in Python, load the quantized network:
   from lightning_quant import load_quantized
   network = load_quantized("{folder}")""",
         highlight=False,

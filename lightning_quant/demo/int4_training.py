@@ -1,4 +1,4 @@
-"""INT4 training of a small ResNet on the digits, under three strategies for the interval of the gradients."""
+"""INT4 training of a small ResNet on the digits, with three strategies for the gradients' interval."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ SEEDS = 2
 BATCH_SIZE = 64
 LOG_EVERY = 5
 
-# A run has 220 steps: the minimum of the error is searched often enough to follow them.
+# With 220 steps in a run, searching every 20 steps is often enough for the minimum of the error.
 STRATEGIES: dict[str, IntervalStrategy | None] = {
     "float": None,
     "large_gradient": LargeGradientInterval(),
@@ -58,13 +58,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """Result of one training.
 
     Attributes:
-        accuracy: share of the test images in [0, 1].
-        seconds: of the training.
-        checkpoint: where it is kept.
-        metrics: what was logged of the layers; None in float.
+        accuracy: Test accuracy in [0, 1].
+        seconds: Duration of the training in seconds.
+        checkpoint: Path of the checkpoint.
+        metrics: Logged metrics of the layers; None in float.
     """
 
     accuracy: float
@@ -74,15 +74,15 @@ class Run:
 
 
 def run(console: Console, output: Path, seed: int) -> Outcome:
-    """Train a small ResNet in float and in 4 bits, and show what the interval strategies did.
+    """Train a small ResNet in float and in 4 bits, and compare the interval strategies.
 
     Args:
-        console: to print to.
-        output: folder for ``intervals.png``, and the checkpoint and log of each training.
-        seed: of the first training of each strategy; the others follow it.
+        console: Console to print to.
+        output: Folder for ``intervals.png``, and for the checkpoint and log of each training.
+        seed: Seed of the first training of each strategy; further trainings use the following seeds.
 
     Returns:
-        mean accuracy of each strategy, in [0, 1], and the report of one run with the method's own.
+        Mean accuracy of each strategy, in [0, 1], and the report of one run with the large-gradient interval.
     """
     start = time.perf_counter()
     _introduce(console)
@@ -92,20 +92,20 @@ def run(console: Console, output: Path, seed: int) -> Outcome:
         name: [_train(name, output, s, [shown] if (name, s) == ("large_gradient", seed) else []) for s in seeds]
         for name in STRATEGIES
     }
-    drawn = {TITLES[name]: each[0].metrics for name, each in runs.items()}
+    first_runs = {TITLES[name]: trainings[0].metrics for name, trainings in runs.items()}
     draw_intervals(
-        {title: metrics for title, metrics in drawn.items() if metrics is not None},
+        {title: metrics for title, metrics in first_runs.items() if metrics is not None},
         output / "intervals.png",
         title=f"Digits, {NETWORK}, 4/4/4, seed {seed}",
     )
     _conclude(console, runs, output, time.perf_counter() - start)
     assert shown.report is not None
-    means = {name: statistics.mean(run.accuracy for run in each) for name, each in runs.items()}
+    means = {name: statistics.mean(run.accuracy for run in trainings) for name, trainings in runs.items()}
     return Outcome(means, with_float(shown.report, {"test/acc": runs["float"][0].accuracy}))
 
 
 def _train(strategy: str, output: Path, seed: int, others: Sequence[pl.Callback]) -> Run:
-    """Train, keep the checkpoint, test."""
+    """Train, save the checkpoint and test."""
     pl.seed_everything(seed, verbose=False)
     interval = STRATEGIES[strategy]
     folder = output / METHOD / f"{strategy}_{seed}"
@@ -137,39 +137,40 @@ def _model() -> ImageClassifier:
 
 def _introduce(console: Console) -> None:
     console.print(
-        f"[bold]INT4 training[/bold]: {NETWORK} on the digits of scikit-learn (1 437 images to train, {TEST_IMAGES} to "
-        f"test), {EPOCHS} epochs on the CPU, {SEEDS} seeds: once in float, and with weights, activations and gradients "
-        "in 4 bits under three strategies for the interval of the gradients.\n",
+        f"[bold]INT4 training[/bold]: {NETWORK} on the digits of scikit-learn (1 437 training and {TEST_IMAGES} test "
+        f"images), {EPOCHS} epochs on the CPU, {SEEDS} seeds: in float, and with weights, activations and gradients "
+        "in 4 bits with three strategies for the gradients' interval.\n",
         highlight=False,
     )
     console.print(str(GradientQuantization(4, 4, 4).plan(_model())), highlight=False, markup=False)
     console.print(
-        "Products are simulated in floating point: the numbers of 4-bit units, not their speed.\n", highlight=False
+        "Products are simulated in floating point: the results of 4-bit units, but not their speed.\n",
+        highlight=False,
     )
 
 
 def _conclude(console: Console, runs: Mapping[str, list[Run]], output: Path, seconds: float) -> None:
     table = Table(title=f"Digits, {NETWORK}, mean of {SEEDS} seeds, {seconds:.0f} s in all", title_justify="left")
     table.add_column("strategy", no_wrap=True)
-    for heading in ("test accuracy", "E(G_large) at the end", "gamma at the end", "s a training"):
+    for heading in ("test accuracy", "final E(G_large)", "final gamma", "s per training"):
         table.add_column(heading, justify="right")
-    for name, each in runs.items():
+    for name, trainings in runs.items():
         table.add_row(
             TITLES[name],
-            f"{statistics.mean(run.accuracy for run in each):.2%}",
-            _mean_end(each, "error_large", ".4f"),
-            _mean_end(each, "gamma", ".3f"),
-            f"{statistics.mean(run.seconds for run in each):.1f}",
+            f"{statistics.mean(run.accuracy for run in trainings):.2%}",
+            _mean_end(trainings, "error_large", ".4f"),
+            _mean_end(trainings, "gamma", ".3f"),
+            f"{statistics.mean(run.seconds for run in trainings):.1f}",
         )
     console.print()
     console.print(table)
     checkpoint = runs["large_gradient"][0].checkpoint
     console.print(
         f"""\
-E(G_large): mean error of the largest 0.1 % of a layer's gradients, as a share
-of the largest one. gamma: the end of the interval, likewise. Both are means
-over the layers and the last five logs. One test image is {1 / TEST_IMAGES:.2%}: on data so
-small and easy, a point or less between two accuracies ranks nothing.
+E(G_large): mean error of the largest 0.1 % of a layer's gradients, relative to
+the largest one. gamma: end of the interval, relative to the largest gradient.
+Both are means over the layers and the last five logs. One test image is {1 / TEST_IMAGES:.2%}:
+on data so small and easy, differences of up to one point are not significant.
 
 Picture    {output / "intervals.png"}
 Trainings  {output / METHOD} (log and checkpoint of each)
@@ -177,7 +178,7 @@ Trainings  {output / METHOD} (log and checkpoint of each)
 Try next
   lightning-quant fit --config quickstart.yaml --quantization.gradient_bits 3
   lightning-quant fit --config quickstart.yaml --quantization.interval MinMaxInterval
-or, in Python, take a network that was just trained:
+or, in Python, load a network that was just trained:
   from lightning_quant import ImageClassifier, load_from_checkpoint
   model = load_from_checkpoint(ImageClassifier, "{checkpoint}").eval()""",
         highlight=False,

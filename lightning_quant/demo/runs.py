@@ -1,4 +1,4 @@
-"""What the runs of all methods in the demo have in common."""
+"""Trainer and outcome that the demos of all methods share."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ cpu_trainer = partial(
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a method's part of the demo came to.
+    """Outcome of a method's demo.
 
     Attributes:
-        figures: for ``report.json``.
-        report: of the run that is shown.
+        figures: Figures for ``report.json``.
+        report: Report of the run that is shown.
     """
 
     figures: Mapping[str, Any]

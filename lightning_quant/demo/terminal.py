@@ -1,4 +1,4 @@
-"""How a demo looks while it runs: one named bar a training, and nothing that speaks of other runs."""
+"""Terminal output of the demo: one named progress bar per training, without Lightning's messages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 class RunBar(TQDMProgressBar):
-    """One bar for a whole training, with its name; none for the test."""
+    """Progress bar with a title, one for a whole training; none for the test."""
 
     def __init__(self, title: str) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class RunBar(TQDMProgressBar):
         return Tqdm(disable=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        """The bar goes on from epoch to epoch."""
+        """Keep the bar across epochs."""
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -51,13 +51,13 @@ class RunBar(TQDMProgressBar):
 
 
 def counted(items: Sequence[Item], title: str) -> Iterator[Item]:
-    """The items, with a bar that looks like that of a training."""
+    """Yield the items with a progress bar that looks like that of a training."""
     yield from Tqdm(items, desc=f"{title:<32}")
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's lines about devices and its advice, which speak of other runs than these."""
+    """Silence Lightning's messages about devices and its advice, which do not apply to these small runs."""
     loggers = [logging.getLogger(name) for name in _CHATTER]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -74,10 +74,10 @@ def quiet() -> Iterator[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Networks as small as these gain little from a second one, and lose most of their speed on a busy machine."""
-    before = torch.get_num_threads()
+    """Use one thread: such small networks gain little from a second one, and are slowed down on a busy machine."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)

@@ -1,4 +1,4 @@
-"""Quantized modules on disk, and back."""
+"""Saving and loading of quantized modules and pipelines."""
 
 from lightning_quant.export.artifact import load_quantized, save_quantized
 from lightning_quant.export.callback import SaveQuantized

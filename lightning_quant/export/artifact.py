@@ -1,4 +1,4 @@
-"""Quantized models as a folder: weight codes in safetensors, the structure in JSON, nothing that runs code."""
+"""Quantized models as folders: weight codes in safetensors, the structure in JSON, no executable content."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ _STATE = "_extra_state"
 def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any] | None = None) -> Path:
     """Write a quantized model as a folder with ``model.safetensors`` and ``quantization.json``.
 
-    Weights on a grid are stored as codes of their bit-width without gaps, all else as it is; the float values that
-    were rounded to the codes, to the nearest or as was learned, are not kept. A folder that was written before is
-    replaced once the new one is complete. In a distributed run rank 0 writes.
+    Weights on a grid are stored as bit-packed codes, all other tensors unchanged. The float values behind the codes
+    are not kept, whether rounding was to nearest or learned. An earlier folder is replaced once the new one is
+    complete. In a distributed run rank 0 writes.
 
     Args:
-        model: calibrated, or trained with quantizers; it is not changed.
-        folder: where to; its parents are made.
-        build: how to make the float network again, ``{"class_path": "timm.create_model", "init_args": {...}}`` or the
-            import path of a class of ``nn.Module`` with JSON arguments. None finds it for LightningModules with saved
-            hyperparameters and for networks of timm and torchvision; where nothing is found,
-            :func:`load_quantized` has to be given the float network.
+        model: Model that was calibrated, or trained with quantizers; it is not changed.
+        folder: Folder to write; missing parents are created.
+        build: Recipe for the float network: ``{"class_path": "timm.create_model", "init_args": {...}}``, or the
+            import path of an ``nn.Module`` class with JSON arguments. None deduces it for LightningModules with saved
+            hyperparameters and for networks of timm, torchvision and diffusers; where that fails,
+            :func:`load_quantized` needs the float network.
 
     Returns:
-        the folder.
+        The folder.
 
     Raises:
-        UnsupportedModelError: a model without quantizers.
-        QuantizationError: none of the quantizers has a range yet, or some are still learning.
-        ConfigurationError: a folder with other files; a ``build`` that makes another network.
+        UnsupportedModelError: Model without quantizers.
+        QuantizationError: No quantizer has a range yet, or some are still learning.
+        ConfigurationError: Folder with other files, or a ``build`` that makes another network.
 
     Example:
         >>> import tempfile
@@ -67,45 +67,45 @@ def save_quantized(model: nn.Module, folder: str | Path, build: Mapping[str, Any
     _check_started(model)
     if getattr(rank_zero_only, "rank", 0):
         return folder
-    found = deduce(model) if build is None else check_build(model, build)
-    if found is None:
+    recipe = deduce(model) if build is None else check_build(model, build)
+    if recipe is None:
         rank_zero_info(
-            f"How to build this {type(model).__name__} was not found: load_quantized({str(folder)!r}, model=...) will"
+            f"No recipe to build this {type(model).__name__} was found: load_quantized({str(folder)!r}, model=...) will"
             " need the float network. Or write save_quantized(..., build={'class_path': ..., 'init_args': {...}})."
         )
     tensors, tied = _distinct(model)
-    own = tuple(f"{name}." for name, _ in quantizers_of(model))
-    elements = sum(tensor.numel() for key, tensor in tensors.items() if not key.startswith(own))
+    prefixes = tuple(f"{name}." for name, _ in quantizers_of(model))
+    elements = sum(tensor.numel() for key, tensor in tensors.items() if not key.startswith(prefixes))
     packed = {}
     for key, quantizer in _coded(model):
         weight = tensors[key]
         packed[key] = {"bits": quantizer.bits, "shape": list(weight.shape), "dtype": str(weight.dtype)[6:]}
         tensors[key] = pack_bits(_codes(quantizer, weight) - quantizer.grid.low, quantizer.bits)
-        # The codes that a RoundedQuantizer keeps are these.
+        # A RoundedQuantizer keeps the same codes.
         tensors.pop(_quantizer_of(key) + "codes", None)
     on_cpu = {key: tensor.cpu().contiguous().clone() for key, tensor in tensors.items()}
-    write_folder(folder, on_cpu, Description(_modules(model), packed, tied, found, 4 * elements))
+    write_folder(folder, on_cpu, Description(_modules(model), packed, tied, recipe, 4 * elements))
     return folder
 
 
 def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Module:
-    """The quantized model in a folder that :func:`save_quantized` wrote, in evaluation mode, on the CPU.
+    """Load the quantized model from a folder that :func:`save_quantized` wrote, in eval mode, on the CPU.
 
-    Its outputs are those of the model that was saved, bit for bit. Its weights are on their grids.
+    Its outputs equal those of the saved model bit for bit. Its weights are on their grids.
 
     Args:
-        folder: with ``model.safetensors`` and ``quantization.json``.
-        model: the float network to load into, in place; needed where the folder does not say how to build it.
+        folder: Folder with ``model.safetensors`` and ``quantization.json``.
+        model: Float network to load into, in place. Needed if the folder has no recipe to build it.
 
     Raises:
-        CheckpointError: files that are missing, cut off or changed, of an unknown version, or of another network than
-            ``model``; no way to build the network.
+        CheckpointError: Files that are missing, truncated or changed, that have an unknown version, or that belong to
+            another network than ``model``; or no way to build the network.
     """
     folder = user_path(folder)
     tensors, description = read_folder(folder)
     if model is None and description.build is None:
         raise CheckpointError(
-            f"{folder} does not say how to build the float network: write load_quantized({str(folder)!r},"
+            f"{folder} has no recipe to build the float network: write load_quantized({str(folder)!r},"
             " model=network) with the float network that was quantized."
         )
     network = construct(description.build or {}) if model is None else model
@@ -119,7 +119,7 @@ def load_quantized(folder: str | Path, model: nn.Module | None = None) -> nn.Mod
                 layer.weight_quantizer.adopt(layer.weight)
     except (AttributeError, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
-            f"{folder} does not fit this {type(network).__name__}: {error}\nGive the float network that was quantized,"
+            f"{folder} does not fit this {type(network).__name__}: {error}\nPass the float network that was quantized,"
             " built with the same arguments, as model=."
         ) from error
     return network.eval()
@@ -133,7 +133,7 @@ def _check_started(model: nn.Module) -> None:
             " GradientQuantization, before save_quantized(model, folder)."
         )
     for quantizer in quantizers:
-        if not quantizer.ready:  # An average that was never called got its ranges from outside.
+        if not quantizer.ready:  # Ranges may have been set from outside, without a forward.
             quantizer.refresh_ready()
     if not any(quantizer.ready for quantizer in quantizers):
         raise QuantizationError(
@@ -144,7 +144,7 @@ def _check_started(model: nn.Module) -> None:
     if learning:
         raise QuantizationError(
             f"{len(learning)} quantizers of {type(model).__name__} still learn, for example {learning[0]}: let the"
-            " calibration come to its end before save_quantized(model, folder)."
+            " calibration finish before save_quantized(model, folder)."
         )
     with torch.no_grad():
         for _, layer in quantized_layers(model):
@@ -153,17 +153,17 @@ def _check_started(model: nn.Module) -> None:
 
 
 def _modules(model: nn.Module) -> dict[str, dict[str, list[int]]]:
-    """Extra states by module and slot; an opened attention without quantizers has no slots."""
-    found: dict[str, dict[str, list[int]]] = {name: {} for name, _ in swapped_attentions(model)}
+    """Return the extra states by module and slot; an opened attention without quantizers has no slots."""
+    states: dict[str, dict[str, list[int]]] = {name: {} for name, _ in swapped_attentions(model)}
     for name, quantizer in quantizers_of(model):
         owner, _, slot = name.rpartition(".")
-        found.setdefault(owner, {})[slot] = quantizer.get_extra_state().tolist()
-    return found
+        states.setdefault(owner, {})[slot] = quantizer.get_extra_state().tolist()
+    return states
 
 
 def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of the state dict, each once, and the other names of those that have several."""
-    # Fingerprints are of the weights that were rounded, which are not kept.
+    """Return the distinct tensors of the state dict, and the tied names with the name that holds their tensor."""
+    # Fingerprints describe the float weights, which are not kept.
     slots = {f"{name}.{key}" for name, _ in quantizers_of(model) for key in (_STATE, "fingerprint")}
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
@@ -173,7 +173,7 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             continue
         if not isinstance(value, Tensor):
             raise ConfigurationError(
-                f"{key} in the state dict is a {type(value).__name__}, and a folder holds tensors only: let"
+                f"{key} in the state dict is a {type(value).__name__}, but a folder holds only tensors: let"
                 " get_extra_state of that module return a tensor."
             )
         place = (value.data_ptr(), value.shape, value.stride(), value.dtype) if value.numel() else (key,)
@@ -185,11 +185,11 @@ def _distinct(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _coded(model: nn.Module) -> Iterator[tuple[str, FixedQuantizer | LearnedQuantizer]]:
-    """Name and quantizer of each weight that codes stand for, and that no other module uses as it is."""
+    """Yield the name and quantizer of each weight that its codes reproduce and that no other module uses."""
     holders = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     for name, layer in quantized_layers(model):
         quantizer = layer.weight_quantizer
-        # What derives from parameters is in no state dict.
+        # A weight computed from other parameters is not in the state dict.
         if "weight" not in layer._parameters:
             continue
         if not isinstance(quantizer, FixedQuantizer | LearnedQuantizer) or not quantizer.ready:
@@ -201,7 +201,7 @@ def _coded(model: nn.Module) -> Iterator[tuple[str, FixedQuantizer | LearnedQuan
 
 
 def _quantizer_of(weight: str) -> str:
-    """Prefix in the state dict of the quantizer of a weight."""
+    """Return the state-dict prefix of a weight's quantizer."""
     return weight.removesuffix("weight") + "weight_quantizer."
 
 
@@ -219,12 +219,12 @@ def _real(quantizer: FixedQuantizer | LearnedQuantizer, codes: Tensor, dtype: to
 
 
 def _state(tensors: Mapping[str, Tensor], description: Description) -> dict[str, Tensor]:
-    """The state dict: codes as real values, each tensor under all of its names, and the extra states."""
+    """Return the state dict: decoded weights, tied tensors under all of their names, and the extra states."""
     state = dict(tensors)
     for owner, slots in description.modules.items():
         for slot, values in slots.items():
             state[f"{owner}.{slot}.{_STATE}".lstrip(".")] = torch.tensor(values)
-    # Not yet the codes that a RoundedQuantizer keeps, which come with the weight.
+    # The codes of a RoundedQuantizer follow below, with its weight.
     state.update({name: tensors[source] for name, source in description.tied.items() if source in tensors})
     for key, weight in description.packed.items():
         shape = weight["shape"]
@@ -236,19 +236,19 @@ def _state(tensors: Mapping[str, Tensor], description: Description) -> dict[str,
 
 
 def _quantizer(prefix: str, state: dict[str, Tensor], codes: Tensor) -> FixedQuantizer | LearnedQuantizer:
-    """The quantizer of a weight with these codes, which go into the state where it keeps them."""
-    own = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    quantizer: Quantizer = quantizer_of_state(own[_STATE])
+    """Return the quantizer of a weight with these codes; add them to ``state`` if the quantizer keeps them."""
+    entries = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    quantizer: Quantizer = quantizer_of_state(entries[_STATE])
     if isinstance(quantizer, RoundedQuantizer):
-        own["codes"] = state[f"{prefix}codes"] = codes.to(quantizer.codes.dtype)
-    quantizer.load_state_dict(own)
+        entries["codes"] = state[f"{prefix}codes"] = codes.to(quantizer.codes.dtype)
+    quantizer.load_state_dict(entries)
     assert isinstance(quantizer, FixedQuantizer | LearnedQuantizer)
     return quantizer
 
 
 def _take_dtypes(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Cast what was saved in another dtype than the network is built with: BF16 weights round what they are given."""
-    own = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-    for name, tensor in own.items():
+    """Cast parameters and buffers to the saved dtype: loading FP32 values into BF16 weights would round them."""
+    targets = {**dict(network.named_parameters()), **dict(network.named_buffers())}
+    for name, tensor in targets.items():
         if name in state and tensor.dtype != state[name].dtype:
             tensor.data = tensor.data.to(state[name].dtype)

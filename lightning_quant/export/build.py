@@ -1,4 +1,4 @@
-"""How to make the float network of an artefact again: a class or a factory of a library, and its arguments as JSON."""
+"""Recipes for the float network of an artifact: a class or a library's factory, and its arguments as JSON."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_quant.nn.structure import rebuild
 from lightning_quant.quantizers import Quantizer
 
 Build = dict[str, Any]
-# What says nothing about the output of a network in evaluation.
+# Attributes that do not affect the output of a network in eval mode.
 _IRRELEVANT = {"training", "execution", "grad_checkpointing"}
 
 
 def construct(build: Mapping[str, Any], device: str = "cpu") -> nn.Module:
-    """The float network, its weights random; the random state of the process is left as it was.
+    """Build the float network with random weights, without touching the random state of the process.
 
     Args:
-        build: ``class_path``, ``init_args``, and ``imports`` where a module has to be imported for timm to know the
-            network.
-        device: "meta" makes no weights.
+        build: Mapping with ``class_path``, ``init_args``, and ``imports`` if a module must be imported to register
+            the network with timm.
+        device: Device of the weights; "meta" allocates none.
 
     Raises:
-        CheckpointError: a class that cannot be imported or is none of ``nn.Module``, arguments that it does not take.
+        CheckpointError: A class that cannot be imported or is not an ``nn.Module``, or arguments that it refuses.
 
     Example:
         >>> construct({"class_path": "torch.nn.Linear", "init_args": {"in_features": 2, "out_features": 3}})
@@ -55,8 +55,8 @@ def construct(build: Mapping[str, Any], device: str = "cpu") -> nn.Module:
             raise
         except Exception as error:
             raise CheckpointError(
-                f"{path}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) does not make the network of the"
-                f" artefact: {type(error).__name__}: {error}. Write load_quantized(folder, model=...) with the float"
+                f"{path}({', '.join(f'{k}={v!r}' for k, v in arguments.items())}) does not build the network of the"
+                f" artifact: {type(error).__name__}: {error}. Write load_quantized(folder, model=...) with the float"
                 " network."
             ) from error
 
@@ -68,7 +68,7 @@ def _timm_network(model_name: str, **arguments: Any) -> nn.Module:
     return network
 
 
-# A factory, and arguments that keep it from looking for weights: they come from the artefact.
+# Factories, with the arguments that keep them from fetching weights: those come from the artifact.
 FACTORIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
     "timm.create_model": (_timm_network, {"pretrained": False, "checkpoint_path": ""}),
     "torchvision.models.get_model": (torchvision.models.get_model, {"weights": None}),
@@ -76,7 +76,7 @@ FACTORIES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
 
 
 def _without_origin(path: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments, less what would fetch pretrained weights."""
+    """Return the arguments without those that would fetch pretrained weights."""
     if path in FACTORIES:
         return {**arguments, **FACTORIES[path][1]}
     return {**arguments, **({"pretrained": False} if arguments.get("pretrained") is True else {})}
@@ -86,21 +86,21 @@ def _maker(path: str) -> Callable[..., nn.Module]:
     if path in FACTORIES:
         return FACTORIES[path][0]
     module, _, name = path.rpartition(".")
-    found = getattr(import_module(module), name) if module else None
-    if isinstance(found, type) and issubclass(found, nn.Module):
-        return found
+    kind = getattr(import_module(module), name) if module else None
+    if isinstance(kind, type) and issubclass(kind, nn.Module):
+        return kind
     raise CheckpointError(
-        f"class_path={path!r}: expected {' or '.join(FACTORIES)}, or the path of a class of torch.nn.Module, which a"
-        " LightningModule is."
+        f"class_path={path!r}: expected {' or '.join(FACTORIES)}, or the import path of a subclass of torch.nn.Module,"
+        " such as a LightningModule."
     )
 
 
 def deduce(model: nn.Module) -> Build | None:
-    """A build whose network is this one's float form, found by trying; None where none was found.
+    """Deduce the recipe of a model's float network by trying candidates; None if none fits.
 
-    A LightningModule says its class and hyperparameters, a network of diffusers its class and config. A timm or
-    torchvision network says its architecture, and its sizes can be read off it. Of networks all modules must agree in
-    class and settings with those of the network so built.
+    Candidates come from the class and hyperparameters of a LightningModule, the class and config of a diffusers
+    network, and the architecture and sizes of a timm or torchvision network. The modules of a network, unlike those
+    of a LightningModule, must also agree in class and settings with those that the candidate builds.
     """
     if isinstance(model, pl.LightningModule):
         return next((build for build in _lightning(model) if not mismatch(model, build)), None)
@@ -109,15 +109,15 @@ def deduce(model: nn.Module) -> Build | None:
 
 
 def mismatch(model: nn.Module, build: Mapping[str, Any], settings: bool = False) -> str:
-    """The first difference between the float form of a model and the network that a build makes; empty if none.
+    """Return the first difference between a model's float form and the network of a recipe; empty if none.
 
     Args:
-        model: quantized.
-        build: see :func:`construct`.
-        settings: compare the plain attributes of all modules too.
+        model: Quantized model.
+        build: Recipe of the float network, see :func:`construct`.
+        settings: Compare the plain attributes of all modules too.
     """
     try:
-        # As it will be read: JSON has no tuples.
+        # The recipe as it will be read back: JSON has no tuples.
         other = _without_weights(json.loads(json.dumps(build, allow_nan=False)))
         rebuild(other, model.state_dict(), opened=[name for name, _ in swapped_attentions(model)])
     except (QuantizationError, TypeError, ValueError) as error:
@@ -133,7 +133,7 @@ def _without_weights(build: Mapping[str, Any]) -> nn.Module:
     try:
         return construct(build, "meta")
     except CheckpointError:
-        # Some constructors compute with numbers out of tensors, which those without weights do not have.
+        # Some constructors read values from tensors, which meta tensors do not have.
         return construct(build)
 
 
@@ -147,11 +147,11 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def _other_settings(model: nn.Module, other: nn.Module) -> str:
-    """The first module whose class or plain attributes are others."""
+    """Return the first module whose class or plain attributes differ."""
     theirs = dict(other.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
         built = theirs.pop(name, None)
-        # Parametrizations make a class for each module.
+        # Parametrizations give each module a class of its own.
         if built is None or type_before_parametrizations(built) is not type_before_parametrizations(module):
             return f"{name} is a {type(module).__name__}, in the built one a {type(built).__name__}"
         if not isinstance(module, Quantizer):
@@ -169,8 +169,8 @@ def _is_plain(value: object) -> bool:
 
 
 def _as_json(value: object) -> object:
-    """Tuples as lists."""
-    return [_as_json(each) for each in value] if isinstance(value, tuple | list) else value
+    """Return a value with tuples as lists."""
+    return [_as_json(element) for element in value] if isinstance(value, tuple | list) else value
 
 
 def _lightning(model: pl.LightningModule) -> Iterator[Build]:
@@ -189,11 +189,11 @@ def _diffusers(model: nn.Module) -> Iterator[Build]:
     kind = type(model)
     if not any(base.__name__ == "ModelMixin" and base.__module__.startswith("diffusers.") for base in kind.__mro__):
         return
-    known = inspect.signature(kind).parameters
+    parameters = inspect.signature(kind).parameters
     config: Any = getattr(model, "config", {})
-    own = getattr(import_module("diffusers"), kind.__name__, None) is kind
-    path = f"diffusers.{kind.__name__}" if own else f"{kind.__module__}.{kind.__qualname__}"
-    yield {"class_path": path, "init_args": {name: value for name, value in config.items() if name in known}}
+    exported = getattr(import_module("diffusers"), kind.__name__, None) is kind
+    path = f"diffusers.{kind.__name__}" if exported else f"{kind.__module__}.{kind.__qualname__}"
+    yield {"class_path": path, "init_args": {name: value for name, value in config.items() if name in parameters}}
 
 
 def _timm(model: nn.Module) -> Iterator[Build]:
@@ -205,17 +205,17 @@ def _timm(model: nn.Module) -> Iterator[Build]:
     home = timm.models.model_entrypoint(architecture).__module__
     if not home.startswith("timm."):
         build["imports"] = home
-    # A subclass may hand its arguments on as **kwargs.
+    # A subclass may pass its arguments on as **kwargs.
     accepted = {name for kind in type(model).__mro__ for name in inspect.signature(kind).parameters}
     observed = {name: value for name, value in _observed(model).items() if name in accepted and value is not None}
-    # The fewest arguments that do: what the architecture says is left to it.
+    # The fewest arguments that suffice: the rest follows from the architecture.
     for names in (("num_classes",), ("num_classes", "in_chans", "img_size", "global_pool"), tuple(observed)):
         arguments = {name: observed[name] for name in names if name in observed}
         yield {**build, "init_args": {**build["init_args"], **arguments}}
 
 
 def _observed(model: Any) -> dict[str, Any]:
-    """What a timm network tells of the arguments that it was made with."""
+    """Return the constructor arguments that can be read off a timm network."""
     embed = getattr(model, "patch_embed", None)
     blocks = list(getattr(model, "blocks", ()))
     stages = [list(getattr(stage, "blocks", ())) for stage in getattr(model, "layers", ())]
@@ -254,15 +254,15 @@ def _torchvision(model: nn.Module) -> Iterator[Build]:
 
 
 def check_build(model: nn.Module, build: Mapping[str, Any]) -> Build:
-    """A build that the user gave, as it goes into the artefact.
+    """Check a recipe that the user passed, and return it as it is stored in the artifact.
 
     Raises:
-        ConfigurationError: where the network that it makes is not the float form of the model.
+        ConfigurationError: Recipe whose network is not the float form of the model.
     """
     difference = mismatch(model, build)
     if difference:
         raise ConfigurationError(
             f"build={dict(build)} does not make the float form of this {type(model).__name__}: {difference}. Leave"
-            " build out to have it found, or to give the float network to load_quantized(folder, model=...)."
+            " build out to have it deduced, or to pass the float network to load_quantized(folder, model=...)."
         )
     return dict(build)

@@ -1,4 +1,4 @@
-"""Writing the quantized module at the end of a run, from the command line as from Python."""
+"""Callback that saves the quantized module at the end of a run."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from lightning_quant.utilities.paths import check_on_first_rank, user_path
 
 
 class SaveQuantized(pl.Callback):
-    """Save the quantized module to a folder when ``fit`` or ``test`` ends, for :func:`lightning_quant.load_quantized`.
+    """Callback that saves the quantized module when ``fit`` or ``test`` ends.
+
+    Load the folder with :func:`lightning_quant.load_quantized`.
 
     Args:
-        folder: where to; an earlier one of the same kind is replaced.
+        folder: Folder to write; an earlier one of the same kind is replaced.
 
     Example:
         >>> from lightning_quant import IGQViT
@@ -30,23 +32,23 @@ class SaveQuantized(pl.Callback):
         self.folder = user_path(folder)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder with other files, or one that cannot be written to, before anything starts."""
+        """Refuse a folder with other files, or one that is not writable, before the run starts."""
         if stage in ("fit", "test"):
             check_on_first_rank(trainer, partial(check_replaceable, self.folder, WRITER))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what was calibrated or trained."""
+        """Save the calibrated or trained module."""
         self._save(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save what was tested."""
+        """Save the tested module."""
         self._save(trainer, pl_module)
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not is_quantized(pl_module):
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            rank_zero_info(f"A trial run, fast_dev_run: what is in {self.folder} is not replaced.")
+            rank_zero_info(f"fast_dev_run: the quantized module is not saved, {self.folder} is not replaced.")
             return
         folder = save_quantized(pl_module, self.folder)
         rank_zero_info(f"The quantized module is in {folder}; lightning_quant.load_quantized reads it.")

@@ -1,4 +1,4 @@
-"""Lightning checkpoints that hold a quantized module: structure first, then weights."""
+"""Loading of Lightning checkpoints with a quantized module: first its structure, then its weights."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
 
 
 def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Path, **kwargs: Any) -> LightningModuleT:
-    """``cls.load_from_checkpoint`` for a class that knows nothing of quantization and a quantized checkpoint.
+    """Load a quantized checkpoint of a LightningModule class that has no code for quantization.
 
     Args:
-        cls: the LightningModule class that was trained.
-        checkpoint_path: a ``.ckpt`` file.
-        kwargs: as for ``LightningModule.load_from_checkpoint``.
+        cls: LightningModule class that was trained.
+        checkpoint_path: Path of the ``.ckpt`` file.
+        kwargs: Arguments of ``LightningModule.load_from_checkpoint``.
 
     Returns:
-        the quantized module, in training mode as Lightning leaves it: call ``eval()`` to evaluate.
+        The quantized module, in training mode as Lightning leaves it: call ``eval()`` to evaluate.
 
     Raises:
-        CheckpointError: an unknown version of the format, or layers that the module does not have.
+        CheckpointError: Unknown version of the format, or quantized layers that the module does not have.
 
     Example:
         >>> import tempfile
@@ -53,7 +53,7 @@ def load_from_checkpoint(cls: type[LightningModuleT], checkpoint_path: str | Pat
 
 @contextmanager
 def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
-    """Modules of a class take the structure of the state dict that they load, within this context."""
+    """Let modules of a class take on the structure of the state dict that they load, within this context."""
     load = cls.load_state_dict
 
     def load_state_dict(self: nn.Module, state_dict: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The class by which diffusers loads the quantized denoiser of a pipeline.
+"""The class through which diffusers loads the quantized denoiser of a pipeline.
 
-``model_index.json`` names it, so that ``DiffusionPipeline.from_pretrained`` opens the folder where this module was
-imported before, and says its name where it was not.
+``model_index.json`` names this module: ``DiffusionPipeline.from_pretrained`` opens the folder if the module was
+imported before, and asks for it otherwise.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_quant.export.artifact import load_quantized
 
 
 class QuantizedDenoiser(ModelMixin):  # type: ignore[misc, no-untyped-call]
-    """A denoiser on disk, of :func:`lightning_quant.save_quantized_pipeline`; in memory it has its own class."""
+    """Loader of the denoiser that :func:`lightning_quant.save_quantized_pipeline` wrote, in its original class."""
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, **arguments: Any) -> nn.Module:  # type: ignore[override]
@@ -25,15 +25,15 @@ class QuantizedDenoiser(ModelMixin):  # type: ignore[misc, no-untyped-call]
 
         Args:
             folder: Folder of the denoiser.
-            arguments: What diffusers passes on, of which ``torch_dtype`` counts.
+            arguments: Arguments that diffusers passes on; only ``torch_dtype`` has an effect.
 
         Raises:
-            CheckpointError: For files that are missing, cut off or changed.
-            ConfigurationError: For a ``device_map``.
+            CheckpointError: Files that are missing, truncated or changed.
+            ConfigurationError: A ``device_map``.
         """
         if arguments.get("device_map") is not None:
             raise ConfigurationError(
-                f"device_map={arguments['device_map']!r}: a quantized denoiser is loaded as a whole. Leave device_map"
+                f"device_map={arguments['device_map']!r}: a quantized denoiser is loaded in one piece. Leave device_map"
                 " out, and write pipeline.to(device)."
             )
         network = load_quantized(folder)

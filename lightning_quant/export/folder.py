@@ -1,4 +1,4 @@
-"""The two files of an artefact: tensors in safetensors, all else in JSON; written at once or not at all."""
+"""The two files of an artifact: tensors in safetensors, the rest in JSON, written atomically."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from lightning_quant.utilities.files import Writer, left_elsewhere, settle, whol
 from lightning_quant.utilities.hashing import file_hash
 
 FORMAT, VERSION = "lightning_quant", 2
-# The first has no hash of the description.
+# Version 1 has no hash of the description.
 READ = (1, 2)
 TENSORS, DESCRIPTION = "model.safetensors", "quantization.json"
 
 
 @dataclass(frozen=True)
 class Description:
-    """What the tensors mean.
+    """Meaning of the tensors of an artifact.
 
     Attributes:
-        modules: of each quantized layer and opened attention, the extra states of its quantizers by slot.
-        packed: bits, shape and dtype of each weight that is stored as codes.
-        tied: names of tensors that are stored under another name.
-        build: how to make the float network, see ``build.construct``; None where the loader has to give it.
-        float32_bytes: size of the weights and buffers of the float network in FP32.
+        modules: Extra states of the quantizers by slot, for each quantized layer and opened attention.
+        packed: Bits, shape and dtype of each weight that is stored as codes.
+        tied: Names of tensors that are stored under another name.
+        build: Recipe of the float network, see ``build.construct``; None if the caller must provide the network.
+        float32_bytes: Size in bytes of the float network's weights and buffers in FP32.
     """
 
     modules: dict[str, dict[str, list[int]]]
@@ -44,7 +44,7 @@ class Description:
 
 
 def written_files(folder: Path) -> tuple[str, ...]:
-    """Return the files of a folder that :func:`write_folder` wrote, by what its description says of itself.
+    """Return the names of a folder's files that :func:`write_folder` wrote, according to its description.
 
     Example:
         >>> written_files(Path("no-such-folder"))
@@ -74,15 +74,15 @@ def write_folder(folder: Path, tensors: Mapping[str, Tensor], description: Descr
         }
         content["description_sha256"] = description_digest(content)
         (new / DESCRIPTION).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        # safetensors keeps what it writes from others, whatever the umask says.
+        # safetensors writes files that only the owner can read, whatever the umask.
         (new / TENSORS).chmod((new / DESCRIPTION).stat().st_mode)
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
-    """Tensors on the CPU, and what they mean.
+    """Read the tensors, on the CPU, and their description.
 
     Raises:
-        CheckpointError: a file that is missing, cut off or changed, or of an unknown version.
+        CheckpointError: A file that is missing, truncated or changed, or has an unknown version.
     """
     settle(folder, WRITER)
     missing = [name for name in (TENSORS, DESCRIPTION) if not (folder / name).is_file()]
@@ -92,8 +92,8 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
             f"{folder} has no {' and no '.join(missing)}: give a folder that lightning_quant.save_quantized(model,"
             " folder) wrote."
             + (
-                f"\nBeside it lies {', '.join(each.name for each in left)} of a process of another machine: if that was"
-                f" stopped while it wrote, rename a folder that has both files to {folder.name}."
+                f"\nBeside it lies {', '.join(path.name for path in left)}, written by a process on another machine: if"
+                f" that process was stopped while writing, rename a folder that has both files to {folder.name}."
                 if left
                 else ""
             )
@@ -103,7 +103,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
         content = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
         version = content["version"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{folder / DESCRIPTION} is cut off or changed ({error}): {again}") from error
+        raise CheckpointError(f"{folder / DESCRIPTION} is truncated or changed ({error}): {again}") from error
     if version not in READ:
         raise CheckpointError(
             f"{folder / DESCRIPTION} has version {version}, this lightning_quant reads versions up to"
@@ -111,23 +111,23 @@ def read_folder(folder: Path) -> tuple[dict[str, Tensor], Description]:
             f" lightning_quant {content.get('lightning_quant')}, which wrote it."
         )
     if version > 1 and description_digest(content) != content.get("description_sha256"):
-        raise CheckpointError(f"{folder / DESCRIPTION} is changed (its own sha256 is not what it says): {again}")
+        raise CheckpointError(f"{folder / DESCRIPTION} is changed (its sha256 is not the recorded one): {again}")
     try:
         description = Description(**{name: content[name] for name in Description.__dataclass_fields__})
         if file_hash(folder / TENSORS) != content["sha256"]:
-            raise ValueError("its sha256 is not the one that was written down")
+            raise ValueError("its sha256 is not the recorded one")
         return load_file(folder / TENSORS), description
     except (ValueError, KeyError, SafetensorError) as error:
-        raise CheckpointError(f"{folder / TENSORS} is cut off or changed ({error}): {again}") from error
+        raise CheckpointError(f"{folder / TENSORS} is truncated or changed ({error}): {again}") from error
 
 
 def description_digest(content: Mapping[str, Any]) -> str:
-    """SHA-256 of all that the JSON says but this.
+    """Return the SHA-256 of the JSON's content without its own digest.
 
     Example:
         >>> description_digest({"a": 1, "b": 2}) == description_digest({"b": 2, "a": 1, "description_sha256": "x"})
         True
     """
-    # As it is read again: keys of JSON are texts.
+    # Hash the content as it is read back: JSON turns all keys into strings.
     rest = json.loads(json.dumps({key: value for key, value in content.items() if key != "description_sha256"}))
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

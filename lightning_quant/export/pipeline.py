@@ -1,4 +1,4 @@
-"""Pipelines of diffusers with a quantized denoiser: a folder as diffusers writes it, the denoiser as our artefact."""
+"""Diffusers pipelines with a quantized denoiser: a folder in diffusers' layout, the denoiser as our artifact."""
 
 from __future__ import annotations
 
@@ -19,36 +19,36 @@ from lightning_quant.export.artifact import load_quantized, save_quantized
 from lightning_quant.utilities.files import Writer, check_replaceable, list_files, listed_files, settle, whole_folder
 from lightning_quant.utilities.paths import user_path
 
-# Where diffusers finds the class of a quantized denoiser; it imports nothing that a folder names.
+# Module where diffusers finds the class of a quantized denoiser; it does not import modules that a folder names.
 _HOME = "lightning_quant.export.denoiser"
 WRITER = Writer("save_quantized_pipeline", partial(listed_files, index=INDEX), INDEX)
-# What the constructor of Stable Diffusion's pipeline asks for, where it may be None.
+# Required arguments of Stable Diffusion's pipeline that may be None.
 _OPTIONAL = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 
 
 def save_quantized_pipeline(
     source: DiffusionModel | str | Path, folder: str | Path, network: nn.Module | None = None
 ) -> Path:
-    """Write a pipeline whose denoiser is quantized, for :func:`load_quantized_pipeline`.
+    """Save a pipeline with a quantized denoiser, for :func:`load_quantized_pipeline`.
 
-    ``DiffusionPipeline.from_pretrained`` opens it too, after ``import lightning_quant.export.denoiser``.
+    ``DiffusionPipeline.from_pretrained`` loads it too, after ``import lightning_quant.export.denoiser``.
 
-    The denoiser's folder is that of :func:`lightning_quant.save_quantized` with diffusers' ``config.json`` beside it;
-    all else is as in the float pipeline. A folder that was written before is replaced once the new one is complete. In
-    a distributed run rank 0 writes.
+    The denoiser's folder is written by :func:`lightning_quant.save_quantized`, with diffusers' ``config.json`` beside
+    it; the rest is as in the float pipeline. An earlier folder is replaced once the new one is complete. In a
+    distributed run rank 0 writes.
 
     Args:
-        source: the float pipeline, a folder or a name on the hub; or a model with what surrounds the denoiser.
-        folder: where to; its parents are made.
-        network: the quantized denoiser; None for that of ``source``.
+        source: Float pipeline, as a folder or a name on the hub, or a DiffusionModel.
+        folder: Folder to write; missing parents are created.
+        network: Quantized denoiser; None takes that of ``source``.
 
     Returns:
-        the folder.
+        The folder.
 
     Raises:
-        ConfigurationError: a folder with other files.
-        UnsupportedModelError: a denoiser that is not quantized.
-        QuantizationError: none of its quantizers has a range yet.
+        ConfigurationError: Folder with other files.
+        UnsupportedModelError: Denoiser that is not quantized.
+        QuantizationError: Denoiser whose quantizers have no ranges yet.
 
     Example:
         >>> import tempfile
@@ -86,52 +86,54 @@ def save_quantized_pipeline(
 
 
 def load_quantized_pipeline(folder: str | Path, **components: Any) -> Any:
-    """The pipeline of diffusers in a folder that :func:`save_quantized_pipeline` wrote, on the CPU.
+    """Load a diffusers pipeline from a folder that :func:`save_quantized_pipeline` wrote, on the CPU.
 
-    Its images are those of the pipeline with the denoiser that was saved, bit for bit.
+    Its images equal those of the saved pipeline bit for bit.
 
     Args:
-        folder: with ``model_index.json``.
-        components: others in place of those in the folder, and whatever else the pipeline's ``from_pretrained`` takes.
+        folder: Folder with ``model_index.json``.
+        components: Components to use instead of those in the folder, and further arguments of the pipeline's
+            ``from_pretrained``.
 
     Raises:
-        CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
-        ConfigurationError: a library is missing that the pipeline needs.
+        CheckpointError: Folder whose denoiser is not quantized, or files that are missing, truncated or changed.
+        ConfigurationError: A library that the pipeline needs is not installed.
     """
     from diffusers.utils.import_utils import is_accelerate_available
 
-    found = _quantized_folder(user_path(folder))
-    library = "lightning_quant.accuquant.class_conditional" if found.pipeline == OWN_PIPELINE else "diffusers"
-    kind: Any = getattr(import_module(library), found.pipeline)
-    network = load_quantized(found.components[found.denoiser][0])
+    contents = _quantized_folder(user_path(folder))
+    library = "lightning_quant.accuquant.class_conditional" if contents.pipeline == OWN_PIPELINE else "diffusers"
+    kind: Any = getattr(import_module(library), contents.pipeline)
+    network = load_quantized(contents.components[contents.denoiser][0])
     import_module(_HOME)
-    # What the folder has as null is not taken for given.
-    absent = [key for key, entry in _index(found.path).items() if entry == [None, None]]
-    given = {**dict.fromkeys(absent), found.denoiser: network, **components}
+    # Diffusers wants components that are null in the folder to be passed as None.
+    absent = [key for key, entry in _index(contents.path).items() if entry == [None, None]]
+    kwargs = {**dict.fromkeys(absent), contents.denoiser: network, **components}
     try:
-        pipeline = kind.from_pretrained(found.path, low_cpu_mem_usage=is_accelerate_available(), **given)
+        pipeline = kind.from_pretrained(contents.path, low_cpu_mem_usage=is_accelerate_available(), **kwargs)
     except ImportError as error:
         raise ConfigurationError(
-            f"{found.pipeline} needs a library that is not installed: {error}\nInstall it, or write"
-            f" load_quantized_model({str(folder)!r}), which loads the denoiser, the scheduler and the decoder alone."
+            f"{contents.pipeline} needs a library that is not installed: {error}\nInstall it, or write"
+            f" load_quantized_model({str(folder)!r}), which loads only the denoiser, the scheduler and the decoder."
         ) from error
     return pipeline
 
 
 def load_quantized_model(folder: str | Path, **arguments: Any) -> DiffusionModel:
-    """Load the denoiser and its sampler from a folder that :func:`save_quantized_pipeline` wrote.
+    """Load the denoiser and its scheduler from a folder that :func:`save_quantized_pipeline` wrote.
 
-    The quantized twin of :func:`lightning_quant.accuquant.pipelines.load_float_pipeline`.
+    The quantized counterpart of :func:`lightning_quant.accuquant.pipelines.load_float_pipeline`.
 
     Args:
-        folder: with ``model_index.json``.
-        arguments: others of ``load_float_pipeline``, as ``scheduler``.
+        folder: Folder with ``model_index.json``.
+        arguments: Further arguments of ``load_float_pipeline``, such as ``scheduler``.
 
     Raises:
-        CheckpointError: a folder whose denoiser is not quantized, or files that are missing, cut off or changed.
+        CheckpointError: Folder whose denoiser is not quantized, or files that are missing, truncated or changed.
     """
-    found = _quantized_folder(user_path(folder))
-    return load_float_pipeline(found.path, network=load_quantized(found.components[found.denoiser][0]), **arguments)
+    contents = _quantized_folder(user_path(folder))
+    network = load_quantized(contents.components[contents.denoiser][0])
+    return load_float_pipeline(contents.path, network=network, **arguments)
 
 
 def _quantized_folder(path: Path) -> PipelineFolder:
@@ -141,19 +143,19 @@ def _quantized_folder(path: Path) -> PipelineFolder:
             f"{path} has no {INDEX}: give a folder that save_quantized_pipeline(model, folder) wrote; a denoiser"
             " alone is loaded with lightning_quant.load_quantized(folder)."
         )
-    found = read_folder(path)
-    denoiser, _ = found.components[found.denoiser]
+    contents = read_folder(path)
+    denoiser, _ = contents.components[contents.denoiser]
     if not (denoiser / QUANTIZED).is_file():
         raise CheckpointError(
             f"{denoiser} has no {QUANTIZED}, its denoiser is not quantized: load it with"
-            f" diffusers.{found.pipeline}.from_pretrained({str(path)!r}), or give a folder that"
+            f" diffusers.{contents.pipeline}.from_pretrained({str(path)!r}), or give a folder that"
             " save_quantized_pipeline wrote."
         )
-    return found
+    return contents
 
 
 def _index(folder: Path | None) -> dict[str, Any]:
-    """What ``model_index.json`` says; empty where there is none."""
+    """Return the content of ``model_index.json``; empty if there is none."""
     path = None if folder is None else folder / INDEX
     return dict(json.loads(path.read_text(encoding="utf-8"))) if path is not None and path.is_file() else {}
 
@@ -163,19 +165,19 @@ def _header(model: DiffusionModel) -> dict[str, Any]:
 
 
 def _entry(component: Any) -> list[str]:
-    """Library and class, as diffusers writes them."""
+    """Return library and class of a component, as in ``model_index.json``."""
     kind = type(component)
     package = kind.__module__.split(".")[0]
     return [package if package in ("diffusers", "transformers") else kind.__module__, kind.__name__]
 
 
-def _rest(model: DiffusionModel, new: Path, known: Any) -> dict[str, Any]:
-    """Entries of what was not loaded, as text encoders are not: copied from the folder that the model came from."""
+def _rest(model: DiffusionModel, new: Path, written: Any) -> dict[str, Any]:
+    """Copy components that were not loaded, such as text encoders, from the model's folder; return their entries."""
     entries: dict[str, Any] = {}
     if model.kind == "sd":
         entries = {**{key: [None, None] for key in _OPTIONAL}, "requires_safety_checker": False}
     for key, entry in _index(model.folder).items():
-        if key.startswith("_") or key in known or key in ("unet", "transformer"):
+        if key.startswith("_") or key in written or key in ("unet", "transformer"):
             continue
         entries[key] = entry
         if model.folder is not None and (model.folder / key).is_dir():

@@ -1,4 +1,4 @@
-"""LightningModules for the tasks that the package trains, calibrates and measures."""
+"""LightningModules for image classification and image diffusion."""
 
 from lightning_quant.tasks.classification import ImageClassifier
 from lightning_quant.tasks.diffusion import ImageDiffusion

@@ -1,4 +1,4 @@
-"""Image classification with any network of timm, torchvision or one's own."""
+"""Image classification with any network from timm, torchvision or user code."""
 
 from typing import Any, Literal
 
@@ -24,40 +24,40 @@ _FROM_PYTHON = "network_from_python"
 
 
 class ImageClassifier(LightningModule):
-    """Trains, tests and predicts with a classification network on batches ``(images, labels)``.
+    """LightningModule for image classification on batches ``(images, labels)``.
 
-    Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss``, ``test/acc``, and with more than five
-    classes ``val/acc5`` and ``test/acc5``: shares of images in [0, 1].
+    Logs ``train/loss``, ``val/loss``, ``val/acc``, ``test/loss`` and ``test/acc``. With more than five classes it
+    also logs ``val/acc5`` and ``test/acc5``. Accuracies are in [0, 1].
 
-    A checkpoint holds what is needed to build the network, not where its first weights came from nor the
-    optimizer's settings: ``ImageClassifier.load_from_checkpoint(path)`` downloads and reads nothing else. A
-    network given from Python is not described in it: write ``load_from_checkpoint(path, model=network)``.
+    A checkpoint describes the network, but neither the source of its initial weights nor the optimizer's settings:
+    ``ImageClassifier.load_from_checkpoint(path)`` downloads nothing and reads no other file. A network passed from
+    Python is not described in the checkpoint: write ``load_from_checkpoint(path, model=network)``.
 
     Args:
-        model: Any name that ``timm.list_models()`` knows, ``cifar_resnet20`` and its like among them;
-            ``torchvision/vit_b_16``, or any other of torchvision's classifiers; or, from Python, a network.
+        model: Any name in ``timm.list_models()``, which includes ``cifar_resnet20`` and its relatives;
+            ``torchvision/vit_b_16`` or any other torchvision classifier; or, from Python, a network.
         num_classes: Width of the classifier.
-        pretrained: Start from the published weights (a download); torchvision's are the ``DEFAULT`` ones.
-        checkpoint_path: Start from a local ``.safetensors``, ``.pth`` or ``.ckpt`` of the same network.
+        pretrained: Start from the published weights (a download); for torchvision the ``DEFAULT`` ones.
+        checkpoint_path: Local ``.safetensors``, ``.pth`` or ``.ckpt`` file of the same network to start from.
         model_kwargs: Further arguments of ``timm.create_model``, such as ``{"in_chans": 1}``, or of
             ``torchvision.models.get_model``.
         label_smoothing: Share of the target that is spread over all classes, in [0, 1).
-        mixup_alpha: Of timm's mixup in training; 0 switches it off.
-        cutmix_alpha: Of timm's cutmix in training, likewise; both on: either, drawn for each batch.
-        channels_last: Keep network and images in channels-last memory format.
-        optimizer: From parameters to an optimizer; by default SGD as for the CIFAR results of INT4 training.
-        lr_scheduler: From an optimizer to a scheduler, or ``"one_cycle"`` or ``"cosine"``: stepped every
-            batch, as long as the run, with the optimizer's learning rate as the largest.
-        scheduler_interval: When a scheduler that is given as a callable steps.
+        mixup_alpha: Alpha of timm's mixup in training; 0 disables it.
+        cutmix_alpha: Alpha of timm's cutmix in training; 0 disables it. With both enabled, each batch draws one.
+        channels_last: Keep the network and the images in channels-last memory format.
+        optimizer: Callable from parameters to an optimizer. The default is SGD as in INT4 training's CIFAR results.
+        lr_scheduler: Callable from an optimizer to a scheduler, or ``"one_cycle"`` or ``"cosine"``, which step after
+            every batch, span the whole run and take the optimizer's learning rate as their maximum.
+        scheduler_interval: Interval at which a scheduler given as a callable steps.
 
     Shape:
-        images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
+        Images ``(N, C, H, W)`` to logits ``(N, num_classes)``.
 
     Raises:
-        ConfigurationError: For a name that the library does not know, a number out of range, a missing
-            ``checkpoint_path``, or data with another number of classes.
-        CheckpointError: If the file's tensors are not those of the network, or a checkpoint of a network from
-            Python is loaded without it.
+        ConfigurationError: Unknown network name, number out of range, missing ``checkpoint_path``, or data with
+            another number of classes.
+        CheckpointError: A file whose tensors do not fit the network, or a checkpoint of a network from Python that
+            is loaded without that network.
 
     Example:
         >>> classifier = ImageClassifier("cifar_resnet20", num_classes=10, model_kwargs={"in_chans": 1})
@@ -85,7 +85,7 @@ class ImageClassifier(LightningModule):
         scheduler_interval: Literal["epoch", "step"] = "epoch",
     ) -> None:
         super().__init__()
-        # Callables cannot be unpickled safely; the origin of the weights must not be asked for again.
+        # Callables cannot be unpickled safely, and loading a checkpoint must not fetch the initial weights again.
         ignored = ["pretrained", "checkpoint_path", "optimizer", "lr_scheduler", "scheduler_interval"]
         self._named = isinstance(model, str)
         self.save_hyperparameters(ignore=ignored if self._named else ["model", *ignored])
@@ -113,10 +113,10 @@ class ImageClassifier(LightningModule):
         return logits
 
     def setup(self, stage: str) -> None:
-        found = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
-        if found != self.num_classes:
+        classes = getattr(getattr(self.trainer, "datamodule", None), "num_classes", self.num_classes)
+        if classes != self.num_classes:
             raise ConfigurationError(
-                f"The data has {found} classes, the network {self.num_classes}. Write num_classes={found}."
+                f"The data has {classes} classes, the network {self.num_classes}. Write num_classes={classes}."
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -126,7 +126,7 @@ class ImageClassifier(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._named and (network := checkpoint.get(_FROM_PYTHON)):
             raise CheckpointError(
-                f"The checkpoint's network is a {network} given from Python, which the checkpoint does not describe. "
+                f"The checkpoint's network is a {network} passed from Python, which the checkpoint does not describe. "
                 "Write load_from_checkpoint(path, model=NETWORK), or test ImageClassifier(NETWORK) with ckpt_path=PATH."
             )
         rebuild(self, checkpoint["state_dict"])
@@ -148,12 +148,12 @@ class ImageClassifier(LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:
-        """Probabilities of the classes in FP32, ``(N, num_classes)``; labels in the batch are ignored."""
+        """Return the class probabilities ``(N, num_classes)`` in FP32; labels in the batch are ignored."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         return self(images).float().softmax(dim=-1)  # type: ignore[no-any-return]
 
     def configure_callbacks(self) -> list[Callback]:
-        """What an evaluation ends with."""
+        """Add the callback that reports how far the evaluated network was quantized."""
         return [WhatRan()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -187,9 +187,9 @@ def _mix(mixup: Mixup, images: Tensor, labels: Tensor) -> Batch:
     if len(images) % 2:
         raise ConfigurationError(
             f"mixup and cutmix mix images in pairs, found a training batch of {len(images)}. "
-            "Write an even batch_size and drop the last, smaller batch (drop_last=True)."
+            "Write an even batch_size and drop the last incomplete batch (drop_last=True)."
         )
-    # timm mixes in place, and the batch may be the data set itself.
+    # timm mixes in place, and the batch may share memory with the data set.
     mixed, targets = mixup(images.clone(), labels)
     return mixed, targets
 

@@ -1,4 +1,4 @@
-"""Networks and schedulers of diffusers by their arguments or from folders, what a network learns, and its noise."""
+"""Networks and schedulers of diffusers from arguments or folders, and the target that a network learns."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 def learned_target(scheduler: Any, images: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-    """What a network learns to predict by the ``prediction_type`` of a scheduler of diffusers.
+    """Return the target of the network's prediction for the ``prediction_type`` of a diffusers scheduler.
 
     Example:
         >>> import torch
@@ -38,14 +38,15 @@ def learned_target(scheduler: Any, images: Tensor, noise: Tensor, timesteps: Ten
 
 
 def unet(network: Mapping[str, Any] | str | nn.Module) -> Any:
-    """A ``UNet2DModel`` by its arguments, from a folder, or as it is given.
+    """Return a ``UNet2DModel`` built from arguments, loaded from a folder, or passed through.
 
     Args:
-        network: Arguments; a folder of a network or of a pipeline with one, with weights; or the network.
+        network: Arguments of ``UNet2DModel``; the folder of a network or of a pipeline, whose weights are loaded; or
+            the network itself.
 
     Raises:
-        ConfigurationError: For arguments that it does not know or cannot be built of, or a folder without one.
-        UnsupportedModelError: For another kind of network.
+        ConfigurationError: Arguments that ``UNet2DModel`` does not accept, or a folder without a network.
+        UnsupportedModelError: Network of another class.
 
     Example:
         >>> unet(nn.Linear(1, 1))
@@ -62,10 +63,10 @@ def unet(network: Mapping[str, Any] | str | nn.Module) -> Any:
         case nn.Module():
             raise UnsupportedModelError(
                 f"Expected a UNet2DModel of diffusers, found a {type(network).__name__}. "
-                "Write ImageDiffusion(UNet2DModel(...)), or its arguments as a mapping."
+                "Write ImageDiffusion(UNet2DModel(...)), or pass its arguments as a mapping."
             )
         case str():
-            # Diffusers reads networks in evaluation mode, which Lightning would leave them in.
+            # diffusers loads networks in eval mode, and Lightning would leave them in it.
             folder = _folder_with(network, "unet", "config.json")
             return UNet2DModel.from_pretrained(folder, low_cpu_mem_usage=is_accelerate_available()).train()
         case _:
@@ -73,15 +74,15 @@ def unet(network: Mapping[str, Any] | str | nn.Module) -> Any:
 
 
 def noise_scheduler(scheduler: Mapping[str, Any] | str | None) -> Any:
-    """A DDIMScheduler or DDPMScheduler by its arguments or from a folder.
+    """Return a DDIMScheduler or DDPMScheduler built from arguments or from a folder.
 
     Args:
-        scheduler: Arguments, with the class as ``_class_name`` unless it is DDIMScheduler; or a folder of a
-            scheduler or of a pipeline; None for diffusers' own arguments.
+        scheduler: Arguments, with the class as ``_class_name`` unless it is DDIMScheduler; or the folder of a
+            scheduler or of a pipeline. None uses the defaults of diffusers.
 
     Raises:
-        ConfigurationError: For another class, arguments that it does not know, an unknown ``prediction_type``, or a
-            folder without one.
+        ConfigurationError: Another class, arguments that the class does not accept, an unknown ``prediction_type``,
+            or a folder without a scheduler.
 
     Example:
         >>> noise_scheduler({"_class_name": "DDPMScheduler", "prediction_type": "v_prediction"}).config.prediction_type
@@ -98,8 +99,8 @@ def noise_scheduler(scheduler: Mapping[str, Any] | str | None) -> Any:
     kind = arguments.get("_class_name", _SCHEDULERS[0])
     if kind not in _SCHEDULERS:
         raise ConfigurationError(
-            f"Trained with {' or '.join(_SCHEDULERS)}, found a {kind}. Another sampler can be made of the config of "
-            "either when the training is done."
+            f"Training takes a {' or '.join(_SCHEDULERS)}, found a {kind}. Other samplers can be made from the config "
+            "of either after training."
         )
     built = _built(getattr(diffusers, kind), arguments)
     if built.config.prediction_type not in _PREDICTIONS:
@@ -110,7 +111,7 @@ def noise_scheduler(scheduler: Mapping[str, Any] | str | None) -> Any:
 
 
 def described(configured: Any) -> dict[str, Any]:
-    """The arguments of a network or scheduler of diffusers and its ``_class_name``, as plain values.
+    """Return the arguments and ``_class_name`` of a diffusers network or scheduler as plain values.
 
     Example:
         >>> described(noise_scheduler({"beta_end": 0.01}))["beta_end"]
@@ -121,25 +122,25 @@ def described(configured: Any) -> dict[str, Any]:
 
 
 def _folder_with(folder: str, inside: str, name: str) -> Path:
-    """The folder itself, or the one inside a pipeline's, that holds the file of that name."""
-    whole = user_path(folder)
-    for each in (whole, whole / inside):
-        if (each / name).is_file():
-            return each
+    """Return the folder that holds the file: the given one, or its subfolder ``inside`` if it is a pipeline's."""
+    parent = user_path(folder)
+    for candidate in (parent, parent / inside):
+        if (candidate / name).is_file():
+            return candidate
     raise ConfigurationError(
-        f"No {name} in '{whole}' or '{whole / inside}'. Write the folder of a diffusers pipeline, or arguments."
+        f"No {name} in '{parent}' or '{parent / inside}'. Write the folder of a diffusers pipeline, or arguments."
     )
 
 
 def _built(cls: Any, arguments: Mapping[str, Any]) -> Any:
-    """An object of diffusers, which by itself only warns of what it does not know."""
-    known = [name for name in signature(cls.__init__).parameters if name != "self"]
-    given = {name: value for name, value in arguments.items() if not name.startswith("_")}
-    if unknown := sorted(given.keys() - set(known)):
+    """Build a diffusers object and refuse unknown arguments, for which diffusers only warns."""
+    parameters = [name for name in signature(cls.__init__).parameters if name != "self"]
+    kwargs = {name: value for name, value in arguments.items() if not name.startswith("_")}
+    if unknown := sorted(kwargs.keys() - set(parameters)):
         raise ConfigurationError(
-            f"{cls.__name__} has no argument {', '.join(map(repr, unknown))}. It has {', '.join(known)}."
+            f"{cls.__name__} has no argument {', '.join(map(repr, unknown))}. It has {', '.join(parameters)}."
         )
     try:
-        return cls(**given)
+        return cls(**kwargs)
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigurationError(f"{cls.__name__} cannot be built of these arguments: {error}") from error
+        raise ConfigurationError(f"{cls.__name__} cannot be built from these arguments: {error}") from error

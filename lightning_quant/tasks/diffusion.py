@@ -1,4 +1,4 @@
-"""Training a diffusion model of images with the networks and schedulers of diffusers."""
+"""Training of image diffusion models with the networks and schedulers of diffusers."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ Batch = Tensor | Sequence[Tensor]
 
 INDEX = "model_index.json"
 WRITER = Writer("ImageDiffusion.save_quantized_pipeline", partial(listed_files, index=INDEX), INDEX)
-# Multiples of the golden ratio spread over [0, 1) evenly, however many are taken.
+# Any number of multiples of the golden ratio is spread evenly over [0, 1).
 _GOLDEN = (5**0.5 - 1) / 2
-# Network and scheduler are there as diffusers describes them; the rest belongs to the run.
+# Network and scheduler are saved as diffusers describes them; the rest belongs to the run.
 _NOT_IN_CHECKPOINTS = [
     *("network", "scheduler", "sampling_steps", "seed", "pipeline"),
     *("optimizer", "lr_scheduler", "scheduler_interval"),
@@ -36,34 +36,35 @@ _NOT_IN_CHECKPOINTS = [
 
 
 class ImageDiffusion(LightningModule):
-    """Trains a UNet of diffusers to denoise images, and generates with DDIM.
+    """LightningModule that trains a diffusers UNet to denoise images, and generates images with DDIM.
 
-    Batches are ``(images, labels)`` or images alone, images in [-1, 1]: a DataModule with ``mean`` and ``std`` of
-    0.5. Labels are the conditioning where the network has ``num_class_embeds``, and ignored elsewhere. Logs
-    ``train/loss`` and ``val/loss``, mean squared errors of what the network predicts; in validation every image has
-    its timestep and its noise, so that epochs compare.
+    Batches are ``(images, labels)`` or images alone. Images are in [-1, 1], as from a DataModule with ``mean`` and
+    ``std`` of 0.5. Labels condition a network with ``num_class_embeds`` and are ignored otherwise. Logs
+    ``train/loss`` and ``val/loss``, the mean squared error of the network's prediction. In validation, timestep and
+    noise of each image are fixed, so that epochs are comparable.
 
-    For an average of the weights add Lightning's ``EMAWeightAveraging`` to the callbacks: validation, checkpoints
-    and, after the fit, the module and its pipeline have the averaged weights.
+    To average the weights, add Lightning's ``EMAWeightAveraging`` to the callbacks: validation and checkpoints then
+    use the averaged weights, as do the module and its pipeline after the fit.
 
     Args:
-        network: Arguments of ``diffusers.UNet2DModel``; a folder of one, or of a pipeline with one, whose weights
-            are the first ones; or, from Python, a network.
+        network: Arguments of ``diffusers.UNet2DModel``; the folder of such a network or of a pipeline, whose weights
+            are loaded; or, from Python, a network.
         scheduler: Arguments of the scheduler that adds the noise, a DDIMScheduler unless ``_class_name`` says
-            DDPMScheduler, as in diffusers' ``scheduler_config.json``; or a folder of one, or of a pipeline. Its
-            ``prediction_type`` is what the network learns: the noise, the image, or the velocity.
-        padding: Background (-1) added on each side of the images, and cut off what is generated.
-        sampling_steps: Of DDIM in ``predict``.
-        seed: Of the noise in validation and of the images in ``predict``, not of the training.
-        pipeline: Folder that :meth:`save_quantized_pipeline` writes when the fit ends; None writes none.
-        optimizer: From parameters to an optimizer.
-        lr_scheduler: As in :class:`ImageClassifier`.
-        scheduler_interval: Likewise.
+            DDPMScheduler, as in diffusers' ``scheduler_config.json``; or the folder of a scheduler or of a pipeline.
+            Its ``prediction_type`` sets what the network learns: the noise, the image or the velocity.
+        padding: Width in pixels of the background (-1) added on each side of the images, and cropped from generated
+            images.
+        sampling_steps: Number of DDIM steps in ``predict``.
+        seed: Seed of the noise in validation and of the images in ``predict``, not of the training.
+        pipeline: Folder that :meth:`save_quantized_pipeline` writes when the fit ends; None writes nothing.
+        optimizer: Callable from parameters to an optimizer.
+        lr_scheduler: Schedule of the learning rate, see :class:`ImageClassifier`.
+        scheduler_interval: Interval at which a scheduler given as a callable steps.
 
     Raises:
-        ConfigurationError: For arguments that diffusers does not know, numbers out of range, a missing folder, images
+        ConfigurationError: Arguments that diffusers does not accept, numbers out of range, a missing folder, images
             of another size or range, or labels that do not fit ``num_class_embeds``.
-        UnsupportedModelError: For a network from Python that is no ``UNet2DModel``.
+        UnsupportedModelError: Network from Python that is not a ``UNet2DModel``.
 
     Source: Ho et al., NeurIPS 2020 (arXiv 2006.11239), the loss of equation 14; Salimans and Ho, ICLR 2022
     (arXiv 2202.00512), the velocity.
@@ -107,7 +108,9 @@ class ImageDiffusion(LightningModule):
         if self.pipeline is not None and self.pipeline.is_file():
             raise ConfigurationError(f"pipeline='{self.pipeline}' is a file. Write pipeline=FOLDER.")
         if self.network.config.sample_size is None:
-            raise ConfigurationError("The network has no sample_size. Write the height of the images, with padding.")
+            raise ConfigurationError(
+                "The network has no sample_size. Write sample_size, the height of the images including padding."
+            )
         self.padding = padding
         self.sampling_steps = sampling_steps
         self.seed = seed
@@ -119,13 +122,13 @@ class ImageDiffusion(LightningModule):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of what the network denoises, padding included."""
+        """Channels, height and width of the network's input, padding included."""
         size = self.network.config.sample_size
         height, width = (size, size) if isinstance(size, int) else size
         return self.network.config.in_channels, height, width
 
     def forward(self, images: Tensor, timesteps: Tensor | int, labels: Tensor | None = None) -> Tensor:
-        """What the network predicts of noisy images ``(N, C, H, W)`` at timesteps ``(N,)`` or one for all."""
+        """Return the network's prediction for noisy images ``(N, C, H, W)`` at timesteps ``(N,)`` or a single one."""
         prediction: Tensor = self.network(images, timesteps, class_labels=labels, return_dict=False)[0]
         return prediction
 
@@ -167,10 +170,10 @@ class ImageDiffusion(LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Generated images in [0, 1], ``(N, C, H, W)``, one for each row of the batch.
+        """Generate one image in [0, 1] for each row of the batch, ``(N, C, H, W)``.
 
-        A batch is ids, ``(ids, labels)``, or one of the DataModule's ``(images, labels)``, whose images are only
-        counted: the ids are then their numbers in the data set.
+        A batch is ids, ``(ids, labels)``, or a DataModule's ``(images, labels)``. Of such images only the number is
+        used: their indices in the data set are the ids.
         """
         first, *rest = [batch] if isinstance(batch, Tensor) else batch
         ids = self._numbers(len(first)) if first.is_floating_point() else first
@@ -178,11 +181,11 @@ class ImageDiffusion(LightningModule):
 
     @torch.no_grad()
     def generate(self, ids: Tensor, labels: Tensor | None = None) -> Tensor:
-        """Images by DDIM, each from the noise of its id alone, whatever else is in the batch.
+        """Generate images with DDIM; an image depends on its id, not on the rest of the batch.
 
         Args:
-            ids: Numbers >= 0, ``(N,)``.
-            labels: Their classes, ``(N,)``, where the network has ``num_class_embeds``.
+            ids: Seeds of the initial noise, >= 0, ``(N,)``.
+            labels: Classes of the images, ``(N,)``, for a network with ``num_class_embeds``.
 
         Returns:
             Images in [0, 1], ``(N, C, H, W)``, on the module's device.
@@ -197,21 +200,22 @@ class ImageDiffusion(LightningModule):
         return F.pad(images, (-self.padding,) * 4).add(1).div(2).clamp(0, 1)
 
     def on_fit_end(self) -> None:
-        # Averaged weights are in the module since the end of the training, which is before this.
+        # EMAWeightAveraging moves the averaged weights into the module in on_train_end, which runs before this hook.
         if self.pipeline is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.save_quantized_pipeline(self.pipeline)
 
     def save_quantized_pipeline(self, folder: str | Path) -> None:
-        """Write network and scheduler as a DDIMPipeline or DDPMPipeline, by the scheduler's class.
+        """Write network and scheduler as a DDIMPipeline or DDPMPipeline, depending on the scheduler's class.
 
-        The weights are the module's: after a fit with ``EMAWeightAveraging``, and out of its checkpoints, averaged.
+        The weights are the module's current ones: averaged after a fit with ``EMAWeightAveraging``, and when loaded
+        from its checkpoints.
 
         Args:
-            folder: What ``DDIMPipeline.from_pretrained(folder)`` opens; one that was written before is replaced once
-                the new one is complete.
+            folder: Folder for ``DDIMPipeline.from_pretrained(folder)``. An earlier one is replaced once the new one
+                is complete.
 
         Raises:
-            ConfigurationError: A folder with files that this did not write, or one that cannot be written to.
+            ConfigurationError: Folder with files that this method did not write, or one that is not writable.
         """
         import diffusers
 
@@ -243,7 +247,7 @@ class ImageDiffusion(LightningModule):
         return F.mse_loss(prediction.float(), learned_target(self.scheduler, images, noise, timesteps))
 
     def _numbers(self, count: int) -> Tensor:
-        """Numbers in the data set of the next images of an evaluation, as DistributedSampler deals them out."""
+        """Return the data-set indices of the next images of an evaluation, in the order of DistributedSampler."""
         ranks = getattr(self._trainer, "world_size", 1)
         numbers = torch.arange(self._served, self._served + count) * ranks + self.global_rank
         self._served += count
@@ -252,14 +256,14 @@ class ImageDiffusion(LightningModule):
     def _images_and_labels(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
         images, *rest = [batch] if isinstance(batch, Tensor) else batch
         if not self._checked:
-            # Once, because looking at the values waits for the device.
+            # Only once, because reading the values synchronizes with the device.
             self._check_range(images)
             self._checked = True
         images = F.pad(images, (self.padding,) * 4, value=-1.0)
         if images.shape[1:] != self.image_shape:
             raise ConfigurationError(
                 f"Found images {tuple(images.shape[1:])}, {self.padding} pixels of padding included, for a network of "
-                f"{self.image_shape} by its in_channels and sample_size. Write them as the data has it, or padding."
+                f"{self.image_shape}. Write its in_channels and sample_size, or padding, to match the data."
             )
         return images, self._labels(rest)
 
@@ -269,7 +273,7 @@ class ImageDiffusion(LightningModule):
         if not rest:
             raise ConfigurationError(
                 f"The network has num_class_embeds={self.network.config.num_class_embeds}, found a batch without "
-                "labels. Write batches of (images, labels), to predict also (ids, labels)."
+                "labels. Write batches of (images, labels); for predict also (ids, labels)."
             )
         return rest[0]
 
@@ -279,5 +283,5 @@ class ImageDiffusion(LightningModule):
         if not -1.001 <= low < 0 < high <= 1.001:
             raise ConfigurationError(
                 f"Expected images in [-1, 1], found values from {low:.3g} to {high:.3g}. Write mean: [0.5] and "
-                "std: [0.5], one number for each channel, for the DataModule."
+                "std: [0.5] for the DataModule, one number per channel."
             )

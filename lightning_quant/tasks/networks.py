@@ -1,4 +1,4 @@
-"""Networks by name, from timm or torchvision, or as they are given, and their first weights."""
+"""Classification networks from timm, torchvision or Python, and their initial weights."""
 
 import difflib
 from pathlib import Path
@@ -23,19 +23,20 @@ def create_network(
     checkpoint_path: str | Path | None = None,
     model_kwargs: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """A classification network with its first weights.
+    """Create a classification network with its initial weights.
 
     Args:
-        model: A name of ``timm.list_models()``, ``torchvision/`` and a name of
-            ``torchvision.models.list_models(torchvision.models)``, or a network, which is returned.
-        num_classes: Width of the classifier; pretrained weights of another width leave it random.
-        pretrained: Start from the library's published weights (a download), torchvision's ``DEFAULT`` ones.
-        checkpoint_path: Start from a local ``.safetensors``, ``.pth`` or ``.ckpt`` of the same network.
+        model: Name in ``timm.list_models()``; ``torchvision/`` followed by a name in
+            ``torchvision.models.list_models(torchvision.models)``; or a network, which is returned.
+        num_classes: Width of the classifier. If the pretrained weights have another width, the classifier stays
+            random.
+        pretrained: Start from the library's published weights (a download); for torchvision the ``DEFAULT`` ones.
+        checkpoint_path: Local ``.safetensors``, ``.pth`` or ``.ckpt`` file of the same network to start from.
         model_kwargs: Further arguments of ``timm.create_model`` or ``torchvision.models.get_model``.
 
     Raises:
-        ConfigurationError: For an unknown name, a missing file, or arguments for a network that exists already.
-        CheckpointError: If the file's tensors are not those of the network.
+        ConfigurationError: Unknown name, missing file, or arguments for a network that is already built.
+        CheckpointError: A file whose tensors do not fit the network.
 
     Example:
         >>> create_network("torchvision/vit_b16", num_classes=10)
@@ -52,7 +53,7 @@ def create_network(
     match model:
         case nn.Module() if pretrained or model_kwargs:
             raise ConfigurationError(
-                f"model is a {type(model).__name__} that exists already, found pretrained={pretrained} and "
+                f"model is a {type(model).__name__} that is already built, found pretrained={pretrained} and "
                 f"model_kwargs={model_kwargs} beside it. Leave them out, or write a name as model."
             )
         case nn.Module():
@@ -69,23 +70,23 @@ def create_network(
 
 def _from_timm(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
     if not timm.is_model(name):
-        # The tag of the weights, after the dot, is not part of the names in the list.
+        # Listed names do not include the tag of the weights after the dot.
         near = difflib.get_close_matches(name.partition(".")[0], timm.list_models(), n=5)
         raise ConfigurationError(
             f"timm knows no network '{name}'. Near: {', '.join(near) or 'nothing'}. "
-            "timm.list_models('*resnet*') lists what there is."
+            "timm.list_models('*resnet*') lists the names."
         )
     network: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=num_classes, **kwargs)
     return network
 
 
 def _from_torchvision(name: str, num_classes: int, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
-    known = torchvision.models.list_models(torchvision.models)
-    if name not in known:
-        near = [_TORCHVISION + each for each in difflib.get_close_matches(name, known, n=5)]
+    names = torchvision.models.list_models(torchvision.models)
+    if name not in names:
+        near = [_TORCHVISION + match for match in difflib.get_close_matches(name, names, n=5)]
         raise ConfigurationError(
             f"torchvision knows no network '{name}'. Near: {', '.join(near) or 'nothing'}. "
-            "torchvision.models.list_models(torchvision.models) lists what there is."
+            "torchvision.models.list_models(torchvision.models) lists the names."
         )
     network: nn.Module = torchvision.models.get_model(name, num_classes=num_classes, **kwargs)
     if pretrained:
@@ -94,19 +95,19 @@ def _from_torchvision(name: str, num_classes: int, pretrained: bool, kwargs: dic
 
 
 def _load_published(network: nn.Module, name: str, weights: Any) -> None:
-    """As in timm, a classifier of another width keeps its random weights."""
-    own, published = network.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
+    """Load published weights; as in timm, a classifier of another width keeps its random weights."""
+    state, published = network.state_dict(), weights.get_state_dict(progress=False, check_hash=True)
     classes = len(weights.meta["categories"])
-    head = {key for key, value in published.items() if value.shape[:1] == (classes,) != own[key].shape[:1]}
+    head = {key for key, value in published.items() if value.shape[:1] == (classes,) != state[key].shape[:1]}
     try:
-        network.load_state_dict({key: own[key] if key in head else value for key, value in published.items()})
+        network.load_state_dict({key: state[key] if key in head else value for key, value in published.items()})
     except RuntimeError as error:
         raise CheckpointError(f"torchvision's weights of {name} do not fit these model_kwargs: {error}") from error
 
 
 def _load_weights(network: nn.Module, name: str, path: str) -> None:
     def without_prefix(state: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
-        """In a checkpoint of a LightningModule all keys of the network start with 'network.'."""
+        """Remove the prefix 'network.' that a LightningModule checkpoint adds to the keys of its network."""
         if not state.keys().isdisjoint(network.state_dict()):
             return state
         return {key.removeprefix("network."): value for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""Learning-rate schedules that are as long as the run, and how Lightning wants any schedule described."""
+"""Learning-rate schedules that span the run, and their Lightning configuration."""
 
 import math
 from collections.abc import Callable
@@ -14,18 +14,17 @@ RunSchedule = Literal["one_cycle", "cosine"]
 
 
 def run_schedule(name: RunSchedule, optimizer: Optimizer, total_steps: float) -> LRScheduler:
-    """A schedule to be stepped after each of ``total_steps`` optimizer steps.
+    """Return a schedule to step after each of ``total_steps`` optimizer steps.
 
-    The learning rates of the optimizer's groups are the largest ones. ``one_cycle`` leaves the momentum
-    as it is.
+    The learning rates of the optimizer's groups are the maxima. ``one_cycle`` does not change the momentum.
 
     Args:
         name: ``one_cycle`` (up for 30 % of the steps, then down) or ``cosine`` (down to zero).
-        optimizer: Whose learning rates change.
+        optimizer: Optimizer whose learning rates the schedule sets.
         total_steps: Length of the run in optimizer steps.
 
     Raises:
-        ConfigurationError: For another name, or a run without an end.
+        ConfigurationError: Unknown name, or a run without an end.
 
     Example:
         >>> import torch
@@ -37,7 +36,7 @@ def run_schedule(name: RunSchedule, optimizer: Optimizer, total_steps: float) ->
     """
     if not math.isfinite(total_steps) or total_steps < 1:
         raise ConfigurationError(
-            f"lr_scheduler='{name}' is as long as the run, found a run of {total_steps} steps. "
+            f"lr_scheduler='{name}' spans the run, found a run of {total_steps} steps. "
             "Write max_epochs or max_steps for the Trainer, or give a scheduler that needs no length."
         )
     steps = int(total_steps)
@@ -56,14 +55,15 @@ def configure_schedule(
     total_steps: float,
     interval: Literal["epoch", "step"],
 ) -> LRSchedulerConfigType:
-    """The entry ``lr_scheduler`` of what ``configure_optimizers`` returns.
+    """Return the ``lr_scheduler`` entry for ``configure_optimizers``.
+
+    A ``ReduceLROnPlateau`` monitors ``val/loss`` unless it has a ``monitor`` of its own.
 
     Args:
-        schedule: A name for :func:`run_schedule`, or a callable from optimizer to scheduler.
-        optimizer: Whose learning rates change.
-        total_steps: Length of the run in optimizer steps; used by name only.
-        interval: When a callable's scheduler steps; a name steps every batch. ``ReduceLROnPlateau`` watches
-            ``val/loss`` unless it was made with a ``monitor`` of its own.
+        schedule: Name for :func:`run_schedule`, or callable from optimizer to scheduler.
+        optimizer: Optimizer whose learning rates the schedule sets.
+        total_steps: Length of the run in optimizer steps; only named schedules use it.
+        interval: Interval at which a callable's scheduler steps; named schedules step after every batch.
 
     Example:
         >>> import torch

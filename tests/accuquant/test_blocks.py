@@ -185,7 +185,7 @@ def test_arguments_by_position_and_keyword_are_kept_whole() -> None:
 
 def test_calls_that_miss_the_block_or_differ_are_refused() -> None:
     network, calls = odd(skip=True)
-    with pytest.raises(UnsupportedModelError, match=r"block was not called.*exclude=\['block'\]"):
+    with pytest.raises(UnsupportedModelError, match=r"did not call block.*exclude=\['block'\]"):
         gather(network, "block", calls)
     network, calls = odd()
     calls[1] = (partial(network, torch.randn(2, 4), 1, gain=3), 1)
@@ -198,7 +198,7 @@ def test_calls_that_miss_the_block_or_differ_are_refused() -> None:
 
 def test_a_float_network_that_overflows_is_refused() -> None:
     network, calls = odd(gain=float("inf"))
-    with pytest.raises(QuantizationError, match=r"float network's block gives NaN or infinity.*precision='32-true'"):
+    with pytest.raises(QuantizationError, match=r"float network's block returns NaN or infinity.*precision='32-true'"):
         gather(network, "block", calls)
 
 

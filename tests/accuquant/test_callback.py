@@ -148,7 +148,7 @@ def test_denoiser_and_scheduler_are_found(tmp_path: Path) -> None:
         ({"denoiser": None}, r"Project has no denoiser of diffusers. Write AccuQuant\(denoiser='unet', ...\)"),
         ({"denoiser": "model.unet"}, r"denoiser='model.unet': Project has no such attribute"),
         ({"scheduler": "steps"}, r"scheduler='steps': Project has no such attribute"),
-        ({"sample_shape": None}, r"SmallDenoiser does not say what shape .*sample_shape=\(3, 32, 32\)"),
+        ({"sample_shape": None}, r"SmallDenoiser has no config\.sample_size.*sample_shape=\(3, 32, 32\)"),
         ({"exclude": ["unett*"]}, r"exclude='unett\*' matches none"),
     ],
 )
@@ -213,7 +213,7 @@ def tiny(**options: Any) -> Any:
         (
             tiny,
             {"sample_shape": None, "guidance": 7.5},
-            r"guidance=7.5 takes both .*encoder_hidden_states and uncond_encoder_hidden_states",
+            r"guidance=7.5 needs both .*encoder_hidden_states and uncond_encoder_hidden_states",
         ),
         (
             lambda: tiny(num_class_embeds=10),
@@ -226,7 +226,7 @@ def tiny(**options: Any) -> Any:
             {"sample_shape": (3, 4, 4)},
             r"shape \(1, 3, 4, 4\).*RuntimeError.*\n.*sample_shape=\(C, H, W\)",
         ),
-        (Wider, {"sample_shape": (5, 4, 4)}, r"Wider made \(1, 1, 4, 4\) of a state \(1, 5, 4, 4\)"),
+        (Wider, {"sample_shape": (5, 4, 4)}, r"Wider returned \(1, 1, 4, 4\) for a state \(1, 5, 4, 4\)"),
     ],
 )
 def test_a_denoiser_that_cannot_be_called_is_refused_before_any_work(

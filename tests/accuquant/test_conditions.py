@@ -42,7 +42,7 @@ def test_balanced_labels_are_and_drawn_ones_change_with_the_seed() -> None:
 
 @pytest.mark.parametrize("classes", [0, [], [3, -1]])
 def test_no_classes_are_refused(classes: int | list[int]) -> None:
-    with pytest.raises(ConfigurationError, match="expected how many there are, as 1000, or which"):
+    with pytest.raises(ConfigurationError, match="expected their number, as 1000, or a list"):
         class_labels(range(3), classes)
 
 
@@ -98,7 +98,9 @@ def test_the_unconditional_prompt_can_be_another_or_none() -> None:
 
 
 def test_embeddings_that_cannot_be_rows_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"encode gave \(2, 4\) for 2 prompts: expected a tensor \(2, L, D\)"):
+    with pytest.raises(
+        ConfigurationError, match=r"encode returned \(2, 4\) for 2 prompts: expected a tensor \(2, L, D\)"
+    ):
         prompt_conditioning(range(2), ["a", "b"], lambda texts: torch.zeros(len(texts), 4))
     with pytest.raises(ConfigurationError, match=r"embeddings \(2, 1\) from 'bb' on and \(1, 1\) before: pad"):
         prompt_conditioning(range(2), ["a", "bb"], lambda texts: torch.zeros(1, len(texts[0]), 1), batch=1)

@@ -163,7 +163,7 @@ def test_rows_belong_to_images() -> None:
 
 def test_a_learned_variance_of_a_unet_is_refused_with_both_shapes() -> None:
     network = tiny_unet(out_channels=6)
-    with pytest.raises(UnsupportedModelError, match=r"made \(1, 6, 8, 8\) of a state \(1, 3, 8, 8\)"):
+    with pytest.raises(UnsupportedModelError, match=r"returned \(1, 6, 8, 8\) for a state \(1, 3, 8, 8\)"):
         Denoiser(network)(torch.zeros(1, 3, 8, 8), 7)
 
 
@@ -175,7 +175,7 @@ def test_another_denoiser_of_diffusers_is_refused_with_those_that_are_supported(
 
 def test_a_unet_that_wants_more_conditions_is_refused() -> None:
     network = tiny_condition_unet(time_cond_proj_dim=8)
-    with pytest.raises(UnsupportedModelError, match="time_cond_proj_dim=8, and wants inputs beside"):
+    with pytest.raises(UnsupportedModelError, match="time_cond_proj_dim=8, and needs inputs beside"):
         Denoiser(network)
 
 

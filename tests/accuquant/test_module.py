@@ -197,7 +197,7 @@ def test_a_float_module_is_not_evaluated(folder: Path, tmp_path: Path) -> None:
 
 def test_trajectories_of_another_step_count_are_refused(folder: Path, tmp_path: Path) -> None:
     quiet_trainer(tmp_path).fit(module_of(folder, {"cache_dir": str(tmp_path)}))
-    with pytest.raises(CheckpointError, match=r"made otherwise \(step count 6 there, 8 here\)"):
+    with pytest.raises(CheckpointError, match=r"have other settings \(step count 6 there, 8 here\)"):
         quiet_trainer(tmp_path).fit(module_of(folder, {"cache_dir": str(tmp_path), "steps": 8}))
 
 

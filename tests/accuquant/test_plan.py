@@ -243,7 +243,7 @@ def test_the_summary_counts_and_the_table_has_a_line_for_each() -> None:
     layers, attentions = len(plan.chosen("layer")), len(plan.chosen("attention"))
     assert plan.summary() == (
         f"AccuQuant: {layers} layers to W4A6 (2 of them, first and last, to 8 bits); {attentions} attentions (softmax 8"
-        f" bits); {split} layers with a range for each half of a skip connection; 2 left in float:"
+        f" bits); {split} layers with one range per half of a skip connection; 2 left in float:"
         " time_embedding.linear_1, time_embedding.linear_2."
     )
     text = str(plan)

@@ -267,7 +267,9 @@ def test_a_weight_without_a_range_is_refused_with_what_to_write(value: float) ->
 
 def test_a_group_that_no_call_belongs_to_is_refused() -> None:
     network = own((999, 500, 100))
-    with pytest.raises(QuantizationError, match=r"of \w+ met nothing in some group .* activation_parameters='shared'"):
+    with pytest.raises(
+        QuantizationError, match=r"of \w+ was never called in some group .* activation_parameters='shared'"
+    ):
         activation_ranges(network, calls_of(network, (900, 300)))
 
 
@@ -276,7 +278,7 @@ def test_what_is_not_finite_is_refused_with_the_layer(value: float) -> None:
     network = own()
     broken = sample_at(5)
     broken[1, 2, 3, 4] = value
-    message = r"input_quantizer of first met NaN or infinity: .*precision='32-true', or leave the module out"
+    message = r"input_quantizer of first got NaN or infinity: .*precision='32-true', or leave the module out"
     with pytest.raises(QuantizationError, match=message):
         activation_ranges(network, [partial(network, sample_at(3), 3), partial(network, broken, 5)])
 

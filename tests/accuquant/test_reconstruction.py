@@ -272,7 +272,7 @@ def test_the_seed_decides() -> None:
 
 
 def test_a_name_that_is_no_block_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match=r"'mid_block' is none of the blocks: expected one of time_embedding"):
+    with pytest.raises(ConfigurationError, match=r"'mid_block' is not a block: expected one of time_embedding"):
         reconstruction().run("mid_block")
 
 

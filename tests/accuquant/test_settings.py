@@ -41,9 +41,12 @@ from lightning_quant.errors import ConfigurationError
         ({"start": "quantized"}, r"start='quantized': expected one of 'float', 'prefix'"),
         ({"activation_parameters": "each"}, r"activation_parameters='each': expected one of 'shared', 'per_group'"),
         ({"learn": "weights"}, r"learn='weights': expected one of 'all', 'rounding', 'activations'"),
-        ({"window": "auto"}, r"window='auto': expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
-        ({"window": 0}, r"window=0: expected a number of steps, 'sweep', or None for 50 steps' usual 5"),
-        ({"window": 2.5, "steps": 20}, r"window=2\.5: expected a number of steps, .* None for 20 steps' usual 4"),
+        (
+            {"window": "auto"},
+            r"window='auto': expected a number of steps, 'sweep', or None for the default of 5 with 50",
+        ),
+        ({"window": 0}, r"window=0: expected a number of steps, 'sweep', or None for the default of 5 with 50"),
+        ({"window": 2.5, "steps": 20}, r"window=2\.5: expected a number of .* None for the default of 4 with 20 steps"),
         (
             {"window": 21, "steps": 20},
             r"window=21 is longer than the trajectory of 20 steps: write window=4, or leave it out",

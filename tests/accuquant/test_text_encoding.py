@@ -103,7 +103,9 @@ def test_a_text_encoder_without_transformers(tmp_path: Path) -> None:
 def test_a_model_without_text_encoder(tmp_path: Path) -> None:
     model = load_float_pipeline(tiny_pipeline_folder("sd", tmp_path))
     for each in (model, replace(model, folder=None)):
-        with pytest.raises(ConfigurationError, match=r"has no tokenizer, .* read_embeddings\(file, ids\)"):
+        with pytest.raises(
+            ConfigurationError, match=r"has no tokenizer to encode prompts with: .* read_embeddings\(file, ids\)"
+        ):
             text_encoder(each)
 
 
@@ -146,5 +148,5 @@ def test_other_shapes_are_named(tmp_path: Path, tensors: dict[str, Tensor]) -> N
 
 
 def test_a_file_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is no safetensors file of embeddings"):
+    with pytest.raises(CheckpointError, match="is not a safetensors file of embeddings"):
         read_embeddings(tmp_path / "nothing.safetensors", [0])

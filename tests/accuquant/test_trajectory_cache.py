@@ -199,7 +199,7 @@ def test_without_its_description_files_of_another_model_are_not_taken(tmp_path: 
 def test_a_damaged_description_is_refused(content: str, tmp_path: Path) -> None:
     ensured(tmp_path)
     (tmp_path / DESCRIPTION).write_text(content)
-    with pytest.raises(CheckpointError, match=rf"{DESCRIPTION} is cut off or changed .*: delete the folder"):
+    with pytest.raises(CheckpointError, match=rf"{DESCRIPTION} is truncated or changed .*: delete the folder"):
         ensured(tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_a_damaged_file_is_generated_again_with_a_warning(damage: Any, tmp_path:
     good = path.read_bytes()
     path.write_bytes(damage(good))
     denoiser = fake()
-    with pytest.warns(UserWarning, match=rf"{path.name} is cut off or changed .*generated again"):
+    with pytest.warns(UserWarning, match=rf"{path.name} is truncated or changed .*generated again"):
         cache = ensured(tmp_path, denoiser, "plms")
     assert denoiser.batches == [4] * 7
     assert path.read_bytes() == good
@@ -236,7 +236,7 @@ def test_a_damaged_file_is_generated_again_with_a_warning(damage: Any, tmp_path:
 def test_a_file_that_is_gone_while_it_is_used_is_named(tmp_path: Path) -> None:
     cache = ensured(tmp_path)
     chunks(tmp_path)[0].unlink()
-    with pytest.raises(CheckpointError, match=r"is gone or damaged by now .*: start again"):
+    with pytest.raises(CheckpointError, match=r"was removed or damaged during the run .*: start again"):
         cache.window([0], 0, 2)
     assert len(cache.window([4], 0, 2)) == 1
 

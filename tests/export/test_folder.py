@@ -171,7 +171,7 @@ def test_a_missing_file_is_named(folder: Path, name: str) -> None:
 def test_a_file_that_was_cut_off_is_refused(folder: Path, name: str, share: float) -> None:
     content = (folder / name).read_bytes()
     (folder / name).write_bytes(content[: int(share * len(content))])
-    with pytest.raises(CheckpointError, match=f"{name} is cut off or changed .*: copy the folder again"):
+    with pytest.raises(CheckpointError, match=f"{name} is truncated or changed .*: copy the folder again"):
         load_quantized(folder, model=mlp())
 
 
@@ -179,7 +179,7 @@ def test_a_single_changed_byte_is_refused(folder: Path) -> None:
     content = bytearray((folder / "model.safetensors").read_bytes())
     content[-1] ^= 1
     (folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match="its sha256 is not the one that was written down"):
+    with pytest.raises(CheckpointError, match="its sha256 is not the recorded one"):
         load_quantized(folder, model=mlp())
 
 
@@ -187,7 +187,7 @@ def test_a_changed_digit_of_the_description_is_refused(folder: Path) -> None:
     path = folder / "quantization.json"
     text = path.read_text()
     path.write_text(text.replace('"float32_bytes": ', '"float32_bytes": 1'))
-    with pytest.raises(CheckpointError, match=r"json is changed \(its own sha256 .*: copy the folder again"):
+    with pytest.raises(CheckpointError, match=r"json is changed \(its sha256 .*: copy the folder again"):
         load_quantized(folder, model=mlp())
     path.write_text(json.dumps(json.loads(text)))  # the same in other words
     load_quantized(folder, model=mlp())
@@ -201,7 +201,7 @@ def test_the_hash_of_a_description_is_that_of_what_is_read_again() -> None:
 
 def test_a_description_that_is_nested_without_end_is_refused(folder: Path) -> None:
     (folder / "quantization.json").write_text("[" * 200_000)
-    with pytest.raises(CheckpointError, match=r"quantization\.json is cut off or changed"):
+    with pytest.raises(CheckpointError, match=r"quantization\.json is truncated or changed"):
         load_quantized(folder, model=mlp())
 
 

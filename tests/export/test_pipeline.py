@@ -196,7 +196,7 @@ def test_a_pipeline_whose_library_is_missing_says_so(tmp_path: Path) -> None:
     quantize(model.network)
     folder = save_quantized_pipeline(model, tmp_path / "quantized")
     with pytest.raises(
-        ConfigurationError, match=r"StableDiffusionPipeline needs a library(.|\n)*transformers(.|\n)*open_mo"
+        ConfigurationError, match=r"StableDiffusionPipeline needs a library(.|\n)*transformers(.|\n)*load_quantized_mo"
     ):
         load_quantized_pipeline(folder)
 
@@ -321,5 +321,5 @@ def test_a_denoiser_that_was_changed_is_not_opened(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(bytes(content))
-    with pytest.raises(CheckpointError, match="is cut off or changed"):
+    with pytest.raises(CheckpointError, match="is truncated or changed"):
         load_quantized_pipeline(folder)

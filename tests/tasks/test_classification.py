@@ -203,7 +203,7 @@ def test_a_network_from_python_is_given_again_to_load_its_checkpoint(tmp_path: P
     loaded = ImageClassifier.load_from_checkpoint(path, model=_own())
     images, _ = next(iter(_loader()))
     assert torch.equal(loaded(images), classifier(images))
-    with pytest.raises(CheckpointError, match=r"network is a Sequential given from Python.*model=NETWORK"):
+    with pytest.raises(CheckpointError, match=r"network is a Sequential passed from Python.*model=NETWORK"):
         ImageClassifier.load_from_checkpoint(path)
     tested = _trainer(tmp_path).test(_classifier(model=_own(), model_kwargs=None), _loader(), ckpt_path=path)
     assert tested == _trainer(tmp_path).test(classifier, _loader(), verbose=False)

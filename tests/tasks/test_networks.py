@@ -87,5 +87,5 @@ def test_a_network_is_returned_as_it_is_with_weights_from_a_file(tmp_path: Path)
 
 @pytest.mark.parametrize("arguments", [{"pretrained": True}, {"model_kwargs": {"in_chans": 1}}])
 def test_a_network_that_exists_takes_no_arguments(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ConfigurationError, match="model is a Linear that exists already"):
+    with pytest.raises(ConfigurationError, match="model is a Linear that is already built"):
         create_network(nn.Linear(3, 2), 2, **arguments)
