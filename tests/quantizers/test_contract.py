@@ -351,6 +351,6 @@ def test_it_says_its_bits_and_whether_it_is_ready(make: Maker) -> None:
 def test_a_network_with_quantizers_is_not_scripted() -> None:
     network = nn.Sequential(nn.Sequential(nn.Linear(4, 4)), nn.ReLU())
     swap(network[0][0], weight_quantizer=FixedQuantizer(4))  # type: ignore[index, arg-type]
-    with pytest.raises(UnsupportedModelError, match=r"torch\.jit\.script does not compile .*FixedQuantizer .*strip"):
+    with pytest.raises(UnsupportedModelError, match=r"torch\.jit\.script does not support .*FixedQuantizer .*strip"):
         torch.jit.script(network)
     torch.jit.script(strip(network))
