@@ -50,7 +50,7 @@ class FixedQuantizer(Quantizer, kind=2):
         self.symmetric, self.axis, self.estimator = symmetric, axis, estimator
         self.register_buffer("scale", torch.tensor(float("nan")))
         self.register_buffer("zero_point", torch.tensor(float("nan")))
-        self._kept: tuple[tuple[float, ...], tuple[ref[Tensor], ...], Tensor] | None = None
+        self._cached: tuple[tuple[float, ...], tuple[ref[Tensor], ...], Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
@@ -75,32 +75,32 @@ class FixedQuantizer(Quantizer, kind=2):
             return x
         # A compiled network computes the weight in its graph.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, nn.Parameter):
-            return self._of(x)
-        return self._of(x) if x.is_inference() else self._of_weight(x)
+            return self._quantize(x)
+        return self._quantize(x) if x.is_inference() else self._quantize_weight(x)
 
-    def _of(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())
         return fake_quantize(x, scale, self.grid, zero_point)
 
-    def _of_weight(self, weight: nn.Parameter) -> Tensor:
+    def _quantize_weight(self, weight: nn.Parameter) -> Tensor:
         """Quantize a weight once and reuse the result, since a weight does not change in evaluation.
 
         A write through ``weight.data`` on an accelerator takes effect after the next ``train()`` or ``eval()``.
         """
         key = (*mark(weight), *(t._version for t in (self.scale, self.zero_point)))
         same = (weight, self.scale, self.zero_point)
-        kept = self._kept
-        if kept is None or kept[0] != key or any(a() is not b for a, b in zip(kept[1], same, strict=True)):
-            kept = self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
-        return kept[2]
+        cached = self._cached
+        if cached is None or cached[0] != key or any(a() is not b for a, b in zip(cached[1], same, strict=True)):
+            cached = self._cached = (key, tuple(ref(t) for t in same), self._quantize(weight))
+        return cached[2]
 
     def train(self, mode: bool = True) -> Self:
         """Change the mode and discard the cached weight."""
-        self._kept = None
+        self._cached = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_kept": None}
+        return {**vars(self), "_cached": None}
 
     def affine(self, ndim: int) -> tuple[Tensor, Tensor | None]:
         """Return scale and zero point (None if symmetric), broadcastable to a tensor of ``ndim`` dimensions."""

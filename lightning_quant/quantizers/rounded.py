@@ -74,7 +74,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         super().__init__(bits, symmetric, axis, **({} if estimator is None else {"estimator": estimator}))
         self.register_buffer("codes", torch.empty(0, dtype=torch.uint8 if bits <= 8 else torch.int32))
         self.register_buffer("fingerprint", torch.zeros((), dtype=torch.int64))
-        self._seen: tuple[ref[Tensor], Mark] | None = None
+        self._checked: tuple[ref[Tensor], Mark] | None = None
         self._learning: _Learning | None = None
         self.holds = False
         self._held: _Held | None = None
@@ -85,16 +85,16 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         super().initialize(x)
         if self.ready:
             scale, zero_point = self.affine(x.dim())
-            self._keep(encode(x.detach(), scale, self.grid, zero_point))
+            self._store(encode(x.detach(), scale, self.grid, zero_point))
             self.adopt(x)
 
     def unstarted_state(self) -> dict[str, Tensor]:
         return {**super().unstarted_state(), "codes": self.codes.new_empty(0)}
 
-    def _keep(self, codes: Tensor) -> None:
+    def _store(self, codes: Tensor) -> None:
         # Symmetric codes start below 0.
         self.codes = (codes - self.grid.low).to(self.codes.dtype)
-        self._kept = None
+        self._cached = None
 
     @property
     def signed_codes(self) -> Tensor:
@@ -121,7 +121,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
                 " write lightning_quant.strip(model) first, and calibrate again afterwards. To train only other"
                 " parameters, freeze it with weight.requires_grad_(False)."
             )
-        if self._seen is not None and self._seen[0]() is weight and self._seen[1] == mark(weight):
+        if self._checked is not None and self._checked[0]() is weight and self._checked[1] == mark(weight):
             return
         if not int(self.fingerprint):
             self.adopt(weight)
@@ -132,7 +132,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
                 " the output. Write lightning_quant.strip(model), which keeps the current weights, and calibrate again;"
                 " or load the weights that were calibrated."
             )
-        self._seen = ref(weight), mark(weight)
+        self._checked = ref(weight), mark(weight)
 
     def knows(self, weight: Tensor) -> bool:
         """Return whether the codes were computed for this weight, bit for bit."""
@@ -145,7 +145,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     def train(self, mode: bool = True) -> Self:
         """Change the mode and check the weight again at the next call."""
-        self._seen = None
+        self._checked = None
         return super().train(mode)
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +162,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
             return super().forward(x)
         return (self._hold().leaf if self.holds else self._learned()).to(x.dtype)
 
-    def _of(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())
         return decode(self.signed_codes, scale, zero_point).to(x.dtype)
 
@@ -192,7 +192,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
 
     def __getstate__(self) -> dict[str, object]:
         # The held weight is a function of the variables and is computed again.
-        return {**super().__getstate__(), "_held": None, "_seen": None}
+        return {**super().__getstate__(), "_held": None, "_checked": None}
 
     @property
     def learns(self) -> bool:
@@ -235,7 +235,7 @@ class RoundedQuantizer(FixedQuantizer, kind=11):
         learning, self._learning = self._learning, None
         self.holds, self._held = False, None
         if learning is not None:
-            self._keep((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
+            self._store((learning.base + (learning.alpha >= 0)).clamp(self.grid.low, self.grid.high))
             self.scale = self.scale * learning.log_ratio.exp().reshape(self.scale.shape)
 
     def cancel(self) -> None:
