@@ -100,18 +100,6 @@ class Denoiser:
         return f"Denoiser({type(self.network).__name__}, guidance={self.guidance})"
 
 
-def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) -> Denoiser:
-    """A :class:`Denoiser` of a network; one that is a Denoiser already is taken as it is where guidance is None.
-
-    Example:
-        >>> denoiser_of(nn.Identity())
-        Denoiser(Identity, guidance=None)
-    """
-    if isinstance(network, Denoiser):
-        return network if guidance is None else Denoiser(network.network, guidance, network._call)
-    return Denoiser(network, guidance)
-
-
 def check_denoiser(network: nn.Module) -> str:
     """The supported class of diffusers that a network is of; empty for networks of others.
 

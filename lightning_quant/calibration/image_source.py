@@ -269,8 +269,8 @@ def _train_loaders(owner: Owner) -> list[Any]:
         ) from error
 
 
-def _evaluation_loaders(given: Any, owners: list[Owner]) -> Iterator[Any]:
-    yield from _flat(given)
+def _evaluation_loaders(loaders: Any, owners: list[Owner]) -> Iterator[Any]:
+    yield from _flat(loaders)
     for owner in owners:
         for name in _EVALUATION_LOADERS:
             if is_overridden(name, owner):

@@ -29,7 +29,7 @@ class QuantizedBackward(NamedTuple):
 def quantized_backward(
     grad: Tensor, kept: Tensor, scale: Tensor, grid: Grid, packed: bool, factor: Tensor | None = None
 ) -> QuantizedBackward:
-    """Compute, in one pass, all that the backward pass of a quantized tensor needs.
+    """Compute in one pass all that the backward pass of a quantized tensor needs.
 
     Args:
         grad: Gradient of the quantized tensor, any shape. Overwritten where that saves a copy.

@@ -133,23 +133,23 @@ class _QuantizedProduct(torch.autograd.Function):
             if bias is not None:
                 output.add_(bias if weight.dim() == 2 else per_channel(bias, 1, weight.dim()))
         ctx.recipe, ctx.dtype, ctx.x_shape, ctx.x_dtype = recipe, dtype, x.shape, x.dtype
-        kept, ctx.packed = _keep_input(x, inputs, keeps_output)
+        saved_input, ctx.packed = _save_input(x, inputs, keeps_output)
         weight_codes = None if weights.grid is None else shortest(weights.values, weights.grid)
         # Needed only if the input itself is not saved.
         sample = sampled(x) if ctx.packed and ctx.needs_input_grad[3] else None
-        ctx.save_for_backward(kept, weight, weight_codes, bias, inputs.scale, weights.scale, sample)
+        ctx.save_for_backward(saved_input, weight, weight_codes, bias, inputs.scale, weights.scale, sample)
         return output.to(output_dtype)
 
     @staticmethod
     @once_differentiable
     @untraced
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, weight, weight_codes, bias, input_scale, weight_scale, sample = ctx.saved_tensors
+        saved_input, weight, weight_codes, bias, input_scale, weight_scale, sample = ctx.saved_tensors
         recipe: Recipe = ctx.recipe
         needs_x, needs_weight, needs_bias, learns_input, learns_weight = ctx.needs_input_grad[:5]
         _drop_stale_gradients(weight if recipe.source is None else recipe.source, recipe)
         if recipe.input is not None and learns_input:
-            recipe.input.sample = sampled(kept) if sample is None else sample
+            recipe.input.sample = sampled(saved_input) if sample is None else sample
         if recipe.weight is not None and learns_weight:
             recipe.weight.sample = sampled(weight)
 
@@ -160,9 +160,9 @@ class _QuantizedProduct(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None
         inputs = input_inner = None
         if needs_x or learns_input:
-            grad_x, input_inner, inputs = _input_gradient(ctx, output, weights, kept, input_scale)
+            grad_x, input_inner, inputs = _input_gradient(ctx, output, weights, saved_input, input_scale)
         if needs_weight:
-            inputs = inputs or _codes_of_input(ctx, kept, input_scale)
+            inputs = inputs or _codes_of_input(ctx, saved_input, input_scale)
             grad_weight = _weight_gradient(ctx, output, inputs, weight)
             product_inner = inner(grad_weight, real(weights)) if learns_input or learns_weight else None
             if recipe.weight is not None:
@@ -181,7 +181,7 @@ class _QuantizedProduct(torch.autograd.Function):
 
 
 def _input_gradient(
-    ctx: Any, output: Codes, weights: Codes, kept: Tensor, input_scale: Tensor | None
+    ctx: Any, output: Codes, weights: Codes, saved_input: Tensor, input_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Codes | None]:
     """Compute the gradient of the input, its inner product with the input, and the codes of the input."""
     recipe: Recipe = ctx.recipe
@@ -190,7 +190,7 @@ def _input_gradient(
     if recipe.input is None or input_scale is None:
         return scaled(grad, *scales), None, None
     grid = recipe.input.grid
-    grad, input_inner, codes = quantized_backward(grad, kept, input_scale, grid, ctx.packed, joint(scales))
+    grad, input_inner, codes = quantized_backward(grad, saved_input, input_scale, grid, ctx.packed, joint(scales))
     return grad, input_inner, Codes(codes, input_scale, grid)
 
 
@@ -211,7 +211,7 @@ def _bias_gradient(output: Codes, channel_axis: int) -> Tensor:
     return scaled(total, output.scale)
 
 
-def _keep_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bool]:
+def _save_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bool]:
     """Return the form in which the input is saved for backward, and whether it is packed."""
     holder = None if codes.grid is None or keeps_output else container(codes.grid)
     if holder is None or codes.grid is None or codes.scale is None or holder[0].itemsize >= x.element_size():
@@ -219,12 +219,12 @@ def _keep_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bo
     return pack(x, codes.values, codes.scale, codes.grid), True
 
 
-def _codes_of_input(ctx: Any, kept: Tensor, scale: Tensor | None) -> Codes:
+def _codes_of_input(ctx: Any, saved_input: Tensor, scale: Tensor | None) -> Codes:
     """Compute the codes of the input if its gradient was not computed."""
     quantizer: LearnedQuantizer | None = ctx.recipe.input
     if quantizer is None or scale is None:
-        return Codes(kept)
-    codes = codes_of(kept, quantizer.grid) if ctx.packed else encode(kept, scale, quantizer.grid)
+        return Codes(saved_input)
+    codes = codes_of(saved_input, quantizer.grid) if ctx.packed else encode(saved_input, scale, quantizer.grid)
     return Codes(codes, scale, quantizer.grid)
 
 

@@ -32,19 +32,19 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         >>> user_path("states") == user_path("./states/") == Path.cwd() / "states"
         True
     """
-    given = os.fspath(path)
-    if not given:
+    text = os.fspath(path)
+    if not text:
         raise ConfigurationError("Expected a path, but found an empty string: write '.' for the working directory.")
-    if "://" in given:
+    if "://" in text:
         raise ConfigurationError(
-            f"{given!r} is a URL, but expected a path on this machine: write a local path, and copy from or to it."
+            f"{text!r} is a URL, but expected a path on this machine: write a local path, and copy from or to it."
         )
     try:
-        whole = os.path.expandvars(given)
+        whole = os.path.expandvars(text)
         # Path reduces "./~" to "~".
         return (Path(whole).expanduser() if whole.startswith("~") else Path(whole)).resolve()
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigurationError(f"{given!r} cannot be resolved ({error}): write the absolute path.") from error
+        raise ConfigurationError(f"{text!r} cannot be resolved ({error}): write the absolute path.") from error
 
 
 def trainer_path(path: str | os.PathLike[str]) -> Path:
@@ -57,11 +57,11 @@ def trainer_path(path: str | os.PathLike[str]) -> Path:
         >>> trainer_path("lightning_logs") == Path.cwd() / "lightning_logs"
         True
     """
-    if "://" in (given := os.fspath(path)):
+    if "://" in (text := os.fspath(path)):
         raise ConfigurationError(
-            f"The Trainer writes to {given}, which is a URL, but these files need a local disk: write a local folder."
+            f"The Trainer writes to {text}, which is a URL, but these files need a local disk: write a local folder."
         )
-    return Path(given).absolute()
+    return Path(text).absolute()
 
 
 def local_path(name: str | os.PathLike[str]) -> str:
