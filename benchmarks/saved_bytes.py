@@ -1,4 +1,4 @@
-"""How much memory the graphs of a computation hold, counted and not measured: the same on every machine."""
+"""Memory that autograd graphs hold, counted rather than measured, so that it is the same on every machine."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch.autograd.graph import saved_tensors_hooks
 
 
 def peak_saved_bytes(call: Callable[[], object], without: Iterable[Tensor] = ()) -> int:
-    """Bytes that autograd holds for backward passes at the most, at any one time while a function runs.
+    """Count the peak number of bytes that autograd saves for backward passes while a function runs.
 
-    Memory that several nodes of the graph hold is counted once, with all of its bytes where they hold a view of it.
-    What forward passes need and let go of, gradients and optimizers are not counted. A graph that is there when
-    the call returns was held to the end.
+    Memory that several nodes of the graph share is counted once, and in full if they hold only a view of it. Temporary
+    memory of forward passes, gradients and optimizers are not counted. A graph that still exists when the call returns
+    is counted to the end.
 
     Args:
-        call: does forward and backward passes.
-        without: tensors whose memory is there anyway, for example the parameters.
+        call: Function that runs forward and backward passes.
+        without: Tensors whose memory exists anyway, for example the parameters.
 
     Example:
         >>> import torch
@@ -37,10 +37,10 @@ def peak_saved_bytes(call: Callable[[], object], without: Iterable[Tensor] = ())
 
 
 class _Saved:
-    """In the graph in place of a tensor; gone when the graph lets go of it."""
+    """Replacement of a tensor in the graph, which is destroyed when the graph releases it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        # Without its graph, which would hold itself where the tensor is the result of its node.
+        # Detached, since the graph would hold itself if the tensor is the output of its node.
         self.tensor = tensor.detach()
 
     def unpack(self) -> Tensor:
@@ -48,7 +48,7 @@ class _Saved:
 
 
 class _Held:
-    """The memory that is held, by its address, and by how many."""
+    """Saved memory by its address, with the number of its holders."""
 
     def __init__(self, ignored: set[int]) -> None:
         self.ignored = ignored

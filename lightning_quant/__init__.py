@@ -1,6 +1,6 @@
 """Low-bit training and calibration of vision models as Lightning callbacks and LightningModules.
 
-Public names are imported when they are first used, so that `import lightning_quant` stays light:
+Public names are imported on first use, so that `import lightning_quant` stays fast:
 
 Example:
     >>> import lightning_quant

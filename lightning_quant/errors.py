@@ -1,4 +1,4 @@
-"""The errors of the package: every one says what was found, what was expected and what to write instead."""
+"""Exceptions of the package. Every message says what was found, what was expected and what to write instead."""
 
 
 class QuantizationError(Exception):
@@ -10,15 +10,15 @@ class ConfigurationError(QuantizationError, ValueError):
 
 
 class UnsupportedModelError(QuantizationError, TypeError):
-    """The network has no layer that the method can work on, or one that it cannot work on."""
+    """The network has no layer that the method supports, or has one that it does not support."""
 
 
 class CheckpointError(QuantizationError, RuntimeError):
-    """A checkpoint does not fit the quantizers of the module it is loaded into."""
+    """A checkpoint does not match the quantizers of the module it is loaded into."""
 
 
 class UnavailableError(QuantizationError):
-    """What a measure needs is not here: weights that cannot be had, images that were not given.
+    """Something that a measure needs is missing: weights that cannot be downloaded, images that were not given.
 
-    :class:`~lightning_quant.metrics.GenerationMetrics` names the measures it stands for, and computes the others.
+    :class:`~lightning_quant.metrics.GenerationMetrics` names the measures that it affects and computes the others.
     """

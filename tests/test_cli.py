@@ -270,7 +270,7 @@ def test_logs_that_cannot_be_written_are_refused_in_one_line(
     (elsewhere / "file").touch()
     root = ["--trainer.default_root_dir=file", f"--trainer.logger={logger}"]
     said = mistake(capsys, "fit", *QUICKSTART, *QUIET, *root, code=1)
-    assert f"lightning-quant: {elsewhere}/file is a file, and " in said
+    assert f"lightning-quant: {elsewhere}/file is a file, so " in said
 
 
 def test_the_last_checkpoint_is_found_in_the_folder_that_the_config_names(
@@ -625,7 +625,7 @@ def test_a_diffusion_pipeline_is_calibrated_measured_and_lets_generate(
     assert {"images.png", "error_curves.png", "last.ckpt"} < {path.name for path in left.iterdir()}
     caplog.clear()
     main(["calibrate", *command])
-    assert f"Calibration of the same weights, data and settings taken from {elsewhere}/digits_ddim_4bit" in caplog.text
+    assert f"Calibration of the same weights, data and settings loaded from {elsewhere}/digits_ddim_4bit" in caplog.text
     # All that is left lies in this folder and in the log.
     assert {path.name for path in elsewhere.iterdir()} == {"digits_ddim", "digits_ddim_4bit", "lightning_logs"}
 

@@ -162,5 +162,7 @@ def test_lightning_speaks_again_afterwards(ran: tuple[Path, str]) -> None:
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("", encoding="utf-8")
-    with pytest.raises(ConfigurationError, match=r"taken is a file, .*: give a folder that can be made and written to"):
+    with pytest.raises(
+        ConfigurationError, match=r"taken is a file, .*: write a folder that can be created and written to"
+    ):
         demo.main(tmp_path / "taken", 0)

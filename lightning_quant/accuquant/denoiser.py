@@ -100,18 +100,6 @@ class Denoiser:
         return f"Denoiser({type(self.network).__name__}, guidance={self.guidance})"
 
 
-def denoiser_of(network: nn.Module | Denoiser, guidance: float | None = None) -> Denoiser:
-    """Return a :class:`Denoiser` of a network; a Denoiser is returned unchanged if guidance is None.
-
-    Example:
-        >>> denoiser_of(nn.Identity())
-        Denoiser(Identity, guidance=None)
-    """
-    if isinstance(network, Denoiser):
-        return network if guidance is None else Denoiser(network.network, guidance, network._call)
-    return Denoiser(network, guidance)
-
-
 def check_denoiser(network: nn.Module) -> str:
     """Return the supported diffusers class of a network; empty for networks from elsewhere.
 

@@ -1,4 +1,4 @@
-"""Which layers of a quantized network cost what, and why: measured, not estimated."""
+"""Measured cost of each layer of a quantized network, with causes."""
 
 from lightning_quant.analysis.causes import Cause, find_causes
 from lightning_quant.analysis.layers import LayerAnalysis

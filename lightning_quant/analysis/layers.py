@@ -1,4 +1,4 @@
-"""Figures of each quantized layer and opened attention, and what the network loses by each of them."""
+"""Statistics of each quantized layer and opened attention, and its effect on the output of the network."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from lightning_quant.quantizers import Quantizer
 INPUT, WEIGHT = "input", "weight"
 _TENSORS = (f"{INPUT}_quantizer", f"{WEIGHT}_quantizer", *SLOTS)
 Run = Callable[[], list[Tensor]]
-"""The network on inputs that are always the same, to its outputs."""
+"""Function that runs the network on fixed inputs and returns its outputs."""
 
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One quantized layer, or one opened attention.
+    """Analysis of a quantized layer or an opened attention.
 
     Attributes:
-        name: of the module.
-        kind: its class in float.
-        shape: of the weight; empty for an attention.
-        groups: quantizers of the input or of the softmax among which channels or rows choose; 0 for one.
-        tensors: figures of "weight", "input", "query", "key", "value" and "softmax", as far as they are quantized.
-        only_quantized: error of the network's outputs where only this one is quantized; None where not measured.
-        only_float: the same where all but this one are.
-        moves: how far the outputs of a network that was trained quantized move, of their norm, when only this one's
-            quantizers are off; None for others, and where not measured.
+        name: Name of the module.
+        kind: Name of the float class.
+        shape: Shape of the weight; empty for an attention.
+        groups: Number of groups of the input or softmax quantizer; 0 for a quantizer without groups.
+        tensors: Statistics of "weight", "input", "query", "key", "value" and "softmax", as far as they are quantized.
+        only_quantized: Error of the network's outputs if only this layer is quantized; None if not measured.
+        only_float: Error of the network's outputs if all layers except this one are quantized; None if not measured.
+        moves: Relative change of the outputs when only this layer's quantizers are turned off, for networks that were
+            trained quantized; None for others, or if not measured.
     """
 
     name: str
@@ -50,47 +50,47 @@ class LayerAnalysis:
 
     @property
     def cost(self) -> float | None:
-        """Figure that layers are ranked by; None where it was not measured."""
+        """Error by which layers are ranked; None if not measured."""
         return self.moves if self.only_quantized is None else self.only_quantized
 
 
 def owners_of(network: nn.Module) -> dict[str, dict[str, Quantizer]]:
-    """Slots that are filled and started, by the name of the layer or attention that has them."""
-    found: dict[str, dict[str, Quantizer]] = {}
-    # A shared module has several names; the first is enough.
+    """Return the initialized quantizers by slot, for each layer or attention by name."""
+    owners: dict[str, dict[str, Quantizer]] = {}
+    # A shared module has several names, of which the first is used.
     seen: set[int] = set()
     for name, quantizer in quantizers_of(network):
         owner, _, slot = name.rpartition(".")
         if slot in _TENSORS and quantizer.ready and id(quantizer) not in seen:
             seen.add(id(quantizer))
-            found.setdefault(owner, {})[slot.removesuffix("_quantizer")] = quantizer
-    return found
+            owners.setdefault(owner, {})[slot.removesuffix("_quantizer")] = quantizer
+    return owners
 
 
-def relative_error(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """``norm(found - expected) / norm(expected)`` over all tensors.
+def relative_error(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Compute ``norm(outputs - expected) / norm(expected)`` over all tensors.
 
     Raises:
-        QuantizationError: outputs of other sizes than the float network's.
+        QuantizationError: The outputs have other sizes than those of the float network.
 
     Example:
         >>> relative_error([Tensor([3.0, 5.0])], [Tensor([3.0, 4.0])])
         0.2
     """
-    if [each.shape for each in found] != [each.shape for each in expected]:
+    if [output.shape for output in outputs] != [output.shape for output in expected]:
         raise QuantizationError(
-            "The quantized network gives tensors of other sizes than the float one for the same inputs, as detectors"
-            " do, so that its error cannot be measured: analyze with sensitivity=False."
+            "The quantized network returns tensors of other sizes than the float network for the same inputs, as"
+            " detectors do, so its error cannot be measured: analyze with sensitivity=False."
         )
-    apart = math.sqrt(
-        sum(float((a.double() - b.double()).square().sum()) for a, b in zip(found, expected, strict=True))
+    difference = math.sqrt(
+        sum(float((a.double() - b.double()).square().sum()) for a, b in zip(outputs, expected, strict=True))
     )
     size = math.sqrt(sum(float(b.double().square().sum()) for b in expected))
-    return apart / size if size else (math.inf if apart else 0.0)
+    return difference / size if size else (math.inf if difference else 0.0)
 
 
 def measure_tensors(network: nn.Module, run: Run) -> list[LayerAnalysis]:
-    """Figures of all quantized tensors in one run."""
+    """Measure the statistics of all quantized tensors in one run."""
     owners = owners_of(network)
     errors = {
         (owner, slot): TensorError(quantizer, *_channels(network.get_submodule(owner), slot))
@@ -102,7 +102,7 @@ def measure_tensors(network: nn.Module, run: Run) -> list[LayerAnalysis]:
             error.update(cast(QuantizedLayer, network.get_submodule(owner)).weight)
     with _watched(network, owners, errors):
         run()
-    return [_described(network, owner, slots, errors) for owner, slots in owners.items()]
+    return [_describe(network, owner, slots, errors) for owner, slots in owners.items()]
 
 
 def measure_layers(
@@ -113,32 +113,32 @@ def measure_layers(
     trained: bool,
     advance: Callable[[str], object],
 ) -> list[LayerAnalysis]:
-    """Add to each layer what it does to the outputs.
+    """Measure the effect of each layer on the outputs.
 
     Args:
-        network: Quantized network, in evaluation.
-        run: Calls of the network.
-        layers: Layers of the network, without these figures.
-        expected: Outputs in float, or of the quantized network if it was trained so.
+        network: Quantized network in evaluation mode.
+        run: Function that runs the network.
+        layers: Layers of the network without these errors.
+        expected: Outputs of the float network, or of the quantized one if it was trained quantized.
         trained: Whether the weights were trained with the quantizers.
-        advance: Function that is told the name of each layer when it is measured.
+        advance: Function that is called with the name of each layer after it is measured.
     """
     names = {layer.name for layer in layers}
-    found = []
+    measured = []
     for layer in layers:
         with in_float(network, {layer.name}):
             without = relative_error(run(), expected)
         if trained:
-            found.append(replace(layer, moves=without))
+            measured.append(replace(layer, moves=without))
         else:
             with in_float(network, names - {layer.name}):
-                found.append(replace(layer, only_quantized=relative_error(run(), expected), only_float=without))
+                measured.append(replace(layer, only_quantized=relative_error(run(), expected), only_float=without))
         advance(layer.name)
-    return found
+    return measured
 
 
 def _channels(module: nn.Module, slot: str) -> tuple[int, bool]:
-    """Channel axis of a tensor, and whether each channel has a grid of its own."""
+    """Return the channel axis of a tensor, and whether each channel has its own grid."""
     if slot == WEIGHT:
         quantizer = cast(QuantizedLayer, module).weight_quantizer
         axis = getattr(quantizer, "axis", None)
@@ -153,37 +153,37 @@ def _watched(
     owners: Mapping[str, Mapping[str, Quantizer]],
     errors: Mapping[tuple[str, str], TensorError],
 ) -> Iterator[None]:
-    """Each tensor on its way into its quantizer goes to its error too."""
+    """Pass each tensor that goes into a quantizer to its TensorError as well."""
 
-    def listen(error: TensorError) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        asks = False
+    def hook_of(error: TensorError) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        updating = False
 
-        def heard(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal asks
-            # The error itself asks the quantizer.
-            if asks or not args:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal updating
+            # The update itself calls the quantizer.
+            if updating or not args:
                 return
-            asks = True
+            updating = True
             try:
                 error.update(args[0])
             finally:
-                asks = False
+                updating = False
 
-        return heard
+        return hook
 
     with ExitStack() as stack:
         for owner, slots in owners.items():
             for slot, quantizer in slots.items():
                 if slot == WEIGHT:
                     continue
-                # A learned quantizer of a layer is not called, the product takes its range.
-                at = network.get_submodule(owner) if slot == INPUT else quantizer
-                handle = at.register_forward_pre_hook(listen(errors[owner, slot]))
+                # A learned quantizer of a layer is never called, since the product uses its range.
+                module = network.get_submodule(owner) if slot == INPUT else quantizer
+                handle = module.register_forward_pre_hook(hook_of(errors[owner, slot]))
                 stack.callback(handle.remove)
         yield
 
 
-def _described(
+def _describe(
     network: nn.Module, owner: str, slots: Mapping[str, Quantizer], errors: Mapping[tuple[str, str], TensorError]
 ) -> LayerAnalysis:
     module: Any = network.get_submodule(owner)
@@ -193,5 +193,5 @@ def _described(
         kind=module.float_class.__name__,
         shape=tuple(module.weight.shape) if isinstance(module, QuantizedLayer) else (),
         groups=max((int(getattr(quantizer, "groups", 0)) for quantizer in slots.values()), default=0),
-        tensors={slot: each for slot, each in figures.items() if each is not None},
+        tensors={slot: statistics for slot, statistics in figures.items() if statistics is not None},
     )

@@ -1,4 +1,4 @@
-"""A quantized network on recorded calls, against itself in float."""
+"""Comparison of a quantized network with its float version on recorded calls."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _TIMED = 3
 
 @dataclass(frozen=True)
 class Analysis:
-    """What quantization does to a network.
+    """Effects of quantization on a network.
 
     Attributes:
-        layers: quantized layers and opened attentions, in the order of the network.
-        left_out: names of its Linear and Conv layers that are in float.
-        error: ``norm(quantized - float) / norm(float)`` of the outputs; None where it was not measured, and where a
-            network was trained quantized and its float one is not named.
-        agreement: share of equal largest classes, where the outputs are logits (n, classes).
-        images: rows of the recorded calls.
-        float_seconds: median time of the recorded calls in float.
-        quantized_seconds: the same quantized; simulated, so that it says nothing of low-bit units.
-        float_bytes: parameters in FP32.
-        quantized_bytes: the same with the quantized weights as packed codes.
-        float_bops: bit operations of the first recorded call for an image; None where they cannot be counted.
-        quantized_bops: the same with the bits of each layer.
+        layers: Quantized layers and opened attentions, in the order of the network.
+        left_out: Names of the Linear and Conv layers that are in float.
+        error: Error ``norm(quantized - float) / norm(float)`` of the outputs; None if not measured, or if the network
+            was trained quantized and no float network was given.
+        agreement: Fraction of images with the same top class; None if the outputs are not logits (n, classes).
+        images: Number of images in the recorded calls.
+        float_seconds: Median time of the recorded calls in float.
+        quantized_seconds: Median time of the recorded calls quantized. It is simulated, so it does not reflect the
+            speed of low-bit hardware.
+        float_bytes: Size of the parameters in FP32.
+        quantized_bytes: Size of the parameters with the quantized weights as packed codes.
+        float_bops: Bit operations per image of the first recorded call in float; None if they cannot be counted.
+        quantized_bops: Bit operations per image with the bit-widths of each layer; None if they cannot be counted.
     """
 
     layers: Sequence[LayerAnalysis]
@@ -65,63 +66,64 @@ def analyze_network(
     trained: bool = False,
     float_network: Callable[[], AbstractContextManager[None]] | None = None,
 ) -> Analysis:
-    """Make recorded calls again: quantized, in float, and with each layer alone.
+    """Repeat recorded calls: quantized, in float, and with each layer separately.
 
-    The weights of a network that was trained quantized are no float network without their quantizers: it is compared
-    with the one that is given, or with none, and a layer by how far the outputs move when its quantizers are off.
+    Without its quantizers, a network that was trained quantized is not a valid float network. It is compared with
+    ``float_network`` if that is given, and its layers are measured by the change of the outputs when their quantizers
+    are turned off.
 
-    Takes two runs of all calls for each layer with ``sensitivity``, and about ten without. The network is in
-    evaluation meanwhile, and is left as it was.
+    This takes about ten runs of all calls, and two more runs per layer with ``sensitivity``. The network is in
+    evaluation mode during the analysis and is restored afterwards.
 
     Args:
-        network: quantized, as :func:`~lightning_quant.analysis.quantized_root` finds it.
-        calls: of its forward, as a :class:`~lightning_quant.analysis.Recorder` keeps them.
-        sensitivity: whether the layers are measured one by one.
-        advance: told the name of each layer that was measured one by one.
+        network: Quantized network, see :func:`~lightning_quant.analysis.quantized_root`.
+        calls: Calls of its forward from a :class:`~lightning_quant.analysis.Recorder`.
+        sensitivity: Whether to measure the layers one by one.
+        advance: Function that is called with the name of each layer after it is measured.
         trained: Whether the weights were trained with the quantizers.
-        float_network: Makes a context in which the network is the float one to compare with; None takes its quantizers
-            off, where it was not trained with them.
+        float_network: Function that returns a context in which the network is the float one for the comparison. None
+            removes the quantizers, unless the network was trained with them.
 
     Raises:
-        QuantizationError: nothing that is quantized and started, no call, or outputs without a tensor.
+        QuantizationError: No quantizer is initialized, there is no call, or the outputs contain no tensor.
     """
     if not calls:
         raise QuantizationError(
-            f"No call of {type(network).__name__} was recorded, which holds all that is quantized: analyze after a run"
-            " that called it."
+            f"No call of {type(network).__name__}, which contains all quantized layers, was recorded: analyze after a"
+            " run that calls it."
         )
 
     def run() -> list[Tensor]:
         return [tensor for call in calls for tensor in tensors_of(call.run(network))]
 
-    # Not inference mode: what a quantizer keeps of a weight would be unusable in a training after this.
+    # no_grad instead of inference mode, whose tensors a quantizer could cache and later training could not use.
     with torch.no_grad(), evaluating(network):
         layers = measure_tensors(network, run)
         if not layers:
             raise QuantizationError(
-                f"Nothing in {type(network).__name__} is quantized: analyze after it was trained or calibrated with"
+                f"Nothing in {type(network).__name__} is quantized: analyze after training or calibration with"
                 " GradientQuantization, IGQViT or AccuQuant."
             )
-        found, quantized_seconds = _timed(run)
+        quantized, quantized_seconds = _timed(run)
         with in_float(network):
             plain, float_seconds = _timed(run)
         if not plain:
             raise QuantizationError(
-                f"{type(network).__name__} gives no tensor of floating point, so that nothing can be compared."
+                f"{type(network).__name__} returns no floating-point tensor, so there is nothing to compare."
             )
         expected = None if trained else plain
         if float_network is not None:
             with float_network():
                 expected = run()
-        comparable = expected is not None and _shapes(found) == _shapes(expected)
-        if sensitivity and _shapes(found) == _shapes(plain):
-            layers = measure_layers(network, run, layers, found if trained else plain, trained, advance)
+        comparable = expected is not None and _shapes(quantized) == _shapes(expected)
+        if sensitivity and _shapes(quantized) == _shapes(plain):
+            layers = measure_layers(network, run, layers, quantized if trained else plain, trained, advance)
         bops = _bops(network, calls[0], layers)
     return Analysis(
         layers=layers,
         left_out=_left_out(network),
-        error=relative_error(found, expected) if expected is not None and comparable else None,
-        agreement=_agreement(found, expected) if expected is not None and comparable else None,
+        error=relative_error(quantized, expected) if expected is not None and comparable else None,
+        agreement=_agreement(quantized, expected) if expected is not None and comparable else None,
         images=sum(call.images for call in calls),
         float_seconds=float_seconds,
         quantized_seconds=quantized_seconds,
@@ -133,19 +135,19 @@ def analyze_network(
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
-    """All tensors of floating point in what a forward returns, in their order.
+    """Return all floating-point tensors in the output of a forward, in order.
 
     Example:
-        >>> [each.shape for each in tensors_of({"a": torch.zeros(1), "b": [torch.ones(2), 3]})]
+        >>> [tensor.shape for tensor in tensors_of({"a": torch.zeros(1), "b": [torch.ones(2), 3]})]
         [torch.Size([1]), torch.Size([2])]
     """
     match outputs:
         case Tensor():
             return [outputs] if outputs.is_floating_point() else []
         case Mapping():
-            return [tensor for each in outputs.values() for tensor in tensors_of(each)]
+            return [tensor for output in outputs.values() for tensor in tensors_of(output)]
         case list() | tuple():
-            return [tensor for each in outputs for tensor in tensors_of(each)]
+            return [tensor for output in outputs for tensor in tensors_of(output)]
         case _ if hasattr(outputs, "__dict__"):
             return tensors_of(vars(outputs))
         case _:
@@ -153,7 +155,7 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 
 
 def trained_quantized(module: nn.Module) -> bool:
-    """Whether the weights of a module were trained with its quantizers, whose ranges are learned then.
+    """Return whether the weights of a module were trained with its quantizers, that is with learned ranges.
 
     Example:
         >>> trained_quantized(nn.Linear(2, 2))
@@ -163,24 +165,24 @@ def trained_quantized(module: nn.Module) -> bool:
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
-    return [each.shape for each in tensors]
+    return [tensor.shape for tensor in tensors]
 
 
 def _timed(run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], float]:
-    found, seconds = run(), []
+    outputs, seconds = run(), []
     for _ in range(_TIMED):
         start = time.perf_counter()
         run()
-        if found and found[0].is_cuda:
-            torch.cuda.synchronize(found[0].device)
+        if outputs and outputs[0].is_cuda:
+            torch.cuda.synchronize(outputs[0].device)
         seconds.append(time.perf_counter() - start)
-    return found, statistics.median(seconds)
+    return outputs, statistics.median(seconds)
 
 
-def _agreement(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
-    if any(each.dim() != 2 or each.shape[1] < 2 for each in expected):
+def _agreement(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> float | None:
+    if any(logits.dim() != 2 or logits.shape[1] < 2 for logits in expected):
         return None
-    equal = [a.argmax(1) == b.argmax(1) for a, b in zip(found, expected, strict=True)]
+    equal = [a.argmax(1) == b.argmax(1) for a, b in zip(outputs, expected, strict=True)]
     return float(torch.cat(equal).float().mean())
 
 

@@ -1,4 +1,4 @@
-"""Calls of the quantized part of somebody's module, kept while a run goes on, to be made again."""
+"""Recording of the calls of a module's quantized part during a run, to be repeated later."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_quant.nn.structure import quantizers_of
 
 @dataclass(frozen=True)
 class Call:
-    """Arguments of one forward."""
+    """Arguments of one forward call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     @property
     def images(self) -> int:
-        """Rows of the first tensor; 1 where there is none."""
-        tensors = (each for each in (*self.args, *self.kwargs.values()) if isinstance(each, Tensor) and each.dim())
-        return next((len(each) for each in tensors), 1)
+        """Number of rows of the first tensor; 1 if there is none."""
+        tensors = (x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor) and x.dim())
+        return next((len(tensor) for tensor in tensors), 1)
 
     def run(self, network: nn.Module) -> Any:
-        """Make it again."""
+        """Repeat the call on a network."""
         return network(*self.args, **self.kwargs)
 
 
 def quantized_root(module: nn.Module) -> str:
-    """Name of the smallest submodule that holds all that is quantized; empty for the module itself.
+    """Return the name of the smallest submodule that contains all quantizers. Empty for the module itself.
 
     Example:
         >>> from lightning_quant.nn import swap
@@ -44,26 +44,26 @@ def quantized_root(module: nn.Module) -> str:
         >>> quantized_root(module)
         'net'
     """
-    # Without the slot; a layer that is the only one is a root itself.
+    # Names of layers, without the slot. A single quantized layer is a root itself.
     owners = [name.rpartition(".")[0].split(".") for name, _ in quantizers_of(module)]
     shared: list[str] = []
     for parts in zip(*owners, strict=False):
         if len(set(parts)) > 1:
             break
         shared.append(parts[0])
-    # A list or dict of modules is never called.
+    # A ModuleList or ModuleDict is never called.
     while shared and isinstance(module.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
         shared.pop()
     return ".".join(shared)
 
 
 class Recorder:
-    """Keeps some of the calls of a module, each of all that come with the same chance, up to a number of images.
+    """Recorder of a uniform random sample of the calls of a module, up to a number of images.
 
     Args:
-        module: whose forward is recorded.
-        images: how many rows of a batch are kept at least, where there are as many; a call is kept whole.
-        seed: of the choice.
+        module: Module whose forward is recorded.
+        images: Minimum number of images to record, if there are that many. Calls are recorded whole.
+        seed: Seed of the sample.
 
     Example:
         >>> layer = nn.Linear(1, 1)
@@ -78,27 +78,27 @@ class Recorder:
     def __init__(self, module: nn.Module, images: int = 32, seed: int = 0) -> None:
         self.images, self.calls, self.seen = images, list[Call](), 0
         self._random = random.Random(seed)
-        self._handle: RemovableHandle = module.register_forward_pre_hook(never_compiled(self._heard), with_kwargs=True)
+        self._handle: RemovableHandle = module.register_forward_pre_hook(never_compiled(self._record), with_kwargs=True)
 
     def stop(self) -> None:
-        """Listen no more."""
+        """Stop recording."""
         self._handle.remove()
 
-    def _heard(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.seen += 1
-        place = len(self.calls)
+        position = len(self.calls)
         if sum(call.images for call in self.calls) >= self.images:
-            # Reservoir sampling, which needs not know how many will come.
-            place = self._random.randrange(self.seen)
-            if place >= len(self.calls):
+            # Reservoir sampling, which does not need the total number of calls.
+            position = self._random.randrange(self.seen)
+            if position >= len(self.calls):
                 return
-        call = Call(tuple(map(_kept, args)), {key: _kept(value) for key, value in kwargs.items()})
-        self.calls[place : place + 1] = [call]
+        call = Call(tuple(map(_copy, args)), {key: _copy(value) for key, value in kwargs.items()})
+        self.calls[position : position + 1] = [call]
 
 
-def _kept(value: Any) -> Any:
+def _copy(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {key: _kept(each) for key, each in value.items()}
-    return type(value)(map(_kept, value)) if type(value) in (list, tuple) else value
+        return {key: _copy(entry) for key, entry in value.items()}
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value

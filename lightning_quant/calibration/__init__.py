@@ -1,4 +1,4 @@
-"""Calibration in steps, for every method: the module, the callback, the images, the state file and the record."""
+"""Stepwise calibration for all methods: the module, the callback, the images, the state file and the record."""
 
 from lightning_quant.calibration.image_source import (
     CalibrationData,

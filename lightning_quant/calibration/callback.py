@@ -1,4 +1,4 @@
-"""A callback that calibrates what is about to be evaluated."""
+"""Callback that calibrates a network before its evaluation."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _LOADED = "loaded"
 
 
 class CalibratingCallback(WhatRan):
-    """Calibrates what ``validate``, ``test`` and ``predict`` find in float; ``fit`` is in float.
+    """Calibrates a float network at the start of ``validate``, ``test`` and ``predict``. ``fit`` runs in float.
 
-    A subclass says how, in :meth:`start_calibration`. What is calibrated in part only, for whatever reason, is put back
-    to float.
+    A subclass implements the calibration in :meth:`start_calibration`. If a calibration does not complete, for whatever
+    reason, the network is restored to float.
 
     Attributes:
-        callback_name: of the class, which a float module is told to use for a checkpoint.
-        calibration: the one that this callback made; None before, and where a checkpoint brought another.
+        callback_name: Name of the class, which checkpoints mention to users who load them into a float module.
+        calibration: Calibration of this callback; None before, and after one was loaded from a checkpoint.
     """
 
     callback_name: ClassVar[str]
@@ -42,14 +42,14 @@ class CalibratingCallback(WhatRan):
 
     def __init__(self) -> None:
         self.calibration = None
-        # What the record is of.
-        self._of: object = None
+        # Ranges of the network that the record describes.
+        self._recorded_ranges: object = None
         self._restored: Record = {}
 
     # -- override points ----------------------------------------------------------------------------------------------
 
     def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse, before anything is loaded, what cannot be calibrated."""
+        """Raise an error, before anything is loaded, if the module cannot be calibrated."""
 
     def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
         """Compare a module that is calibrated already with this callback.
@@ -61,22 +61,22 @@ class CalibratingCallback(WhatRan):
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
         """Prepare the network, and return its :class:`~lightning_quant.calibration.record.StepwiseCalibration`."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its calibration is.")
+        raise NotImplementedError(f"{type(self).__name__} does not implement start_calibration.")
 
     def state_file(self, trainer: pl.Trainer, calibration: Any) -> StateFile | None:
-        """Where the calibration is written to, and taken from; None writes it nowhere."""
+        """Return the file in which the calibration is saved and from which it resumes, or None for no file."""
         return None
 
     def units(self, calibration: Any) -> int:
-        """What a progress bar counts: steps; where one tells ``advance`` of its parts, these in its place."""
+        """Return the total of the progress bar: the number of steps, or of their parts if steps report parts."""
         return int(calibration.total - calibration.done)
 
     def summarize(self, calibration: Any, seconds: float) -> str:
-        """What a finished calibration came to, in a few lines."""
+        """Summarize a finished calibration in a few lines."""
         return f"Calibrated in {seconds:.0f} s."
 
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All steps that are left, each of which is in the file when it is done."""
+        """Run all remaining steps, and save each one to the state file."""
         begin = time.perf_counter()
         calibration = self.calibration = self.start_calibration(trainer, pl_module)
         file = self.state_file(trainer, calibration)
@@ -96,25 +96,24 @@ class CalibratingCallback(WhatRan):
                     bar.update(what=what)
                 if file is not None:
                     file.save(calibration)
-        self._of = _ranges_of(pl_module)
+        self._recorded_ranges = _ranges_of(pl_module)
         rank_zero_info(self.summarize(calibration, time.perf_counter() - begin))
 
     # -- Lightning ----------------------------------------------------------------------------------------------------
 
     @property
     def record(self) -> Record:
-        """What a report says of the calibration: of this run, or of the checkpoint's."""
+        """Record of the calibration for the report, from this run or from the checkpoint."""
         return self._restored if self.calibration is None else self.calibration.record()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Check before anything is loaded, and let the module take the structure of a quantized checkpoint.
+        """Check the module before anything is loaded, and let it adopt the structure of a quantized checkpoint.
 
-        A network that the module builds later, in its own ``setup`` or ``configure_model``, is checked when it is
-        there.
+        A network that the module builds later, in its own ``setup`` or ``configure_model``, is checked once it exists.
         """
         if stage == "fit":
             if is_quantized(pl_module):
-                rank_zero_info(f"{self.callback_name}: back to float for fit; the next evaluation calibrates anew.")
+                rank_zero_info(f"{self.callback_name}: back to float for fit; the next evaluation calibrates again.")
                 strip(pl_module)
             self._forget()
             return
@@ -123,7 +122,7 @@ class CalibratingCallback(WhatRan):
         rebuild_when_loading(pl_module)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Calibrate before ``trainer.validate``; validation within fit is of the float network."""
+        """Calibrate before ``trainer.validate``. Validation during fit evaluates the float network."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             self._ensure(trainer, pl_module)
 
@@ -137,23 +136,21 @@ class CalibratingCallback(WhatRan):
 
     def _ensure(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if is_calibrated(pl_module):
-            if self._of not in (_LOADED, found := _ranges_of(pl_module)):
-                # Of another network, or before a checkpoint that was saved without callbacks.
+            if self._recorded_ranges not in (_LOADED, ranges := _ranges_of(pl_module)):
+                # The record is of another network, or of a time before a checkpoint without callbacks was loaded.
                 self._forget()
-            self._of = found
+            self._recorded_ranges = ranges
             self._check_agrees(pl_module)
-            rank_zero_info(
-                f"{self.callback_name}: calibrated already; lightning_quant.strip(module) lets it begin anew."
-            )
+            rank_zero_info(f"{self.callback_name}: already calibrated; lightning_quant.strip(module) resets it.")
             return
         self._forget()
         self.check(pl_module)
-        # What is made in the Trainer's inference mode could be used nowhere else.
+        # Tensors created in the Trainer's inference mode could not be used outside it.
         with torch.inference_mode(False), eager_execution():
             try:
                 self.calibrate(trainer, pl_module)
             except BaseException:
-                # Also Ctrl-C in a notebook: what is calibrated in part would be taken for calibrated.
+                # Including Ctrl-C in a notebook: a partial calibration would be mistaken for a complete one.
                 self._forget()
                 strip(pl_module)
                 raise
@@ -168,37 +165,37 @@ class CalibratingCallback(WhatRan):
                 )
 
     def _forget(self) -> None:
-        self.calibration, self._of, self._restored = None, None, {}
+        self.calibration, self._recorded_ranges, self._restored = None, None, {}
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say in a quantized checkpoint what to do where it does not fit."""
+        """Add instructions to a quantized checkpoint for users who load it into a float module."""
         if is_quantized(pl_module):
             mark(checkpoint["state_dict"], self.callback_name)
         else:
-            # A network in float again has no calibration.
+            # A network that is back in float has no calibration.
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Forget the calibration of another network."""
+        """Discard the calibration of another network."""
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        """The record of the calibration."""
+        """Return the record of the calibration."""
         return dict(self.record)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the record of a calibration that another run has seen."""
-        self._restored, self._of = state_dict, _LOADED
+        """Load the record of a calibration from another run."""
+        self._restored, self._recorded_ranges = state_dict, _LOADED
 
 
 def _ranges_of(pl_module: pl.LightningModule) -> object:
-    """What tells calibrated networks apart: a sum of each tensor of their quantizers."""
+    """Compute the sum of each quantizer buffer, which distinguishes calibrated networks."""
     return [
         (name, float(value.detach().double().nan_to_num(0.0).sum()))
         for name, quantizer in quantizers_of(pl_module)

@@ -1,4 +1,4 @@
-"""Where calibration images come from: the user's own Trainer, DataModule or loaders, none of them changed."""
+"""Sources of calibration images: the user's own Trainer, DataModule or loaders, none of which is modified."""
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
@@ -26,14 +26,14 @@ _BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class CalibrationSource:
-    """What :func:`~lightning_quant.calibration.images.calibration_images` draws from.
+    """Source from which :func:`~lightning_quant.calibration.images.calibration_images` draws.
 
     Attributes:
-        loader: Its data set, collate_fn, batch size and workers are used, not its order. Any other iterable of
-            batches is read from its start.
-        origin: What it is, in words that follow "calibration images from".
-        prepare: What Lightning's batch hooks make of a batch; None where there are none.
-        plain: Whether its batches are images already, which neither hooks nor a step have to prepare.
+        loader: DataLoader whose data set, collate_fn, batch size and workers are used, but not its order. Any other
+            iterable of batches is read from its start.
+        origin: Description of the source that follows "calibration images from".
+        prepare: Function that applies Lightning's batch hooks to a batch, or None.
+        plain: Whether the batches are plain images, which need neither hooks nor a step to prepare them.
     """
 
     loader: AnyLoader | Iterable[Any]
@@ -45,17 +45,17 @@ class CalibrationSource:
 def from_trainer(
     trainer: pl.Trainer, module: pl.LightningModule, calibration_data: CalibrationData | None = None
 ) -> CalibrationSource:
-    """The source of calibration images of a running Trainer.
+    """Return the source of calibration images of a running Trainer.
 
     Args:
-        trainer: In any verb, from ``on_validation_start``, ``on_test_start``, ``on_predict_start`` or
-            ``on_train_start`` on, when its loaders exist.
-        module: Its LightningModule.
-        calibration_data: Goes before what the Trainer has. Its batches pass the same batch hooks; a tensor of images is
-            taken as it is.
+        trainer: Trainer whose loaders exist, that is from ``on_validation_start``, ``on_test_start``,
+            ``on_predict_start`` or ``on_train_start`` on.
+        module: LightningModule of the Trainer.
+        calibration_data: Data to use instead of the Trainer's. Its batches pass through the same batch hooks; a tensor
+            of images is used as it is.
 
     Raises:
-        ConfigurationError: As :func:`calibration_source`.
+        ConfigurationError: See :func:`calibration_source`.
 
     Example:
         >>> from lightning_quant import DigitsDataModule, ImageClassifier
@@ -75,7 +75,7 @@ def from_trainer(
         datamodule,
         module,
         trainer.train_dataloader,
-        [each for each in evaluation if each is not None],
+        [loaders for loaders in evaluation if loaders is not None],
     )
     return with_hooks(source, datamodule, module)
 
@@ -87,25 +87,27 @@ def calibration_source(
     train_loaders: Any = None,
     evaluation_loaders: Any = None,
 ) -> CalibrationSource:
-    """Find unlabelled images to calibrate on; the first of these that there is.
+    """Return the first available source of unlabeled calibration images.
+
+    The candidates, in this order, are:
 
     1. ``calibration_data``.
-    2. ``datamodule.calibration_dataset()``, which the DataModules of this package have.
-    3. The train split, with the transform of the evaluation data where these are a data set of the same class
-       and both keep a ``transform`` or ``transforms``, as torchvision's do, below any ``Subset``. The exchange
-       happens in a shallow copy. A datamodule that cannot serve the train split yet gets ``setup("fit")``:
-       Lightning itself sets up only the stage that it runs.
+    2. ``datamodule.calibration_dataset()``, which the DataModules of this package provide.
+    3. The train split, with the transform of the evaluation data if both are data sets of the same class with a
+       ``transform`` or ``transforms`` attribute, as in torchvision, below any ``Subset``. The transform is replaced in
+       a shallow copy. A datamodule that cannot serve the train split yet gets ``setup("fit")``, since Lightning sets
+       up only the stage that it runs.
     4. The evaluation data, with a warning.
 
     Args:
-        calibration_data: A data set or a DataLoader whose batches are as the Trainer's, or images ``(N, C, H, W)``.
-        datamodule: The user's, already prepared (``prepare_data``).
-        module: The user's, whose own loaders count where there is no datamodule.
-        train_loaders: Loaders of the train split that exist already; else those of datamodule or module.
-        evaluation_loaders: Loaders of the data to be evaluated, ahead of those of datamodule and module.
+        calibration_data: Data set or DataLoader with batches like the Trainer's, or images ``(N, C, H, W)``.
+        datamodule: DataModule of the user, already prepared (``prepare_data``).
+        module: LightningModule of the user, whose loaders are used if there is no datamodule.
+        train_loaders: Existing loaders of the train split. Default: those of datamodule or module.
+        evaluation_loaders: Existing loaders of the evaluation data, preferred to those of datamodule and module.
 
     Raises:
-        ConfigurationError: If there is nothing to calibrate on, or the train split cannot be loaded.
+        ConfigurationError: There is nothing to calibrate on, or the train split cannot be loaded.
 
     Example:
         >>> import torch
@@ -113,9 +115,9 @@ def calibration_source(
         'calibration_data (a tensor)'
     """
     if calibration_data is not None:
-        return _given(calibration_data)
+        return _from_calibration_data(calibration_data)
     if callable(getattr(datamodule, "calibration_dataset", None)):
-        return _own(datamodule)
+        return _from_datamodule(datamodule)
     owners: list[Owner] = [owner for owner in (datamodule, module) if owner is not None]
     train = next(_flat(train_loaders), None)
     if train is None:
@@ -126,13 +128,14 @@ def calibration_source(
     if (loader := next(evaluation, None)) is not None:
         origin = f"the evaluation data ({_class_of(loader)})"
         rank_zero_warn(
-            f"There is no train split, so calibration images are images from {origin}: accuracy on the same data is"
-            " then too good. Write calibration_data=DATASET, or give the Trainer a datamodule with a train_dataloader."
+            f"There is no train split, so calibration images are taken from {origin}, which makes accuracy on the same"
+            " data too optimistic. Write calibration_data=DATASET, or pass the Trainer a datamodule with a"
+            " train_dataloader."
         )
         return CalibrationSource(loader, origin)
     raise ConfigurationError(
         "Found no images to calibrate on: no datamodule, no train_dataloader, no evaluation data."
-        " Write calibration_data=DATASET (or a DataLoader, or images of shape (N, C, H, W)), or give the Trainer"
+        " Write calibration_data=DATASET (or a DataLoader, or images of shape (N, C, H, W)), or pass the Trainer"
         " a datamodule."
     )
 
@@ -140,7 +143,7 @@ def calibration_source(
 def with_hooks(
     source: CalibrationSource, datamodule: pl.LightningDataModule | None, module: pl.LightningModule
 ) -> CalibrationSource:
-    """The source, its batches as Lightning's batch hooks hand them to the steps of a module.
+    """Return the source with Lightning's batch hooks applied to its batches, as for the steps of a module.
 
     Example:
         >>> import torch
@@ -154,7 +157,7 @@ def with_hooks(
 
 
 def loader_like(loader: AnyLoader, dataset: AnyDataset) -> AnyLoader:
-    """A loader over all of another data set in its order, otherwise as ``loader`` is.
+    """Create a loader over another data set, in order and without dropping items, otherwise like ``loader``.
 
     Example:
         >>> loader = DataLoader(range(10), batch_size=4, shuffle=True, drop_last=True)  # type: ignore[arg-type]
@@ -163,7 +166,7 @@ def loader_like(loader: AnyLoader, dataset: AnyDataset) -> AnyLoader:
     """
     return DataLoader(
         dataset,
-        # A loader with a batch_sampler of its own has no batch_size.
+        # A loader with a custom batch_sampler has no batch_size.
         batch_size=loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or _BATCH_SIZE,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
@@ -172,7 +175,7 @@ def loader_like(loader: AnyLoader, dataset: AnyDataset) -> AnyLoader:
     )
 
 
-def _given(data: CalibrationData) -> CalibrationSource:
+def _from_calibration_data(data: CalibrationData) -> CalibrationSource:
     loader: AnyLoader
     match data:
         case Tensor():
@@ -185,13 +188,13 @@ def _given(data: CalibrationData) -> CalibrationSource:
             loader = DataLoader(data, _BATCH_SIZE)
         case _:
             raise ConfigurationError(
-                f"calibration_data is a {type(data).__name__}; expected a Dataset, a DataLoader or a Tensor of images"
-                " (N, C, H, W)."
+                f"calibration_data is a {type(data).__name__}, but expected a Dataset, a DataLoader or a Tensor of"
+                " images (N, C, H, W)."
             )
     return CalibrationSource(loader, f"calibration_data ({_class_of(loader)})")
 
 
-def _own(datamodule: Any) -> CalibrationSource:
+def _from_datamodule(datamodule: Any) -> CalibrationSource:
     origin = f"{type(datamodule).__name__}.calibration_dataset()"
     rank_zero_info(f"Calibration images from {origin}.")
     batch_size = getattr(datamodule, "batch_size", _BATCH_SIZE)
@@ -205,38 +208,38 @@ def _from_train(loader: Any, evaluation: Iterator[Any]) -> CalibrationSource:
     if not isinstance(loader, DataLoader) or isinstance(dataset, IterableDataset):
         rank_zero_info(f"Calibration images from {origin}, the first ones, with the training transform.")
         return CalibrationSource(loader, origin)
-    exchanged = _with_evaluation_transform(dataset, [data for each in evaluation for data in _chain(each)])
-    how = "with the evaluation transform"
-    if exchanged is None:
-        how = "with the training transform, since no evaluation data of the same class keep another `transform`"
-    rank_zero_info(f"Calibration images from {origin}, {how}.")
-    chosen: AnyDataset = loader.dataset if exchanged is None else exchanged
+    transformed = _with_evaluation_transform(dataset, [data for loader in evaluation for data in _chain(loader)])
+    transform = "with the evaluation transform"
+    if transformed is None:
+        transform = "with the training transform, since no evaluation data of the same class have another `transform`"
+    rank_zero_info(f"Calibration images from {origin}, {transform}.")
+    selected: AnyDataset = loader.dataset if transformed is None else transformed
     if isinstance(loader.sampler, SubsetRandomSampler):
-        chosen = Subset(chosen, list(loader.sampler.indices))  # the others may be held out
-    if chosen is not dataset:
-        loader = loader_like(loader, chosen)
-    return CalibrationSource(loader, f"{origin}, {how.partition(',')[0]}")
+        selected = Subset(selected, list(loader.sampler.indices))  # the other items may be held out
+    if selected is not dataset:
+        loader = loader_like(loader, selected)
+    return CalibrationSource(loader, f"{origin}, {transform.partition(',')[0]}")
 
 
 def _with_evaluation_transform(dataset: Any, evaluation: list[Any]) -> Any | None:
-    """A copy of a data set of the train split that transforms as evaluation does; None if there is no such."""
+    """Return a copy of a train data set with the evaluation transform, or None if no evaluation data set fits."""
     if names := [name for name in ("transform", "transforms") if hasattr(dataset, name)]:
-        model = next((each for each in evaluation if type(each) is type(dataset)), None)
+        model = next((data for data in evaluation if type(data) is type(dataset)), None)
         if model is None:
             return None
-        exchanged = copy.copy(dataset)
+        transformed = copy.copy(dataset)
         for name in names:
-            setattr(exchanged, name, getattr(model, name))
-        return exchanged
+            setattr(transformed, name, getattr(model, name))
+        return transformed
     if not isinstance(dataset, Subset) or (inner := _with_evaluation_transform(dataset.dataset, evaluation)) is None:
         return None
-    exchanged = copy.copy(dataset)
-    exchanged.dataset = inner
-    return exchanged
+    transformed = copy.copy(dataset)
+    transformed.dataset = inner
+    return transformed
 
 
 def _chain(loader: Any) -> Iterator[Any]:
-    """The data set of a loader, and below it what it is a Subset of."""
+    """Iterate over the data set of a loader and, if it is a Subset, the data sets below it."""
     dataset = getattr(loader, "dataset", None)
     yield dataset
     while isinstance(dataset, Subset):
@@ -248,7 +251,7 @@ def _train_loaders(owner: Owner) -> list[Any]:
     if not is_overridden("train_dataloader", owner):
         return []
     if isinstance(owner, pl.LightningDataModule):
-        # Not set up, it lacks its data sets or still has None for them.
+        # Before setup, its data sets are missing or None.
         with suppress(Exception):
             loaders = list(_flat(owner.train_dataloader()))
             if loaders and all(getattr(loader, "dataset", loader) is not None for loader in loaders):
@@ -262,21 +265,21 @@ def _train_loaders(owner: Owner) -> list[Any]:
     except Exception as error:
         raise ConfigurationError(
             f"Calibration takes images from {type(owner).__name__}.train_dataloader(), which raised"
-            f" {type(error).__name__}: {error}. Write calibration_data=DATASET for other images."
+            f" {type(error).__name__}: {error}. Write calibration_data=DATASET to use other images."
         ) from error
 
 
-def _evaluation_loaders(given: Any, owners: list[Owner]) -> Iterator[Any]:
-    yield from _flat(given)
+def _evaluation_loaders(loaders: Any, owners: list[Owner]) -> Iterator[Any]:
+    yield from _flat(loaders)
     for owner in owners:
         for name in _EVALUATION_LOADERS:
             if is_overridden(name, owner):
-                with suppress(Exception):  # of a stage that is not set up
+                with suppress(Exception):  # its stage may not be set up
                     yield from list(_flat(getattr(owner, name)()))
 
 
 def _flat(loaders: Any) -> Iterator[Any]:
-    """The loaders of whatever Lightning takes: one, lists, dicts, a CombinedLoader."""
+    """Iterate over the loaders in whatever Lightning accepts: a loader, lists, dicts, a CombinedLoader."""
     if loaders is None:
         return
     combined = loaders if isinstance(loaders, CombinedLoader) else CombinedLoader(loaders, "sequential")
@@ -284,17 +287,17 @@ def _flat(loaders: Any) -> Iterator[Any]:
 
 
 def _class_of(loader: Any) -> str:
-    """The class of the images' data set, below any Subset."""
+    """Return the class name of the images' data set, below any Subset."""
     return type([data if data is not None else loader for data in _chain(loader)][-1]).__name__
 
 
 def _hook_owner(name: str, datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> Any:
-    """The datamodule's hook goes before the module's, as in Lightning."""
+    """Return the owner of a hook: the datamodule takes precedence over the module, as in Lightning."""
     return datamodule if datamodule is not None and is_overridden(name, datamodule) else module
 
 
 def _transfer(batch: Any, origin: str, datamodule: pl.LightningDataModule | None, module: pl.LightningModule) -> Any:
-    """A batch as the steps of the module get it: some normalize in these hooks."""
+    """Apply the batch hooks, in which some modules normalize, so that the batch is as the steps get it."""
     for name in _TRANSFER_HOOKS:
         owner = _hook_owner(name, datamodule, module)
         arguments = (module.device, 0) if name == "transfer_batch_to_device" else (0,)
@@ -305,7 +308,7 @@ def _transfer(batch: Any, origin: str, datamodule: pl.LightningDataModule | None
         except Exception as error:
             raise ConfigurationError(
                 f"{type(owner).__name__}.{name}, which prepares batches for the steps, raised {type(error).__name__} on"
-                f" one of {origin}: {error}. Give data whose batches are as the Trainer's, or images (N, C, H, W) as a"
-                " tensor, which are taken as they are: calibration_data=TENSOR."
+                f" a batch of {origin}: {error}. Use data with batches like the Trainer's, or a tensor of images"
+                " (N, C, H, W), which is used as it is: calibration_data=TENSOR."
             ) from error
     return batch

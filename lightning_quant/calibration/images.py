@@ -1,4 +1,4 @@
-"""Unlabelled calibration images: which ones, the same for any number of ranks, workers and batches."""
+"""Draw of unlabeled calibration images, independent of the number of ranks, workers and batches."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,29 +27,29 @@ def calibration_images(
     ranks: int = 1,
     images: Extract | None = None,
 ) -> Tensor:
-    """A random draw of images without replacement; this rank's share of it.
+    """Draw random images without replacement, and return this rank's share.
 
-    The draw depends on the data set, ``count`` and ``seed`` only: a smaller ``count`` draws the first of the
-    same images, and each rank takes every ``ranks``-th. Random transforms are seeded for each image, and the
-    caller's random numbers go on as if nothing had been drawn. Of data without length and index, such as an
-    ``IterableDataset``, these are the first ``count`` images.
+    The draw depends only on the data set, ``count`` and ``seed``: a smaller ``count`` gives the first of the same
+    images, and each rank takes every ``ranks``-th one. Random transforms are seeded for each image, and the caller's
+    random state is not affected. Data without length and index, such as an ``IterableDataset``, give their first
+    ``count`` images.
 
     Args:
-        source: From :func:`~lightning_quant.calibration.image_source.from_trainer` or ``calibration_source``.
-        count: Images over all ranks.
-        seed: Of the draw.
-        rank: This process, from 0.
-        ranks: How many processes calibrate together.
-        images: From a batch to its images, by default :func:`images_of`. Where it makes several images of an item,
-            the first one counts. Of a source of plain images they are taken as they are.
+        source: Source from :func:`~lightning_quant.calibration.image_source.from_trainer` or ``calibration_source``.
+        count: Number of images over all ranks.
+        seed: Seed of the draw.
+        rank: Rank of this process, from 0.
+        ranks: Number of ranks that calibrate together.
+        images: Function that returns the images of a batch. Default: :func:`images_of`. If it returns several images
+            per item, the first one is used. It is not applied to a source of plain images.
 
     Returns:
         Images ``(n, C, H, W)`` on the CPU; ``n`` is ``count / ranks``, rounded up on the first ranks.
 
     Raises:
-        ConfigurationError: If there are fewer images than asked, fewer than ranks, images of several sizes, or
-            batches in which no images are recognized.
-        QuantizationError: If a pixel is NaN or infinite.
+        ConfigurationError: There are fewer images than requested or than ranks, the images have several sizes, or no
+            images are recognized in a batch.
+        QuantizationError: A pixel is NaN or infinite.
 
     Example:
         >>> from lightning_quant.calibration import calibration_source
@@ -60,8 +60,8 @@ def calibration_images(
     """
     if not 0 <= rank < ranks <= count:
         raise ConfigurationError(
-            f"Asked for {count} calibration images on {ranks} ranks, of which this is rank {rank}: expected at"
-            f" least one image a rank. Write calibration_images={max(ranks, 1)} or more."
+            f"Requested {count} calibration images on {ranks} ranks, of which this is rank {rank}: expected at least"
+            f" one image per rank. Write calibration_images={max(ranks, 1)} or more."
         )
     extract = images_of if images is None or source.plain else images
     total = _length(source.loader)
@@ -73,30 +73,31 @@ def calibration_images(
         _check_enough(total, count, source.origin)
         assert isinstance(source.loader, DataLoader)
         drawn = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[:count][rank::ranks].tolist()
-        found = _collect(loader_like(source.loader, _Drawn(source.loader.dataset, drawn, seed)), source, extract)
-    if extract is not images_of and len(found) and not len(found) % len(drawn):
-        found = found[:: len(found) // len(drawn)].clone()
-    if len(found) != len(drawn):
+        collected = _collect(loader_like(source.loader, _Drawn(source.loader.dataset, drawn, seed)), source, extract)
+    if extract is not images_of and len(collected) and not len(collected) % len(drawn):
+        collected = collected[:: len(collected) // len(drawn)].clone()
+    if len(collected) != len(drawn):
         raise ConfigurationError(
-            f"Drew {len(drawn)} items from {source.origin}, and its batches hold {len(found)} images: its collate_fn"
-            " leaves some out or makes several of one. Write calibration_data=DATASET with one image an item."
+            f"Drew {len(drawn)} items from {source.origin}, but its batches hold {len(collected)} images: its"
+            " collate_fn drops items or makes several images of one. Write calibration_data=DATASET with one image per"
+            " item."
         )
-    return found
+    return collected
 
 
 def images_of(batch: Any) -> Tensor:
-    """The images of a batch, in the layouts that data sets commonly have.
+    """Return the images of a batch, in any of the common layouts.
 
     Args:
-        batch: Images; a tuple or list that starts with images, as one tensor or as a list of them; or a dict with
-            images under ``image``, ``images``, ``pixel_values``, ``img``, ``x`` or ``input``.
+        batch: Images; or a tuple or list that starts with images, as one tensor or as a list of tensors; or a dict
+            with images under ``image``, ``images``, ``pixel_values``, ``img``, ``x`` or ``input``.
 
     Returns:
-        Floating point, ``(N, C, H, W)``.
+        Floating-point images, ``(N, C, H, W)``.
 
     Raises:
-        ConfigurationError: If there are no images in these places.
-        QuantizationError: If a pixel is NaN or infinite.
+        ConfigurationError: There are no images in these places.
+        QuantizationError: A pixel is NaN or infinite.
 
     Example:
         >>> images_of({"pixel_values": torch.zeros(2, 3, 8, 8), "labels": torch.zeros(2)}).shape
@@ -104,18 +105,18 @@ def images_of(batch: Any) -> Tensor:
     """
     match batch:
         case Mapping():
-            found = next((batch[key] for key in _KEYS if key in batch), None)
-        case [list() | tuple() as several, *_] if several and all(isinstance(each, Tensor) for each in several):
-            found = _stacked(several)
+            images = next((batch[key] for key in _KEYS if key in batch), None)
+        case [list() | tuple() as tensors, *_] if tensors and all(isinstance(tensor, Tensor) for tensor in tensors):
+            images = _stacked(tensors)
         case [first, *_]:
-            found = first
+            images = first
         case _:
-            found = batch
-    return _checked(found, batch)
+            images = batch
+    return _checked(images, batch)
 
 
 class _Drawn(Dataset[Any]):
-    """Some items of a data set; each item comes out the same whoever loads it, and whatever beside it."""
+    """Drawn items of a data set. Each item is the same no matter which worker loads it, and with which others."""
 
     def __init__(self, dataset: AnyDataset, indices: list[int], seed: int) -> None:
         self.dataset, self.indices, self.seed = dataset, indices, seed
@@ -131,16 +132,16 @@ class _Drawn(Dataset[Any]):
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that transforms draw from, on the CPU, and put them back."""
+    """Seed the CPU generators that transforms use, and restore them afterwards."""
     with isolate_rng(include_cuda=False):
         random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002  (transforms draw from the global one)
+        np.random.seed(seed % 2**32)  # noqa: NPY002  (transforms use the global generator)
         torch.default_generator.manual_seed(seed)
         yield
 
 
 def _length(loader: Any) -> int | None:
-    """Items that can be fetched by index; None where only the order of the loader makes batches."""
+    """Return the number of items that can be fetched by index, or None if the loader can only be iterated."""
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return None
     if loader.batch_sampler is None:
@@ -154,27 +155,27 @@ def _length(loader: Any) -> int | None:
 def _first_batches(loader: Any) -> Iterable[Any]:
     match loader:
         case DataLoader(dataset=IterableDataset(), batch_sampler=batch_sampler) if batch_sampler is not None:
-            return loader_like(loader, loader.dataset)  # drops no smaller last batch
+            return loader_like(loader, loader.dataset)  # keeps a smaller last batch
     return loader  # type: ignore[no-any-return]
 
 
 def _collect(batches: Iterable[Any], source: CalibrationSource, extract: Extract, limit: int | None = None) -> Tensor:
-    """The images of batches one after the other, until there are ``limit``."""
-    found: list[Tensor] = []
+    """Collect the images of batches until there are ``limit``."""
+    collected: list[Tensor] = []
     try:
         for batch in batches:
             prepared = batch if source.prepare is None else source.prepare(batch)
-            found.append(_finite(extract(prepared), prepared).cpu())
-            if limit is not None and sum(map(len, found)) >= limit:
+            collected.append(_finite(extract(prepared), prepared).cpu())
+            if limit is not None and sum(map(len, collected)) >= limit:
                 break
     except RuntimeError as error:
-        # What PyTorch's default collate_fn says, here or from a worker.
+        # The message of PyTorch's default collate_fn, from this process or a worker.
         if "stack expects each tensor to be equal size" not in str(error):
             raise
         raise _several_sizes(str(error).strip().splitlines()[-1]) from error
-    if len({image.shape[1:] for image in found}) > 1:
-        raise _several_sizes(", ".join(sorted({_shape(image[0]) for image in found})))
-    return torch.cat(found) if found else torch.empty(0)
+    if len({images.shape[1:] for images in collected}) > 1:
+        raise _several_sizes(", ".join(sorted({_shape(images[0]) for images in collected})))
+    return torch.cat(collected) if collected else torch.empty(0)
 
 
 def _stacked(images: Any) -> Tensor:
@@ -183,27 +184,27 @@ def _stacked(images: Any) -> Tensor:
     return torch.stack(list(images))
 
 
-def _several_sizes(found: str) -> ConfigurationError:
+def _several_sizes(sizes: str) -> ConfigurationError:
     return ConfigurationError(
-        f"Calibration images have different sizes: {found}. Write a transform that resizes and crops them to the"
-        " size that the network gets."
+        f"Calibration images have different sizes: {sizes}. Add a transform that resizes and crops them to the input"
+        " size of the network."
     )
 
 
-def _check_enough(found: int, asked: int, origin: str) -> None:
-    if found < asked:
+def _check_enough(available: int, requested: int, origin: str) -> None:
+    if available < requested:
         raise ConfigurationError(
-            f"Asked for {asked} calibration images, found {found} in {origin}."
-            f" Write calibration_images={found}, or calibration_data=DATASET for a larger one."
+            f"Requested {requested} calibration images, but found {available} in {origin}."
+            f" Write calibration_images={available}, or calibration_data=DATASET for a larger data set."
         )
 
 
 def _checked(images: Any, batch: Any) -> Tensor:
     if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim < 3:
         raise ConfigurationError(
-            "Expected a batch of images in floating point, (N, C, H, W): a tensor, the first of a tuple, or a dict"
+            "Expected a batch of floating-point images, (N, C, H, W): a tensor, the first entry of a tuple, or a dict"
             f" with one of {', '.join(_KEYS)}. Found {_describe(batch)}."
-            ' Write images=FUNCTION from a batch to its images, such as images=lambda batch: batch["pixels"].'
+            ' Write images=FUNCTION to get the images of a batch, such as images=lambda batch: batch["pixels"].'
         )
     return _finite(images, batch)
 
@@ -211,14 +212,14 @@ def _checked(images: Any, batch: Any) -> Tensor:
 def _finite(images: Any, batch: Any) -> Tensor:
     if not isinstance(images, Tensor) or images.ndim < 3:
         raise ConfigurationError(
-            f"images=FUNCTION gave {_describe(images)} for {_describe(batch)}; expected images (N, C, H, W) as the"
-            " network takes them."
+            f"images=FUNCTION returned {_describe(images)} for {_describe(batch)}, but expected images (N, C, H, W) as"
+            " the network takes them."
         )
     if not images.isfinite().all():
         bad = int((~images.isfinite()).sum())
         raise QuantizationError(
-            f"{bad} of {images.numel()} pixels of a calibration batch are NaN or infinite; ranges taken from them"
-            " mean nothing. Look at the transform: a division by a standard deviation of 0, or a broken file."
+            f"{bad} of {images.numel()} pixels of a calibration batch are NaN or infinite, which makes the ranges"
+            " meaningless. Check for a division by a standard deviation of 0 in the transform, or a broken file."
         )
     return images
 

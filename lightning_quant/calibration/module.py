@@ -1,4 +1,4 @@
-"""A LightningModule whose fit is a calibration in steps, any of which may be the last of a process."""
+"""LightningModule whose fit is a stepwise calibration that can be stopped and resumed after any step."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ if TYPE_CHECKING:
 
 
 class CalibratingModule(pl.LightningModule):
-    """A module whose ``fit`` calibrates it, a training step being a step of the calibration.
+    """LightningModule whose ``fit`` calibrates it: each training step is a calibration step.
 
-    Lightning's progress bar, checkpoints and ``ckpt_path=`` work as in a training; a checkpoint holds the calibration
-    so far, and the quantized network. Every rank does every step. ``validate``, ``test`` and ``predict`` refuse a
-    network that is not calibrated, or only in part. A subclass says what the calibration is, in
-    :meth:`start_calibration`; it can be mixed into a module of a task, in front of it.
+    Lightning's progress bar, checkpoints and ``ckpt_path=`` work as in training. A checkpoint holds the calibration so
+    far and the quantized network. Every rank runs every step. ``validate``, ``test`` and ``predict`` raise an error if
+    the network is not calibrated completely. A subclass implements the calibration in :meth:`start_calibration`; it can
+    be combined with a task's module, as its first base class.
 
     Attributes:
-        calibration: the one that ``fit`` made; None before.
-        calibration_key: under which a checkpoint holds the calibration's state.
-        callback_name: of the callback that does the same, which a float module is told to use for a checkpoint.
-        own_batches: whether ``validate``, ``test`` and ``predict`` take the batches of the module's own loaders even
-            where there is a datamodule, whose hooks do not see them then. ``fit`` never takes a datamodule's.
+        calibration: Calibration that ``fit`` created; None before.
+        calibration_key: Key of the calibration's state in a checkpoint.
+        callback_name: Name of the corresponding callback, which checkpoints mention to users who load them into a float
+            module.
+        own_batches: Whether ``validate``, ``test`` and ``predict`` use the module's own loaders even if there is a
+            datamodule, whose hooks are then not applied. ``fit`` never uses batches of a datamodule.
     """
 
     fit_is_calibration = True
@@ -57,25 +58,25 @@ class CalibratingModule(pl.LightningModule):
     # -- override points ----------------------------------------------------------------------------------------------
 
     def start_calibration(self) -> StepwiseCalibration:
-        """Prepare the network, when ``fit`` starts."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its calibration is.")
+        """Prepare the network when ``fit`` starts, and return its calibration."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement start_calibration.")
 
     def state_file(self, calibration: Any) -> StateFile | None:
-        """Where the calibration is written to beside checkpoints; None writes it nowhere."""
+        """Return the file in which the calibration is saved in addition to checkpoints, or None for no file."""
         return None
 
     def after_step(self, calibration: Any) -> None:
-        """Log what the step that was done brought."""
+        """Log the result of the last step."""
 
     def summarize(self, calibration: Any) -> str:
-        """What a finished calibration came to, in a few lines."""
+        """Summarize a finished calibration in a few lines."""
         return f"Calibrated in {calibration.total} steps."
 
     def check_calibrated(self) -> None:
-        """Refuse to evaluate what is not calibrated.
+        """Raise an error if the network is not calibrated.
 
         Raises:
-            QuantizationError: in float, or calibrated in part.
+            QuantizationError: The network is in float, or its calibration is incomplete.
         """
         fit = "trainer.fit(module" if self.own_batches else "trainer.fit(module, datamodule"
         if not is_calibrated(self):
@@ -86,25 +87,25 @@ class CalibratingModule(pl.LightningModule):
         done, total = self._progress()
         if done < total:
             raise QuantizationError(
-                f"The calibration stopped after step {done} of {total}, and the network is calibrated in part only: go"
-                f" on with {fit}, ckpt_path=...), then test."
+                f"The calibration stopped after step {done} of {total}, so the network is only partly calibrated:"
+                f" continue with {fit}, ckpt_path=...), then test."
             )
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """What an evaluation ends with."""
+        """Return the callback that reports what was evaluated."""
         return [WhatRan()]
 
     # -- fit ----------------------------------------------------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
-        """Put the steps in the place of training batches."""
+        """Replace the training batches by the steps of the calibration."""
         super().setup(stage)
         if stage == "fit":
-            # A datamodule's training images are for the calibration, which takes what it needs.
+            # The calibration draws its images from the datamodule itself.
             self.trainer.fit_loop._data_source.instance = self
-            # How many epochs is known when a checkpoint has said how many there were.
+            # The number of epochs is set once a checkpoint has restored how many have passed.
             self.trainer.fit_loop.max_epochs = -1
-            # Lightning wonders about modules in evaluation mode; the steps see to it themselves.
+            # Lightning warns about modules in evaluation mode. The steps set the mode that they need.
             self.train()
             if not any(parameter.requires_grad for parameter in self.parameters()):
                 self.anchor = Anchor()
@@ -119,13 +120,13 @@ class CalibratingModule(pl.LightningModule):
                 loop._data_source.instance = self
 
     def teardown(self, stage: str) -> None:
-        """Take out what only ``fit`` needs."""
+        """Remove the anchor that only ``fit`` needs."""
         super().teardown(stage)
         if hasattr(self, "anchor"):
             del self.anchor
 
     def on_fit_start(self) -> None:
-        """Prepare the network; continue where a checkpoint ended, or a file."""
+        """Prepare the network, and resume from a checkpoint or a state file."""
         with eager_execution():
             self.calibration = self.start_calibration()
         self._file = self.state_file(self.calibration)
@@ -137,26 +138,26 @@ class CalibratingModule(pl.LightningModule):
             self._file.check_writable(self.calibration)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The steps that are left."""
+        """Return a loader of the remaining steps."""
         assert self.calibration is not None
         loop = self.trainer.fit_loop
         epochs: Any = loop.epoch_progress.current
-        # One, and another where limits on time or steps have ended one too early.
+        # One epoch, and another one if a limit on time or steps ended the last one early.
         loop.max_epochs = max(epochs.processed + (not self.calibration.finished), 1)
-        # A loop that was restored counts the batches that were before it.
-        before = loop.epoch_loop.batch_progress.current.ready
-        # Of what the file has finished one is left that does nothing: without a batch no checkpoint is written.
-        left = max(self.calibration.total - self.calibration.done, 1)
-        return step_loader(before + left)
+        # A restored loop also counts the earlier batches.
+        earlier = loop.epoch_loop.batch_progress.current.ready
+        # A finished calibration gets one step that does nothing, since without a batch no checkpoint is written.
+        remaining = max(self.calibration.total - self.calibration.done, 1)
+        return step_loader(earlier + remaining)
 
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
-        # A step is no batch that the datamodule's hooks could take.
+        # A step is not a batch for the datamodule's hooks.
         if self._trainer is not None and self.trainer.training:
             return args[0]
         return getattr(self, hook_name)(*args) if self.own_batches else super()._call_batch_hook(hook_name, *args)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        """One step of the calibration."""
+        """Run one step of the calibration."""
         assert self.calibration is not None
         if not self.calibration.finished:
             with full_precision(self.device), eager_execution():
@@ -169,22 +170,22 @@ class CalibratingModule(pl.LightningModule):
         self._count()
 
     def _count(self) -> None:
-        """Checkpoints are made by the number of optimizer steps."""
+        """Take an optimizer step, since Lightning schedules checkpoints by their number."""
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None:
-            # It takes no step without a gradient, nor before it has scaled something.
+            # The scaler takes no step without a gradient, nor before it has scaled something.
             (parameter,) = optimizer.param_groups[0]["params"]
             parameter.grad = scaler.scale(torch.zeros_like(parameter))
         optimizer.step()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One that moves nothing of the module."""
+        """Return an optimizer that changes nothing in the module."""
         return torch.optim.SGD([torch.zeros(1, dtype=torch.float32, device=self.device, requires_grad=True)], lr=0.0)
 
     def on_train_end(self) -> None:
-        """Say what came out."""
+        """Report the result."""
         self.eval()
         if self.calibration is not None and self.calibration.finished:
             rank_zero_info(self.summarize(self.calibration))
@@ -192,20 +193,20 @@ class CalibratingModule(pl.LightningModule):
     # -- evaluation ---------------------------------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """Refuse what is not calibrated; Lightning's sanity check before the calibration is of the float network."""
+        """Raise an error if not calibrated. Lightning's sanity check before fit evaluates the float network."""
         if self.trainer.state.fn == TrainerFn.VALIDATING:
             self.check_calibrated()
 
     def on_test_start(self) -> None:
-        """Refuse what is not calibrated."""
+        """Raise an error if not calibrated."""
         self.check_calibrated()
 
     def on_predict_start(self) -> None:
-        """Refuse what is not calibrated."""
+        """Raise an error if not calibrated."""
         self.check_calibrated()
 
     def _progress(self) -> tuple[int, int]:
-        """Steps done and their total; of a checkpoint without a calibration 0 of 0."""
+        """Return the number of completed steps and their total: (0, 0) after a checkpoint without a calibration."""
         if self.calibration is not None:
             return self.calibration.done, self.calibration.total
         done, total = self._resumed[STEPS].tolist() if self._resumed else (0, 0)
@@ -215,11 +216,11 @@ class CalibratingModule(pl.LightningModule):
 
     @property
     def record(self) -> Record:
-        """What a report says of the calibration: of this run, or of the checkpoint's."""
+        """Record of the calibration for the report, from this run or from the checkpoint."""
         return self._resumed if self.calibration is None else self.calibration.record()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the calibration so far."""
+        """Save the calibration so far."""
         state = self._resumed if self.calibration is None else self.calibration.state_dict()
         if state:
             checkpoint[self.calibration_key] = state
@@ -228,17 +229,17 @@ class CalibratingModule(pl.LightningModule):
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the quantized structure, and the calibration so far."""
+        """Restore the quantized structure and the calibration so far."""
         super().on_load_checkpoint(checkpoint)
         rebuild(self, checkpoint["state_dict"])
-        # It only counts, and has nothing to restore.
+        # The optimizer only counts steps and has no state to restore.
         checkpoint["optimizer_states"] = []
         self._resumed = checkpoint.get(self.calibration_key, {})
         self.calibration = None
 
 
 def is_calibrated(module: nn.Module) -> bool:
-    """Whether all weight quantizers of a module have ranges.
+    """Return whether all weight quantizers of a module have ranges.
 
     Example:
         >>> is_calibrated(nn.Linear(2, 2))

@@ -1,4 +1,4 @@
-"""What a calibration leaves behind for a report: few and small tensors by flat names, which any checkpoint carries."""
+"""Record of a calibration for the report: a few small tensors with flat names, which fit in any checkpoint."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 Record = Mapping[str, Tensor]
-"""Tensors by names ``kind/what``; ``steps`` holds steps done and their total."""
+"""Tensors with names ``kind/what``. ``steps`` holds the completed steps and their total."""
 
-# In a record, how many steps are done, and of how many; what was quantized, as text; with what, as JSON.
+# Keys of a record: completed steps and total; the plan, as text; the settings, as JSON.
 STEPS, PLAN, SETTINGS = "steps", "plan", "settings"
 
 
 def begin_record(done: int, total: int, plan: object, settings: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What records of all methods hold.
+    """Create the entries that records of all methods share.
 
     Example:
         >>> record = begin_record(3, 3, "a plan", {"groups": 8})
@@ -30,7 +30,7 @@ def begin_record(done: int, total: int, plan: object, settings: Mapping[str, Any
 
 
 def is_finished(record: Record) -> bool:
-    """Whether the calibration was, when the record was made; of nothing it was not."""
+    """Return whether the calibration was finished. An empty record counts as unfinished."""
     if STEPS not in record:
         return False
     done, total = record[STEPS].tolist()
@@ -38,18 +38,18 @@ def is_finished(record: Record) -> bool:
 
 
 def plan_of(record: Record) -> str:
-    """What was quantized; empty where the record does not say."""
+    """Return the plan of what was quantized, or an empty string if the record has none."""
     return _text(record, PLAN)
 
 
 def settings_of(record: Record) -> dict[str, Any]:
-    """The arguments of the calibration; empty where the record does not say."""
-    found: dict[str, Any] = json.loads(_text(record, SETTINGS) or "{}")
-    return found
+    """Return the arguments of the calibration, or an empty dict if the record has none."""
+    settings: dict[str, Any] = json.loads(_text(record, SETTINGS) or "{}")
+    return settings
 
 
 def below(record: Record, prefix: str) -> dict[str, Tensor]:
-    """The entries of a kind, by what follows it, in an order that means nothing.
+    """Return the entries with a prefix, keyed by the rest of their names, in arbitrary order.
 
     Example:
         >>> below({"error/end": torch.zeros(1), "sweep/4": torch.zeros(1)}, "error/")
@@ -59,13 +59,13 @@ def below(record: Record, prefix: str) -> dict[str, Tensor]:
 
 
 def numbered(record: Record, prefix: str) -> dict[int, Tensor]:
-    """Return the entries of a kind that go by numbers, the smallest first.
+    """Return the entries with a prefix, keyed by their numbers, smallest first.
 
-    Files of safetensors give names back sorted as text.
+    Files of safetensors return names sorted as text.
 
     Args:
         record: Record or state, in any order.
-        prefix: Kind of the entries.
+        prefix: Prefix of the names.
 
     Example:
         >>> list(numbered({"check/100": torch.zeros(1), "check/20": torch.zeros(1)}, "check/"))
@@ -79,34 +79,35 @@ def _text(record: Record, key: str) -> str:
 
 
 class StepwiseCalibration(Protocol):
-    """What is calibrated step by step; all that it has computed is in its state.
+    """Interface of a calibration in steps, whose state holds all that it has computed.
 
-    It may have ``worth_saving``, whether the step that was done last is worth a file; without, each is.
+    An optional attribute ``worth_saving`` tells whether to save a file after the last step. Without it, every step is
+    saved.
     """
 
     @property
     def total(self) -> int:
-        """How many steps there are; more than will be needed, where it may stop early."""
+        """Total number of steps: an upper bound if the calibration may stop early."""
 
     @property
     def done(self) -> int:
-        """How many steps are done; all, when it has finished early."""
+        """Number of completed steps: the total if it has finished early."""
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all steps are done."""
 
     def replay(self) -> object:
         """Call the network on the data that it was calibrated on."""
 
     def step(self, advance: Callable[[str], None] = ...) -> str:
-        """Do the next step, and return what was done in a few words; ``advance`` is told of parts of a long one."""
+        """Run the next step and describe it in a few words. A long step passes the name of each part to ``advance``."""
 
     def record(self) -> dict[str, Tensor]:
-        """What a report shows of it, see :mod:`lightning_quant.calibration.record`."""
+        """Return the record for the report, see :mod:`lightning_quant.calibration.record`."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was computed, by flat names, the record included."""
+        """Return all that was computed, with flat names, including the record."""
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state; a CheckpointError where it is of something else."""
+        """Resume from a state. Raises a CheckpointError if the state belongs to something else."""

@@ -1,4 +1,4 @@
-"""The state of a calibration on disk, so that a stopped one goes on and a finished one is not repeated."""
+"""State of a calibration on disk, so that a stopped one resumes and a finished one is not repeated."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from lightning_quant.utilities.paths import check_on_first_rank, check_writable,
 
 
 def cache_folder(trainer: pl.Trainer, folder: Path | None, name: str) -> Path:
-    """The folder that was given for what a calibration keeps, or ``name`` in the Trainer's ``default_root_dir``."""
+    """Return the folder for the files of a calibration. Default: ``name`` in the Trainer's ``default_root_dir``."""
     return folder or trainer_path(trainer.default_root_dir) / name
 
 
 class StateFile:
-    """One file for each combination of what a calibration depends on, the Trainer's precision included.
+    """File for the state of a calibration, one for each combination of everything on which that depends.
 
     Args:
-        trainer: says which rank writes and where.
-        folder: None is ``name`` in ``default_root_dir``.
-        name: of the method.
-        parts: what the calibration depends on beside the precision, such as the fingerprint of its settings and
-            :func:`~lightning_quant.nn.structure.weights_hash`; the file's name is made of their ``repr``.
-        active: False neither reads nor writes, where a state is not enough to go on from.
+        trainer: Trainer, whose first rank writes the file. Its precision is one of the dependencies.
+        folder: Folder of the file. None means ``name`` in ``default_root_dir``.
+        name: Name of the method.
+        parts: Dependencies of the calibration besides the precision, such as the fingerprint of its settings and
+            :func:`~lightning_quant.nn.structure.weights_hash`. The file name is a hash of their ``repr``.
+        active: Whether to read and write the file. False if a state is not enough to resume from.
 
     Example:
         >>> trainer = pl.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -52,10 +52,10 @@ class StateFile:
         self.path = home / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.safetensors"
 
     def load(self, calibration: StepwiseCalibration) -> None:
-        """Let a calibration take over what an earlier process computed; all ranks take it from the first.
+        """Load the state from an earlier process into a calibration. All ranks get it from the first one.
 
         Raises:
-            CheckpointError: the file is damaged.
+            CheckpointError: The file is damaged.
         """
         if not self.active:
             return
@@ -64,11 +64,11 @@ class StateFile:
             return
         device = self.trainer.strategy.root_device
         calibration.load_state_dict({key: value.to(device) for key, value in state.items()})
-        what = "taken" if calibration.finished else f"goes on at step {calibration.done + 1}"
+        what = "loaded" if calibration.finished else f"resumed at step {calibration.done + 1}"
         rank_zero_info(f"Calibration of the same weights, data and settings {what} from {self.path}.")
 
     def _read(self) -> dict[str, Tensor] | None:
-        """The state that the first rank finds; other ranks need not see its disk."""
+        """Read the state on the first rank and broadcast it, since other ranks may not share its disk."""
         state: dict[str, Any] = {}
         names: list[str] | None = None
         damage = ""
@@ -81,24 +81,24 @@ class StateFile:
         broadcast: Callable[[Any], Any] = self.trainer.strategy.broadcast
         names, damage = broadcast((names, damage))
         if damage:
-            raise CheckpointError(f"{self.path} is damaged ({damage}): delete it, and calibrate anew.")
-        # One after the other: a large state would otherwise be in memory once more, in one piece.
+            raise CheckpointError(f"{self.path} is damaged ({damage}): delete it and calibrate again.")
+        # One tensor at a time, since broadcasting a large state at once would take another copy in memory.
         return None if names is None else {name: broadcast(state.get(name)) for name in names}
 
     def check_writable(self, calibration: StepwiseCalibration) -> None:
-        """Refuse a folder that cannot be written to before a calibration goes on; one that is finished writes nothing.
+        """Raise an error before an unfinished calibration continues if the folder cannot be written to.
 
         Raises:
-            ConfigurationError: on all ranks, where the first one cannot write.
+            ConfigurationError: The first rank cannot write. Raised on all ranks.
         """
         if self.active and not calibration.finished:
             check_on_first_rank(self.trainer, partial(check_writable, self.path.parent))
 
     def save(self, calibration: StepwiseCalibration) -> None:
-        """Write the state, under a temporary name first.
+        """Write the state atomically.
 
-        Of a calibration with thousands of small steps not each is written: where it has an attribute ``worth_saving``
-        that is False, it is not, unless it is finished.
+        A calibration with thousands of small steps can skip most of them: the state is not written if its attribute
+        ``worth_saving`` is False, unless it is finished.
         """
         worth = calibration.finished or getattr(calibration, "worth_saving", True)
         if not self.active or not worth or not self.trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""The images of a batch, told by the module itself: they are what its own step passes to its network."""
+"""Images of a batch, taken from the module itself: they are what its own step passes to its network."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _DIMENSIONS = 4
 
 
 class StepImages:
-    """Runs a step of a module on a batch up to the call of the network, whose input it takes.
+    """Extractor that runs a step of a module on a batch up to the call of the network, and returns its input.
 
-    The step is stopped there by an exception. What it did to the module's attributes and to random numbers until then
-    is undone, and what it logs is dropped.
+    An exception stops the step there. The step's changes to the attributes of the module and to the random state are
+    undone, and its logs are dropped.
 
     Args:
-        trainer: Says which step comes first: that of the running verb, then the others that the module has.
-        module: In the state in which its steps run.
+        trainer: Trainer, which decides the order of the steps to try: the one of the running verb, then the others.
+        module: LightningModule in the state in which its steps run.
         inside: Names of modules that are part of the network, such as its attentions.
 
     Attributes:
-        network: Name of the module that was called with the images; empty for the LightningModule itself.
+        network: Name of the module that was called with the images. Empty for the LightningModule itself.
 
     Example:
         >>> from lightning_quant.tasks import ImageClassifier
@@ -52,43 +52,46 @@ class StepImages:
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, inside: Collection[str]) -> None:
         self.trainer, self.module, self.inside = trainer, module, list(inside)
         self.network = ""
-        self._told = False
+        self._decided = False
         self._reasons: list[str] = []
         first = _STEPS.get(trainer.state.fn)  # type: ignore[arg-type]
         others = [step for step in _STEPS.values() if is_overridden(step, module) and step != first]
         self._steps = [*([] if first is None else [first]), *others]
 
     def __call__(self, batch: Any) -> Tensor:
-        """The images of a batch as the module's step prepares them, ``(N, C, H, W)``.
+        """Return the images of a batch as the module's step prepares them, ``(N, C, H, W)``.
 
-        Where no step tells, as with batches that lack what a step needs, they are looked for in the batch itself. The
-        first batch decides for all.
+        If no step yields images, for example because the batch lacks something that it needs, they are looked up in the
+        batch itself. The first batch decides for all.
 
         Raises:
-            ConfigurationError: No step tells, and there are no images where data sets commonly have them; or a step
-                told of other batches and not of this one.
+            ConfigurationError: No step yields images, and there are none in the usual places of the batch; or a step
+                yielded images for earlier batches but not for this one.
         """
         for step in self._steps:
-            # Not within what it isolates: an exception would keep it from putting the numbers back.
+            # The exception is caught inside, since isolate_rng does not restore the random state after one.
             with isolate_rng():
-                found = self._ask(step, batch)
-            if found.images is not None:
-                self._steps, self._told, self.network = [step], True, found.network
-                return found.images
-            self._reasons.append(f"{step} {found}")
-        if self._told:
+                call = self._first_call(step, batch)
+            if call.images is not None:
+                self._steps, self._decided, self.network = [step], True, call.network
+                return call.images
+            self._reasons.append(f"{step} {call}")
+        if self._decided:
             raise ConfigurationError(
                 f"Images are what {self._steps[0]} passes to the network, but for one of the batches it"
-                f" {self._reasons[-1].partition(' ')[2]}. Write IGQViT(images=FUNCTION), from a batch to its images."
+                f" {self._reasons[-1].partition(' ')[2]}. Write IGQViT(images=FUNCTION) with a function that returns"
+                " the images of a batch."
             )
         self._steps = []
         try:
             return images_of(batch)
         except ConfigurationError as error:
-            asked = "; ".join(self._reasons) or "it has none"
-            raise ConfigurationError(f"{error} The module's own steps do not tell either: {asked}.") from error
+            reasons = "; ".join(self._reasons) or "it has none"
+            raise ConfigurationError(
+                f"{error} The module's own steps do not yield images either: {reasons}."
+            ) from error
 
-    def _ask(self, step: str, batch: Any) -> _Call:
+    def _first_call(self, step: str, batch: Any) -> _Call:
         method = getattr(self.module, step)
         try:
             with _undone(self.module), self._watched(), self.trainer.precision_plugin.forward_context():
@@ -101,7 +104,7 @@ class StepImages:
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
-        """The first call of the network, or of a part of it, is an exception."""
+        """Raise an exception at the first call of the network or of a part of it."""
         holders, networks = _holders(self.inside), {"", *(name.partition(".")[0] for name in self.inside)}
         handles = [
             child.register_forward_pre_hook(_stop_at(name, name in holders), with_kwargs=True)
@@ -116,7 +119,7 @@ class StepImages:
 
 
 class _Call(BaseException):
-    """The first call of the network; not an Exception, which the user's code might catch."""
+    """First call of the network, as a BaseException, since the user's code might catch an Exception."""
 
     def __init__(self, what: str, network: str = "", images: Tensor | None = None) -> None:
         super().__init__(what)
@@ -124,16 +127,16 @@ class _Call(BaseException):
 
 
 def _holders(names: Collection[str]) -> set[str]:
-    """The modules that hold the named ones, the outermost of which is the module itself."""
+    """Return the names of the modules that contain the named ones, including "" for the module itself."""
     parts = [name.split(".") for name in names]
     return {"", *(".".join(path[:depth]) for path in parts for depth in range(len(path)))}
 
 
 def _stop_at(name: str, holds: bool) -> Callable[[nn.Module, Any, Any], None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor) and each.dim() >= _DIMENSIONS]
+        images = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.dim() >= _DIMENSIONS]
         what = f"calls {name or type(module).__name__} without images"
-        raise _Call(what, name, found[0] if found and holds else None)
+        raise _Call(what, name, images[0] if images and holds else None)
 
     return hook
 
@@ -150,12 +153,12 @@ def _undone(module: pl.LightningModule) -> Iterator[None]:
 
 
 def _dropped(*args: Any, **kwargs: Any) -> None:
-    """In the place of ``log``."""
+    """Replace ``log`` and ignore its arguments."""
 
 
 def _numbers(step: Callable[..., Any]) -> list[int]:
-    """Index of the batch and of the loader, as far as a step takes them behind the batch."""
+    """Return the indices of the batch and the loader, as many as a step takes after the batch."""
     parameters = inspect.signature(step).parameters.values()
-    if any(each.kind == each.VAR_POSITIONAL for each in parameters):
+    if any(p.kind == p.VAR_POSITIONAL for p in parameters):
         return [0]
-    return [0] * min(2, sum(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in parameters) - 1)
+    return [0] * min(2, sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters) - 1)

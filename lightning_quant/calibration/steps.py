@@ -1,4 +1,4 @@
-"""What lets a Trainer's loop over batches be one over the steps of a calibration."""
+"""Loader with which a Trainer iterates over the steps of a calibration instead of batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class _Steps(IterableDataset[int]):
-    """As an iterable it is not divided among ranks: each does every step, on its share of the data."""
+    """Step numbers. As an iterable they are not split among ranks: each runs every step, on its share of the data."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -24,17 +24,17 @@ class _Steps(IterableDataset[int]):
 
 
 class _Loader(DataLoader[Any]):
-    """Says to Lightning that it can go on in the middle."""
+    """DataLoader that Lightning can resume mid-epoch."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Which step comes next is known to the calibration."""
+        """Ignore the state, since the calibration knows its next step."""
 
 
 def step_loader(count: int) -> DataLoader[Any]:
-    """Numbers of steps, all of them for every rank.
+    """Create a loader of step numbers, all of them on every rank.
 
     Example:
         >>> list(step_loader(3))
@@ -44,14 +44,14 @@ def step_loader(count: int) -> DataLoader[Any]:
 
 
 class Anchor(nn.Module):
-    """A parameter that requires a gradient, without which DDP takes no module; in no checkpoint."""
+    """Module with one parameter that requires a gradient, which DDP needs. It is not saved in checkpoints."""
 
     def __init__(self) -> None:
         super().__init__()
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def _save_to_state_dict(self, *args: Any) -> None:
-        """Nothing."""
+        """Save nothing."""
 
     def _load_from_state_dict(self, *args: Any) -> None:
-        """Nothing."""
+        """Load nothing."""

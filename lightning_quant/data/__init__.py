@@ -1,4 +1,4 @@
-"""LightningDataModules for classification, each with a held-out share of the training images."""
+"""LightningDataModules for classification, each with a held-out split of the training images."""
 
 from lightning_quant.data.base import ImageDataModule, TrainingSplits, held_out_split
 from lightning_quant.data.cifar import CIFARDataModule

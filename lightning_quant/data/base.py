@@ -1,4 +1,4 @@
-"""What the DataModules for classification share: splits, loaders, and when the files are looked at."""
+"""Base class of the DataModules for classification: splits, loaders, and checks of the files."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ AnyLoader = DataLoader[Any]
 
 @dataclass(frozen=True)
 class TrainingSplits:
-    """The three uses of the training images.
+    """Data sets for the three uses of the training images.
 
     Attributes:
-        train: With the training transform.
-        validation: Held out, with the evaluation transform; None where nothing is held out.
-        calibration: The images of ``train`` in the same order, with the evaluation transform.
+        train: Training images with the training transform.
+        validation: Held-out images with the evaluation transform; None if nothing is held out.
+        calibration: Images of ``train`` in the same order, with the evaluation transform.
     """
 
     train: AnyDataset
@@ -35,22 +35,22 @@ class TrainingSplits:
     def held_out(
         cls, train: AnyDataset, plain: AnyDataset, labels: Sequence[int], validation_images: int, seed: int
     ) -> "TrainingSplits":
-        """Split two views of the same images: ``train`` augmented, ``plain`` as evaluation sees them."""
-        kept, held = held_out_split(labels, validation_images, seed)
-        validation = Subset(plain, held) if held else None
-        return cls(Subset(train, kept), validation, Subset(plain, kept))
+        """Split two views of the same images: ``train`` with augmentation, ``plain`` with the evaluation transform."""
+        train_indices, validation_indices = held_out_split(labels, validation_images, seed)
+        validation = Subset(plain, validation_indices) if validation_indices else None
+        return cls(Subset(train, train_indices), validation, Subset(plain, train_indices))
 
 
 def held_out_split(labels: Sequence[int], held_out: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices to keep and indices to hold out, both ascending, every class in proportion.
+    """Split indices into those to keep and those to hold out, both ascending and stratified by class.
 
     Args:
         labels: Class of each image, ``(N,)``.
-        held_out: Number of images to hold out; 0 keeps all.
-        seed: The same seed gives the same split on every machine.
+        held_out: Number of images to hold out. 0 keeps all.
+        seed: Seed of the split, which is the same on every machine.
 
     Raises:
-        ConfigurationError: If there are too few images to hold out that many of each class.
+        ConfigurationError: There are too few images to hold out that many of each class.
 
     Example:
         >>> kept, held = held_out_split([0, 0, 0, 1, 1, 1], held_out=2, seed=0)
@@ -65,26 +65,26 @@ def held_out_split(labels: Sequence[int], held_out: int, seed: int) -> tuple[lis
     except ValueError as error:
         raise ConfigurationError(
             f"Cannot hold out {held_out} of {len(labels)} images of {len(set(labels))} classes: {error} "
-            "Write another number, at least one image a class, or 0 to hold out nothing."
+            "Write another number, at least one image per class, or 0 to hold out nothing."
         ) from error
     return sorted(kept.tolist()), sorted(held.tolist())
 
 
 class ImageDataModule(LightningDataModule, ABC):
-    """Loaders over training splits and a test set that subclasses load.
+    """Base class of DataModules with loaders over training splits and a test set.
 
-    Batches are ``(images, labels)``: float32 ``(N, C, H, W)`` and int64 ``(N,)``. A subclass names its
-    ``num_classes`` and says how to check its files and how to load them; loading happens once.
+    Batches are ``(images, labels)``: float32 ``(N, C, H, W)`` and int64 ``(N,)``. A subclass defines ``num_classes``,
+    the check of its files, and how to load them, which happens once.
 
     Args:
-        batch_size: Images a batch, on each device.
-        num_workers: Processes that load; 0 loads in the training process.
-        pin_memory: Page-locked batches for faster copies to a GPU; None: where there is a GPU.
-        seed: Of the held-out split, not of the order or the augmentation (see ``seed_everything``).
+        batch_size: Number of images per batch on each device.
+        num_workers: Number of loader processes. 0 loads in the training process.
+        pin_memory: Whether to use page-locked batches, which copy faster to a GPU. None means if there is a GPU.
+        seed: Seed of the held-out split. Order and augmentation depend on ``seed_everything`` instead.
 
     Raises:
-        ConfigurationError: If ``batch_size`` or ``num_workers`` is out of range, or, at ``prepare_data`` and
-            ``setup``, if the files are missing or laid out differently.
+        ConfigurationError: ``batch_size`` or ``num_workers`` is out of range; or, in ``prepare_data`` and ``setup``,
+            the files are missing or in another layout.
 
     Example:
         >>> from lightning_quant.data import DigitsDataModule
@@ -110,7 +110,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def check_files(self) -> None:
-        """Raise a ConfigurationError unless the files are there as expected; reads no image."""
+        """Raise a ConfigurationError unless the files are present as expected, without reading an image."""
 
     @abstractmethod
     def load_training(self) -> TrainingSplits:
@@ -118,7 +118,7 @@ class ImageDataModule(LightningDataModule, ABC):
 
     @abstractmethod
     def load_test(self) -> AnyDataset:
-        """Load the test images, with the evaluation transform."""
+        """Load the test images with the evaluation transform."""
 
     def prepare_data(self) -> None:
         self.check_files()
@@ -131,12 +131,12 @@ class ImageDataModule(LightningDataModule, ABC):
             self._test = self.load_test()
 
     def calibration_dataset(self) -> AnyDataset:
-        """Training images (never held-out ones) with the evaluation transform, in the order on disk."""
+        """Return the training images, without held-out ones, with the evaluation transform, in the order on disk."""
         return self._training_splits().calibration
 
     def train_dataloader(self) -> AnyLoader:
         dataset = self._training_splits().train
-        # A last batch of a single image has no batch statistics, so BatchNorm1d refuses it.
+        # BatchNorm1d rejects a last batch with a single image, since it has no batch statistics.
         return self._loader(dataset, shuffle=True, drop_last=_length(dataset) >= self.batch_size)
 
     def val_dataloader(self) -> AnyLoader | list[AnyLoader]:

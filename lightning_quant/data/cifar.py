@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100, decoded once and kept in memory."""
+"""DataModule of CIFAR-10 and CIFAR-100, decoded once and kept in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,28 +23,30 @@ _SIZE = 32
 
 
 class CIFARDataModule(ImageDataModule):
-    """CIFAR-10 or CIFAR-100 from torchvision's own files or from folders of PNGs.
+    """DataModule of CIFAR-10 or CIFAR-100, from torchvision's files or from folders of PNGs.
 
-    Either ``root/cifar-10-batches-py`` (``root/cifar-100-python``), or ``root/train/CLASS/*.png`` and
-    ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, normalized with the statistics of the training
-    set unless told otherwise; in training they are padded by 4, cropped at random and flipped at random.
+    The files are either in ``root/cifar-10-batches-py`` (``root/cifar-100-python``), or in ``root/train/CLASS/*.png``
+    and ``root/test/CLASS/*.png``. Images are ``(N, 3, 32, 32)``, by default normalized with the statistics of the
+    training set. Training images are padded by ``crop_padding``, randomly cropped and randomly flipped.
 
     Args:
-        root: The folder that holds either layout.
-        classes: 10 or 100.
-        batch_size: Images a batch.
-        validation_images: Held out of the 50 000 training images; 0 trains on all and validates nothing.
-        augment: Whether training images are cropped and flipped.
-        download: Fetch torchvision's files into ``root`` where they are missing.
-        num_workers: As :class:`ImageDataModule`, like the rest; 0 serves an epoch in a few seconds.
-        crop_padding: Black pixels on each side before the random crop; 0 flips without cropping.
-        mean: Of each channel, of images in [0, 1]; 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion
-            needs them. None: of the training set.
-        std: Likewise.
+        root: Folder with either layout.
+        classes: Number of classes, 10 or 100.
+        batch_size: Number of images per batch.
+        validation_images: Number of the 50,000 training images to hold out. 0 trains on all, without validation.
+        augment: Whether to crop and flip training images.
+        download: Whether to download torchvision's files into ``root`` if they are missing.
+        num_workers: Number of loader processes. 0 serves an epoch in a few seconds.
+        pin_memory: Whether to use page-locked batches, see :class:`ImageDataModule`.
+        seed: Seed of the held-out split.
+        crop_padding: Number of black pixels on each side before the random crop. 0 flips without cropping.
+        mean: Mean of each channel, for images in [0, 1]. 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion
+            needs them. Default: mean of the training set.
+        std: Standard deviation of each channel. Default: that of the training set.
 
     Raises:
-        ConfigurationError: At ``prepare_data`` or ``setup``, if ``root`` holds neither layout, or another
-            number of classes, or images of another size.
+        ConfigurationError: ``root`` has neither layout, another number of classes, or images of another size (raised in
+            ``prepare_data`` or ``setup``).
 
     Example:
         >>> data = CIFARDataModule(root="data", classes=100)
@@ -73,17 +75,17 @@ class CIFARDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if classes not in _STATISTICS:
-            raise ConfigurationError(f"CIFAR has 10 or 100 classes, found classes={classes}.")
+            raise ConfigurationError(f"CIFAR has 10 or 100 classes, but found classes={classes}.")
         if validation_images < 0:
-            raise ConfigurationError(f"Expected validation_images >= 0, found {validation_images}.")
+            raise ConfigurationError(f"Expected validation_images >= 0, but found {validation_images}.")
         self.root = user_path(root)
         self.num_classes = classes
         self.validation_images = validation_images
         self.augment = augment
         self.download = download
-        own_mean, own_std = _STATISTICS[classes]
-        self.mean = tuple(own_mean if mean is None else mean)
-        self.std = tuple(own_std if std is None else std)
+        default_mean, default_std = _STATISTICS[classes]
+        self.mean = tuple(default_mean if mean is None else mean)
+        self.std = tuple(default_std if std is None else std)
         self._crop_flip = RandomCropFlip(crop_padding)
 
     def prepare_data(self) -> None:
@@ -98,9 +100,9 @@ class CIFARDataModule(ImageDataModule):
                 _check_class_folders(self.root / split, self.num_classes)
         elif not self._pickles().is_dir():
             raise ConfigurationError(
-                f"No CIFAR-{self.num_classes} in '{self.root}': found {listing(self.root)}, expected "
+                f"No CIFAR-{self.num_classes} in '{self.root}': found {listing(self.root)}, but expected "
                 f"either '{self._pickles().name}' or class folders of PNGs in 'train' and 'test'. "
-                "Write root=FOLDER for the folder that holds them, or download=True."
+                "Write root=FOLDER with the folder that contains them, or download=True."
             )
 
     def load_training(self) -> TrainingSplits:
@@ -131,24 +133,24 @@ class CIFARDataModule(ImageDataModule):
 
 
 def _check_class_folders(split: Path, expected: int) -> None:
-    found = sum(entry.is_dir() for entry in split.iterdir())
-    if found != expected:
+    count = sum(entry.is_dir() for entry in split.iterdir())
+    if count != expected:
         raise ConfigurationError(
-            f"Found {found} class folders in '{split}', expected {expected}. "
-            "Write classes=10 or classes=100 as the data has them."
+            f"Found {count} class folders in '{split}', but expected {expected}. "
+            "Write classes=10 or classes=100 to match the data."
         )
 
 
 def _decode_folder(folder: Path) -> tuple[Tensor, Tensor]:
-    """uint8 ``(N, 3, 32, 32)`` and int64 ``(N,)``, in the order in which ImageFolder lists the files."""
-    listed = image_folder(folder)
-    pixels = np.empty((len(listed), _SIZE, _SIZE, 3), dtype=np.uint8)
-    for index, (path, _) in enumerate(listed.samples):
-        image = np.asarray(listed.loader(path))
+    """Decode a folder to images, uint8 ``(N, 3, 32, 32)``, and labels, int64 ``(N,)``, in ImageFolder's order."""
+    dataset = image_folder(folder)
+    pixels = np.empty((len(dataset), _SIZE, _SIZE, 3), dtype=np.uint8)
+    for index, (path, _) in enumerate(dataset.samples):
+        image = np.asarray(dataset.loader(path))
         if image.shape != (_SIZE, _SIZE, 3):
             raise ConfigurationError(
-                f"Expected images of 32x32 pixels, found {image.shape[1]}x{image.shape[0]} in '{path}'. "
+                f"Expected images of 32x32 pixels, but found {image.shape[1]}x{image.shape[0]} in '{path}'. "
                 "For other sizes write ImageFolderDataModule(root=...)."
             )
         pixels[index] = image
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(listed.targets)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(dataset.targets)

@@ -1,4 +1,4 @@
-"""The handwritten digits that ship with scikit-learn: a real data set that needs no file."""
+"""DataModule of scikit-learn's handwritten digits, a real data set that needs no files."""
 
 from collections.abc import Sequence
 
@@ -15,16 +15,18 @@ _MEAN, _STD = (0.3053,), (0.3760,)
 
 
 class DigitsDataModule(ImageDataModule):
-    """1 797 gray images of 8x8 pixels in 10 classes: 360 to test, the rest to train and validate.
+    """DataModule of 1,797 gray images of 8x8 pixels in 10 classes: 360 for test, the rest for train and validation.
 
     Images are ``(N, 1, 8, 8)``. The test images are the same for every ``seed``.
 
     Args:
-        batch_size: Images a batch.
-        validation_fraction: Share of the 1 437 images not used to test that is held out, in [0, 1).
-        num_workers: As :class:`ImageDataModule`, like the rest.
-        mean: Of the images in [0, 1]; 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion needs them.
-        std: Likewise.
+        batch_size: Number of images per batch.
+        validation_fraction: Fraction of the 1,437 other images to hold out, in [0, 1).
+        num_workers: Number of loader processes.
+        pin_memory: Whether to use page-locked batches, see :class:`ImageDataModule`.
+        seed: Seed of the held-out split.
+        mean: Mean, for images in [0, 1]. 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion needs them.
+        std: Standard deviation, for images in [0, 1].
 
     Example:
         >>> data = DigitsDataModule(batch_size=32)
@@ -48,13 +50,13 @@ class DigitsDataModule(ImageDataModule):
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if not 0 <= validation_fraction < 1:
             raise ConfigurationError(
-                f"Expected validation_fraction in [0, 1), found {validation_fraction}. Write for example 0.1."
+                f"Expected validation_fraction in [0, 1), but found {validation_fraction}. Write for example 0.1."
             )
         self.validation_fraction = validation_fraction
         self.mean, self.std = tuple(mean), tuple(std)
 
     def check_files(self) -> None:
-        """Nothing to check: the images are part of scikit-learn."""
+        """Check nothing, since the images are part of scikit-learn."""
 
     def load_training(self) -> TrainingSplits:
         images = self._digits(test=False)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST, decoded once and kept in memory."""
+"""DataModule of Fashion-MNIST, decoded once and kept in memory."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,23 +16,24 @@ _MEAN, _STD = (0.2860,), (0.3530,)
 
 
 class FashionMNISTDataModule(ImageDataModule):
-    """60 000 gray images of garments to train on and 10 000 to test, 28x28 pixels, 10 classes.
+    """DataModule of 60,000 training and 10,000 test images of garments: gray, 28x28 pixels, 10 classes.
 
-    Torchvision's files, in ``root/FashionMNIST/raw``. Images are ``(N, 1, 28, 28)``, normalized with the
-    statistics of the training set unless told otherwise; none are augmented.
+    The files are torchvision's, in ``root/FashionMNIST/raw``. Images are ``(N, 1, 28, 28)``, by default normalized with
+    the statistics of the training set, and not augmented.
 
     Args:
-        root: The folder that holds ``FashionMNIST``.
-        batch_size: Images a batch.
-        validation_images: Held out of the training images; 0 trains on all and validates nothing.
-        download: Fetch torchvision's files into ``root`` where they are missing.
-        num_workers: As :class:`ImageDataModule`, like the rest; 0 serves an epoch in a few seconds.
-        mean: Of the images in [0, 1]; 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion needs them.
-        std: Likewise.
+        root: Folder that contains ``FashionMNIST``.
+        batch_size: Number of images per batch.
+        validation_images: Number of training images to hold out. 0 trains on all, without validation.
+        download: Whether to download torchvision's files into ``root`` if they are missing.
+        num_workers: Number of loader processes. 0 serves an epoch in a few seconds.
+        pin_memory: Whether to use page-locked batches, see :class:`ImageDataModule`.
+        seed: Seed of the held-out split.
+        mean: Mean, for images in [0, 1]. 0.5 with ``std`` 0.5 gives images in [-1, 1], as diffusion needs them.
+        std: Standard deviation, for images in [0, 1].
 
     Raises:
-        ConfigurationError: If an argument is out of range, or, at ``prepare_data`` and ``setup``, if the files
-            are not there.
+        ConfigurationError: An argument is out of range; or, in ``prepare_data`` and ``setup``, the files are missing.
 
     Example:
         >>> data = FashionMNISTDataModule(root="data")
@@ -60,7 +61,7 @@ class FashionMNISTDataModule(ImageDataModule):
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed)
         if validation_images < 0:
-            raise ConfigurationError(f"Expected validation_images >= 0, found {validation_images}.")
+            raise ConfigurationError(f"Expected validation_images >= 0, but found {validation_images}.")
         self.root = user_path(root)
         self.validation_images = validation_images
         self.download = download
@@ -78,9 +79,9 @@ class FashionMNISTDataModule(ImageDataModule):
         ]
         if missing:
             raise ConfigurationError(
-                f"No Fashion-MNIST in '{self.root}': found {listing(self.root)}, expected the four files of "
-                f"torchvision in 'FashionMNIST/raw', of which are missing {', '.join(missing)}. "
-                "Write root=FOLDER for the folder that holds 'FashionMNIST', or download=True."
+                f"No Fashion-MNIST in '{self.root}': found {listing(self.root)}, but expected the four files of "
+                f"torchvision in 'FashionMNIST/raw'; missing: {', '.join(missing)}. "
+                "Write root=FOLDER with the folder that contains 'FashionMNIST', or download=True."
             )
 
     def load_training(self) -> TrainingSplits:

@@ -1,4 +1,4 @@
-"""Folders of images, and words for messages where they are not laid out as expected."""
+"""Image folders, and descriptions of folders for error messages."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +10,7 @@ from lightning_quant.errors import ConfigurationError
 
 
 def listing(folder: Path) -> str:
-    """What a folder holds, in words.
+    """Describe the contents of a folder.
 
     Example:
         >>> listing(Path("no-such-folder"))
@@ -24,14 +24,14 @@ def listing(folder: Path) -> str:
 
 
 def image_folder(folder: Path, transform: Callable[[Any], Any] | None = None) -> ImageFolder:
-    """An ImageFolder of torchvision's.
+    """Create a torchvision ImageFolder.
 
     Args:
-        folder: Holds one folder of images for each class.
-        transform: From a PIL image to what the data set returns.
+        folder: Folder with one subfolder of images for each class.
+        transform: Function of a PIL image that returns an item of the data set.
 
     Raises:
-        ConfigurationError: If there are no class folders or one of them holds no image.
+        ConfigurationError: There are no class folders, or one of them contains no image.
 
     Example:
         >>> image_folder(Path("no-such-folder"))

@@ -1,4 +1,4 @@
-"""Any classification set in class folders, such as ImageNet, with timm's transforms."""
+"""DataModule of any classification data in class folders, such as ImageNet, with timm's transforms."""
 
 import copy
 from pathlib import Path
@@ -15,31 +15,32 @@ from lightning_quant.utilities.paths import user_path
 
 
 class ImageFolderDataModule(ImageDataModule):
-    """Images in ``root/train/CLASS``, ``root/val/CLASS`` and, optionally, ``root/test/CLASS``.
+    """DataModule of images in ``root/train/CLASS``, ``root/val/CLASS`` and, optionally, ``root/test/CLASS``.
 
-    Validation uses ``root/val``, or, with ``validation_fraction > 0``, a held-out share of ``root/train``.
-    Testing uses ``root/test``, and ``root/val`` where there is no such folder. Images are
-    ``(N, 3, image_size, image_size)``; training crops at random and flips, evaluation resizes to
-    ``image_size / crop_pct`` and crops the centre.
+    Validation uses ``root/val``, or, with ``validation_fraction > 0``, a held-out part of ``root/train``. Testing uses
+    ``root/test`` if it exists, otherwise ``root/val``. Images are ``(N, 3, image_size, image_size)``. Training images
+    are randomly cropped and flipped; evaluation images are resized to ``image_size / crop_pct`` and center-cropped.
 
     Args:
         root: Folder of the splits.
-        image_size: Height and width that the network gets.
-        batch_size: Images a batch, on each device.
-        validation_fraction: Share of the training images to hold out instead of ``root/val``, in [0, 1).
-        interpolation: ``bilinear``, ``bicubic``, ... as timm names them.
-        crop_pct: Share of the resized image that evaluation keeps, a side.
-        mean: Of each channel, of images in [0, 1].
-        std: Of each channel, likewise.
-        crop_scale: Smallest and largest share of the area that a training crop covers.
+        image_size: Height and width of the network's input.
+        batch_size: Number of images per batch on each device.
+        validation_fraction: Fraction of the training images to hold out instead of ``root/val``, in [0, 1).
+        interpolation: Interpolation by its name in timm: ``bilinear``, ``bicubic``, ...
+        crop_pct: Fraction of each side of the resized image that evaluation keeps.
+        mean: Mean of each channel, for images in [0, 1].
+        std: Standard deviation of each channel, for images in [0, 1].
+        crop_scale: Smallest and largest fraction of the area that a training crop covers.
         color_jitter: Strength of timm's color jitter.
-        auto_augment: timm's augmentation string, such as ``rand-m9-mstd0.5-inc1``.
+        auto_augment: Augmentation string of timm, such as ``rand-m9-mstd0.5-inc1``.
         random_erasing: Probability of erasing a rectangle of a training image.
-        num_workers: As :class:`ImageDataModule`, like the rest.
+        num_workers: Number of loader processes.
+        pin_memory: Whether to use page-locked batches, see :class:`ImageDataModule`.
+        seed: Seed of the held-out split.
 
     Raises:
-        ConfigurationError: If an argument is out of range, or, at ``prepare_data`` and ``setup``, if a split
-            is missing, empty, or has other classes than ``root/train``.
+        ConfigurationError: An argument is out of range; or, in ``prepare_data`` and ``setup``, a split is missing,
+            empty, or has other classes than ``root/train``.
 
     Example:
         >>> data = ImageFolderDataModule(root="imagenet", image_size=224)
@@ -75,7 +76,7 @@ class ImageFolderDataModule(ImageDataModule):
             ("image_size >= 1", image_size, image_size >= 1),
         ):
             if not inside:
-                raise ConfigurationError(f"Expected {name}, found {value}.")
+                raise ConfigurationError(f"Expected {name}, but found {value}.")
         self.root = user_path(root)
         self.image_size = image_size
         self.validation_fraction = validation_fraction
@@ -99,11 +100,11 @@ class ImageFolderDataModule(ImageDataModule):
         return len(_class_names(self.root / "train"))
 
     def train_transform(self) -> Any:
-        """The random transform of one training image (PIL to ``(3, image_size, image_size)``)."""
+        """Create the random transform of a training image (PIL to ``(3, image_size, image_size)``)."""
         return create_transform(**self._common, **self._augmentation, is_training=True)
 
     def evaluation_transform(self) -> Any:
-        """The deterministic transform of one image for validation, test and calibration."""
+        """Create the deterministic transform of an image for validation, test and calibration."""
         return create_transform(**self._common, **self._evaluation)
 
     def check_files(self) -> None:
@@ -127,7 +128,7 @@ class ImageFolderDataModule(ImageDataModule):
         if not test.is_dir() and not validation.is_dir():
             raise ConfigurationError(
                 f"Nothing to test on in '{self.root}': found {listing(self.root)}, "
-                "expected class folders in 'test' or 'val'."
+                "but expected class folders in 'test' or 'val'."
             )
         dataset: AnyDataset = self._folder(test if test.is_dir() else validation)
         return dataset
@@ -148,8 +149,8 @@ def _class_names(split: Path) -> set[str]:
     names = {entry.name for entry in split.iterdir() if entry.is_dir()} if split.is_dir() else set()
     if not names:
         raise ConfigurationError(
-            f"No class folders in '{split}': found {listing(split)}; beside it {listing(split.parent)}. "
-            f"Expected '{split}/CLASS/IMAGE'. Write root=FOLDER for the folder that holds 'train' and 'val'; "
-            "without a 'val' write validation_fraction=0.1."
+            f"No class folders in '{split}': found {listing(split)}; its parent folder has {listing(split.parent)}. "
+            f"Expected '{split}/CLASS/IMAGE'. Write root=FOLDER with the folder that contains 'train' and 'val'; "
+            "without 'val' write validation_fraction=0.1."
         )
     return names

@@ -1,4 +1,4 @@
-"""Images that fit in memory, served a whole batch at a time."""
+"""Data set of images in memory, which are fetched a batch at a time."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,16 +15,16 @@ Sample = tuple[Tensor, int]
 
 @dataclass(frozen=True)
 class RandomCropFlip:
-    """Zero padding, a random crop back to the old size, and a random horizontal flip; each image its own.
+    """Zero padding, a random crop back to the original size, and a random horizontal flip, drawn for each image.
 
-    The draws come from torch's global generator, so ``seed_everything`` (and Lightning's seeding of
-    loader workers) reproduces them.
+    The draws use torch's global generator, so they are reproducible with ``seed_everything`` and Lightning's seeding of
+    loader workers.
 
     Args:
-        padding: Pixels added on each side before the crop.
+        padding: Number of pixels to add on each side before the crop.
 
     Shape:
-        ``(N, C, H, W)`` of any dtype to the same.
+        ``(N, C, H, W)`` of any dtype; the output has the same shape and dtype.
 
     Example:
         >>> images = torch.arange(9, dtype=torch.uint8).reshape(1, 1, 3, 3)
@@ -36,12 +36,12 @@ class RandomCropFlip:
 
     def __post_init__(self) -> None:
         if self.padding < 0:
-            raise ConfigurationError(f"Expected padding >= 0, found {self.padding}. Write for example padding=4.")
+            raise ConfigurationError(f"Expected padding >= 0, but found {self.padding}. Write for example padding=4.")
 
     def __call__(self, images: Tensor) -> Tensor:
         number, _, height, width = images.shape
         padded = F.pad(images, (self.padding,) * 4)
-        # A view of all crops of all images; picking one per image is then a single copy.
+        # A view of all crops of all images, so that selecting one per image is a single copy.
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
         top, left = torch.randint(2 * self.padding + 1, (2, number))
         cropped = crops[torch.arange(number), :, top, left]
@@ -50,20 +50,20 @@ class RandomCropFlip:
 
 
 class TensorImages(Dataset[Sample]):
-    """Images of one uint8 tensor, augmented and normalized when they are fetched.
+    """Data set of images in one uint8 tensor, which are augmented and normalized when they are fetched.
 
-    A DataLoader fetches through ``__getitems__``, which treats the whole batch in a few tensor operations.
+    A DataLoader calls ``__getitems__``, which processes the whole batch in a few tensor operations.
 
     Args:
-        images: uint8, ``(N, C, H, W)``.
-        labels: int64, ``(N,)``.
-        mean: Mean per channel of the images as fractions of ``full_scale``.
-        std: Standard deviation per channel, likewise.
-        augment: From a uint8 batch to a uint8 batch, before normalization; None for evaluation.
-        full_scale: The largest pixel value.
+        images: Images, uint8, ``(N, C, H, W)``.
+        labels: Labels, int64, ``(N,)``.
+        mean: Mean of each channel, as a fraction of ``full_scale``.
+        std: Standard deviation of each channel, as a fraction of ``full_scale``.
+        augment: Function from a uint8 batch to a uint8 batch, applied before normalization. None for evaluation.
+        full_scale: Largest pixel value.
 
     Raises:
-        ConfigurationError: If dtypes, shapes or numbers of channels do not fit together.
+        ConfigurationError: Dtypes, shapes or numbers of channels do not match.
 
     Example:
         >>> images = torch.full((5, 1, 8, 8), 255, dtype=torch.uint8)
@@ -84,13 +84,13 @@ class TensorImages(Dataset[Sample]):
     ) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or labels.shape != images.shape[:1]:
             raise ConfigurationError(
-                "Expected uint8 images (N, C, H, W) with labels (N,), found "
+                "Expected uint8 images (N, C, H, W) with labels (N,), but found "
                 f"{images.dtype} images {tuple(images.shape)} with labels {tuple(labels.shape)}."
             )
         if not len(mean) == len(std) == images.shape[1]:
             raise ConfigurationError(
                 f"Expected one mean and one std for each of {images.shape[1]} channels, "
-                f"found {len(mean)} and {len(std)}."
+                f"but found {len(mean)} and {len(std)}."
             )
         self.images = images
         self.labels = labels
@@ -105,9 +105,9 @@ class TensorImages(Dataset[Sample]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Sample]:
-        chosen = torch.as_tensor(indices)
-        images = self.images[chosen]
+        index = torch.as_tensor(indices)
+        images = self.images[index]
         if self.augment is not None:
             images = self.augment(images)
         normalized = images.float().sub_(self._mean).div_(self._std)
-        return list(zip(normalized.unbind(), self.labels[chosen].tolist(), strict=True))
+        return list(zip(normalized.unbind(), self.labels[index].tolist(), strict=True))

@@ -1,4 +1,4 @@
-"""Pure tensor functions: the affine grid, rounding, ranges, products. Nothing here keeps state."""
+"""Pure tensor functions without state: the affine grid, rounding, ranges and products."""
 
 from lightning_quant.functional.grid import (
     Grid,
@@ -7,12 +7,11 @@ from lightning_quant.functional.grid import (
     encode,
     fake_quantize,
     per_channel,
-    split_groups,
     symmetric_grid,
     unsigned_grid,
 )
 from lightning_quant.functional.ranges import min_max, mse_search, percentile, scale_and_zero_point
-from lightning_quant.functional.rounding import round_stochastic, rounding_noise
+from lightning_quant.functional.rounding import rounding_noise
 
 __all__ = [
     "Grid",
@@ -24,10 +23,8 @@ __all__ = [
     "mse_search",
     "per_channel",
     "percentile",
-    "round_stochastic",
     "rounding_noise",
     "scale_and_zero_point",
-    "split_groups",
     "symmetric_grid",
     "unsigned_grid",
 ]

@@ -1,7 +1,8 @@
-"""Elementwise work in blocks that stay in a CPU's second-level cache.
+"""Elementwise operations in blocks that fit in the L2 cache of a CPU.
 
-A chain of elementwise operations over a large tensor is bound by main memory: each one reads and writes all of it.
-Block by block only the first reads and the last writes there, which is 2-3x faster. Other devices get one block.
+A chain of elementwise operations on a large tensor is bound by memory bandwidth: each one reads and writes all of it.
+Block by block, only the first operation reads main memory and only the last one writes it, which is 2-3x faster. On
+other devices the whole tensor is one block.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ SAMPLE = 2**10
 
 
 def is_dense(x: Tensor) -> bool:
-    """Whether the elements lie side by side in memory, without gaps or overlaps, in whatever order of axes.
+    """Return whether the elements are adjacent in memory, without gaps or overlaps, for any order of the axes.
 
     Example:
         >>> is_dense(torch.zeros(2, 3).t()), is_dense(torch.zeros(1, 3).expand(2, 3))
@@ -31,29 +32,29 @@ def is_dense(x: Tensor) -> bool:
 
 
 def dense(x: Tensor) -> Tensor:
-    """The tensor itself where it is dense, else a contiguous copy."""
+    """Return the tensor itself if it is dense, otherwise a contiguous copy."""
     return x if is_dense(x) else x.contiguous()
 
 
 def in_memory(x: Tensor) -> Tensor:
-    """One-dimensional view of a dense tensor in the order of its memory."""
+    """Return a one-dimensional view of a dense tensor in memory order."""
     return x.as_strided((x.numel(),), (1,))
 
 
 def sampled(x: Tensor) -> Tensor:
-    """Copy of about a thousand values at most, evenly spaced in memory, FP32.
+    """Copy at most about a thousand values, evenly spaced in memory, as FP32.
 
     Example:
         >>> sampled(torch.arange(3)).tolist(), len(sampled(torch.zeros(100, 100)))
         ([0.0, 1.0, 2.0], 910)
     """
-    # Odd, so as not to run along one axis of a tensor whose sizes are powers of two.
+    # An odd stride does not sample along a single axis where the sizes are powers of two.
     stride = (-(-x.numel() // SAMPLE)) | 1
     return in_memory(dense(x))[::stride].to(torch.float32, copy=True)
 
 
 def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Slices of dense tensors of the same shape and strides, aligned, block by block.
+    """Iterate over aligned slices of dense tensors that have the same shape and strides.
 
     Example:
         >>> a, b = torch.arange(6.0).view(2, 3), torch.zeros(2, 3)
@@ -72,5 +73,5 @@ def blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def like(x: Tensor, layout: Tensor) -> Tensor:
-    """``x`` with the strides of ``layout``, copied only where they differ."""
+    """Return ``x`` with the strides of ``layout``, copied only if they differ."""
     return x if x.stride() == layout.stride() else torch.empty_like(layout, dtype=x.dtype).copy_(x)

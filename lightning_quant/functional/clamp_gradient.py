@@ -1,4 +1,4 @@
-"""The backward pass of a quantized tensor: mask of the clamp, share of the range, and the codes again."""
+"""Backward pass of a quantized tensor: the clamp mask, the gradient of the range, and the codes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lightning_quant.functional.grid import Grid, clamp_bounds, round_to_grid
 
 
 class QuantizedBackward(NamedTuple):
-    """What :func:`quantized_backward` computes.
+    """Results of :func:`quantized_backward`.
 
     Attributes:
-        grad: the gradient where the clamp does not act, else 0.
-        inner: sum of ``grad * x``, 0-dim FP32.
-        codes: integer codes of x, FP32.
+        grad: Gradient of x: 0 where the clamp acts.
+        inner: Sum of ``grad * x``, 0-dim FP32.
+        codes: Integer codes of x, FP32.
     """
 
     grad: Tensor
@@ -29,15 +29,15 @@ class QuantizedBackward(NamedTuple):
 def quantized_backward(
     grad: Tensor, kept: Tensor, scale: Tensor, grid: Grid, packed: bool, factor: Tensor | None = None
 ) -> QuantizedBackward:
-    """Gradient through a clamp and what else the backward pass of a quantized tensor needs, in one pass.
+    """Compute in one pass all that the backward pass of a quantized tensor needs.
 
     Args:
-        grad: gradient of the quantized tensor, any shape, overwritten where that saves a copy.
-        kept: the tensor x itself, or what ``compression.pack`` made of it.
-        scale: step size of x, 0-dim.
-        grid: its smallest and largest code.
-        packed: which of the two ``kept`` is.
-        factor: multiplies ``grad`` first, 0-dim.
+        grad: Gradient of the quantized tensor, any shape. Overwritten where that saves a copy.
+        kept: Tensor x itself, or its packed form from ``compression.pack``.
+        scale: Step size of x, 0-dim.
+        grid: Smallest and largest code of x.
+        packed: Whether ``kept`` is packed.
+        factor: Factor by which ``grad`` is multiplied first, 0-dim.
 
     Example:
         >>> x, grad = torch.tensor([-1.0, 0.4, 1.0, 9.0]), torch.ones(4)

@@ -1,9 +1,8 @@
-"""Codes kept for the backward pass: integer code, rounding residual and clip mask in one byte.
+"""Compressed activations for the backward pass: code, rounding residual and clip mask in one byte.
 
-The gradient of a learned range needs more than the code: ``code - x / scale`` for each value inside the
-clamp. A 4-bit code leaves half a byte, which holds the residual in 16 levels, known to 1/32 of a step. It holds
-the mask too: a position beyond the highest or the lowest code is one that was clipped. Codes of 5 to 8 bits take
-two bytes.
+The gradient of a learned range needs more than the code: it needs ``code - x / scale`` for each value inside the
+clamp. A 4-bit code leaves half a byte, which stores that residual in 16 levels, accurate to 1/32 of a step. It encodes
+the mask too: a position beyond the highest or lowest code was clipped. Codes of 5 to 8 bits take two bytes.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from lightning_quant.functional.grid import Grid
 
 
 def container(grid: Grid) -> tuple[torch.dtype, int] | None:
-    """Dtype that holds a code with its residual, and the residual's levels; None above 8 bits.
+    """Return the dtype that holds a code with its residual, and the number of residual levels; None above 8 bits.
 
     Example:
         >>> container(Grid(0, 15)), container(Grid(-127, 127)), container(Grid(0, 1023))
@@ -32,13 +31,13 @@ def container(grid: Grid) -> tuple[torch.dtype, int] | None:
 
 
 def pack(x: Tensor, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-    """One byte a value up to 4 bits, two up to 8, of ``x`` and the codes that ``encode`` gave for it.
+    """Pack ``x`` and its codes from ``encode``: one byte per value up to 4 bits, two up to 8.
 
     Args:
-        x: any shape.
-        codes: of the shape of ``x``.
-        scale: step size, 0-dim.
-        grid: smallest and largest code, of at most 8 bits.
+        x: Tensor of any shape.
+        codes: Codes of ``x``, same shape.
+        scale: Step size, 0-dim.
+        grid: Smallest and largest code, at most 8 bits.
 
     Example:
         >>> from lightning_quant.functional.grid import encode
@@ -51,27 +50,27 @@ def pack(x: Tensor, codes: Tensor, scale: Tensor, grid: Grid) -> Tensor:
     x = dense(x)
     packed = torch.empty_like(x, dtype=dtype)
     for v, c, p in blocks(x, like(codes, x), packed):
-        # Taken from the code, the residual of a mid-point has the side to which encode rounded it.
+        # Relative to the code, the residual of a mid-point keeps the side to which encode rounded it.
         residual = torch.div(v.float(), scale).sub_(c).clamp_(0.5 / levels - 0.5, 0.5 - 0.5 / levels)
-        # A hair towards 0: the highest code itself belongs to the level below it, which is not beyond the grid.
+        # Slightly less, so that the highest code itself falls into the level below it, which is inside the grid.
         p.copy_(residual.add_(c).mul_(levels * (1 - 2.0**-20)).add_(levels * (0.5 - grid.low)))
     return packed
 
 
 def unpack(packed: Tensor, grid: Grid) -> Tensor:
-    """Positions ``x / scale`` (FP32) to half a residual level; those beyond the grid were clipped."""
+    """Return the positions ``x / scale``, FP32, to half a residual level. Those beyond the grid were clipped."""
     _, levels = _container(grid)
     return packed.float().add_(0.5 - levels * (0.5 - grid.low)).div_(levels)
 
 
 def codes_of(packed: Tensor, grid: Grid) -> Tensor:
-    """The codes that were packed, FP32."""
+    """Return the packed codes, FP32."""
     _, levels = _container(grid)
     return (packed >> (levels.bit_length() - 1)).float().add_(grid.low)
 
 
 def _container(grid: Grid) -> tuple[torch.dtype, int]:
-    found = container(grid)
-    if found is None:
-        raise ValueError(f"{grid}: codes of more than 8 bits are no shorter than what they stand for.")
-    return found
+    layout = container(grid)
+    if layout is None:
+        raise ValueError(f"{grid}: codes of more than 8 bits cannot be packed, since that saves no memory.")
+    return layout

@@ -1,4 +1,4 @@
-"""The affine grid: the one place where values are divided by a scale and rounded to integer codes."""
+"""Affine grid: the only place where values are divided by a scale and rounded to integer codes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NEXT_TO_ZERO = torch.finfo(torch.float32).tiny
 
 
 class Grid(NamedTuple):
-    """Smallest and largest integer code.
+    """Smallest and largest integer code of a quantizer.
 
     Example:
         >>> symmetric_grid(4), unsigned_grid(4)
@@ -28,10 +28,10 @@ class Grid(NamedTuple):
 
 
 def check_bits(bits: int, name: str = "bits", *, allow_float: bool = False) -> int:
-    """Return ``bits`` if it is in 2..16, or 32 ("leave it in float") where ``allow_float`` is set.
+    """Return ``bits`` if it is in 2..16, or 32 (float) if ``allow_float`` is set.
 
     Raises:
-        ConfigurationError: otherwise.
+        ConfigurationError: Any other value.
     """
     value: object = bits
     whole = isinstance(value, int) and not isinstance(value, bool)
@@ -43,13 +43,13 @@ def check_bits(bits: int, name: str = "bits", *, allow_float: bool = False) -> i
 
 
 def symmetric_grid(bits: int) -> Grid:
-    """Codes -(2^(b-1)-1) .. 2^(b-1)-1: zero is a code and the grid has no sign preference."""
+    """Return the grid of codes -(2^(b-1)-1) .. 2^(b-1)-1, which contains 0 and is symmetric under sign."""
     high = 2 ** (check_bits(bits) - 1) - 1
     return Grid(-high, high)
 
 
 def unsigned_grid(bits: int) -> Grid:
-    """Codes 0 .. 2^b-1, for one-signed tensors and for asymmetric ranges with a zero point."""
+    """Return the grid of codes 0 .. 2^b-1, for non-negative tensors and for asymmetric ranges with a zero point."""
     return Grid(0, 2 ** check_bits(bits) - 1)
 
 
@@ -61,19 +61,19 @@ def encode(
     noise: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """Integer codes ``clamp(round(x / scale + noise) + zero_point, low, high)``, kept in floating point.
+    """Compute integer codes ``clamp(round(x / scale + noise) + zero_point, low, high)``, stored as floating point.
 
-    Rounding is half to even; ``noise`` uniform in (-1/2, 1/2) makes it stochastic and unbiased. Codes are
-    computed in FP32 whatever the dtype of ``x`` (FP64 for FP64), since BF16 moves one code in twenty.
-    NaN stays NaN. Not differentiable: see :func:`fake_quantize`.
+    Mid-points round to the even code; uniform ``noise`` in (-1/2, 1/2) makes the rounding stochastic and unbiased.
+    Codes are computed in FP32 for any dtype of ``x`` (in FP64 for FP64), since BF16 changes one code in twenty. NaN
+    stays NaN. This function is not differentiable: see :func:`fake_quantize`.
 
     Args:
-        x: any shape.
-        scale: step size, broadcastable to ``x``, positive.
-        grid: smallest and largest code.
-        zero_point: code of the real number 0, of the shape of ``scale``; 0 where left out.
-        noise: broadcastable to ``x``, in units of the step.
-        out: where to write, of the shape and strides of ``x``; may be ``noise`` itself.
+        x: Tensor of any shape.
+        scale: Step size, positive, broadcastable to ``x``.
+        grid: Smallest and largest code.
+        zero_point: Code of the real number 0, same shape as ``scale``. Default: 0.
+        noise: Noise in units of the step size, broadcastable to ``x``.
+        out: Output tensor with the shape and strides of ``x``. May be ``noise`` itself.
 
     Example:
         >>> encode(torch.tensor([-2.0, 0.25, 0.5, 1.5, 9.0]), torch.tensor(1.0), Grid(0, 7)).tolist()
@@ -97,7 +97,7 @@ def _encode(
 
 
 def round_to_grid(positions: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
-    """Codes of positions ``x / scale``, in place: the second half of :func:`encode`."""
+    """Round positions ``x / scale`` to codes in place: the second half of :func:`encode`."""
     positions.round_()
     if zero_point is not None:
         positions.add_(zero_point)
@@ -105,13 +105,13 @@ def round_to_grid(positions: Tensor, grid: Grid, zero_point: Tensor | None = Non
 
 
 def clamp_bounds(grid: Grid) -> tuple[float, float]:
-    """The next FP32 numbers beyond the grid: the open interval of positions that no clamp moves."""
+    """Return the FP32 numbers next to the grid: the open interval of positions that the clamp does not move."""
     low = -_NEXT_TO_ZERO if grid.low == 0 else grid.low * (1 + _NEXT_TO_ONE)
     return low, grid.high * (1 + _NEXT_TO_ONE)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor | None = None) -> Tensor:
-    """Real values ``(codes - zero_point) * scale`` of integer codes of any dtype, in the dtype of ``scale``.
+    """Compute the real values ``(codes - zero_point) * scale`` of codes of any dtype, in the dtype of ``scale``.
 
     Example:
         >>> decode(torch.tensor([0, 3], dtype=torch.int8), torch.tensor(0.5)).tolist()
@@ -132,7 +132,7 @@ class _FakeQuantize(torch.autograd.Function):
     ) -> Tensor:
         ctx.grid, ctx.shifts = grid, zero_point is not None  # type: ignore[attr-defined]
         output = decode(encode(x, scale, grid, zero_point), scale, zero_point).to(x.dtype)
-        # The product that follows keeps the output anyway; in half precision its rounding would be in the gradient.
+        # The product that follows saves the output anyway. In half precision its rounding would enter the gradient.
         learned = ctx.needs_input_grad[1] and output.dtype == scale.dtype  # type: ignore[attr-defined]
         ctx.save_for_backward(x, scale, *(t for t in (zero_point, output if learned else None) if t is not None))
         return output
@@ -148,7 +148,7 @@ class _FakeQuantize(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             exact = x.dtype == scale.dtype
             output = rest[-1] if exact else decode(encode(x, scale, ctx.grid, zero_point), scale, zero_point)
-            # grad ((code - zero) - x / scale inside the clamp): of values that are there.
+            # grad * ((code - zero) - x / scale), the second term inside the clamp only, from tensors that are at hand.
             grad_scale = (_dots(grad, output, scale) - _dots(passed, x, scale)) / scale
         if ctx.needs_input_grad[2]:
             grad_zero = -scale * (grad - passed).to(scale.dtype).sum_to_size(scale.shape)
@@ -156,35 +156,35 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 def _dots(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
-    """Sums of ``a * b`` over what ``like`` broadcasts to, without the product where that is all of it."""
+    """Sum ``a * b`` to the shape of ``like``; without storing the product where that is a single sum."""
     if like.numel() == 1 and a.dtype == b.dtype == like.dtype:
         return torch.dot(a.flatten(), b.flatten()).view_as(like)
     return (a.to(like.dtype) * b).sum_to_size(like.shape)
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the dtype that codes are computed in: beside a 0-dim scale BF16 would stay BF16."""
+    """Convert to the dtype in which codes are computed; with a 0-dim scale BF16 would stay BF16."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def is_inside(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
-    """Boolean mask of the values that no clamp moves: ``low <= x / scale + zero_point <= high``."""
+    """Return the boolean mask of the values that the clamp does not move: ``low <= x / scale + zero_point <= high``."""
     position = _wide(x) / scale if zero_point is None else _wide(x) / scale + zero_point
     return (position >= grid.low) & (position <= grid.high)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | None = None) -> Tensor:
-    """Values of ``x`` moved to the grid, in the dtype of ``x``; differentiable in all tensors.
+    """Quantize and dequantize ``x``, in the dtype of ``x``. Differentiable in all tensors.
 
-    Straight-through for the rounding, zero gradient where the clamp acts; the gradient of the scale is
-    ``sum(grad * (code - x / scale))``, with the second term only inside the clamp (LSQ, arXiv 1902.08153), that of the
-    zero point ``-scale * sum(grad)`` over what the clamp moves (LSQ+, arXiv 2004.09576).
+    The gradient of ``x`` is straight-through for the rounding and 0 where the clamp acts. The gradient of the scale is
+    ``sum(grad * (code - x / scale))``, with the second term inside the clamp only (LSQ, arXiv 1902.08153). The gradient
+    of the zero point is ``-scale * sum(grad)`` over the clamped values (LSQ+, arXiv 2004.09576).
 
     Args:
-        x: any shape.
-        scale: positive, broadcastable to ``x`` (see :func:`per_channel`).
-        grid: smallest and largest code.
-        zero_point: integral, of the shape of ``scale``.
+        x: Tensor of any shape.
+        scale: Step size, positive, broadcastable to ``x`` (see :func:`per_channel`).
+        grid: Smallest and largest code.
+        zero_point: Code of the real number 0, an integer, same shape as ``scale``.
 
     Example:
         >>> fake_quantize(torch.tensor([0.2, 0.9, 5.0]), torch.tensor(0.5), symmetric_grid(3)).tolist()
@@ -195,7 +195,7 @@ def fake_quantize(x: Tensor, scale: Tensor, grid: Grid, zero_point: Tensor | Non
 
 
 def per_channel(parameter: Tensor, axis: int, ndim: int) -> Tensor:
-    """View of a (channels,) tensor that broadcasts along ``axis`` of a tensor of ``ndim`` dimensions.
+    """View a (channels,) tensor so that it broadcasts along ``axis`` of a tensor of ``ndim`` dimensions.
 
     Example:
         >>> per_channel(torch.ones(5), 0, 4).shape
@@ -204,24 +204,8 @@ def per_channel(parameter: Tensor, axis: int, ndim: int) -> Tensor:
     return parameter.reshape([-1 if dim == axis % ndim else 1 for dim in range(ndim)])
 
 
-def split_groups(x: Tensor, group_size: int) -> Tensor:
-    """View of (..., channels) as (..., channels / group_size, group_size), one scale to a group.
-
-    Raises:
-        ConfigurationError: where the last dimension is not a multiple of ``group_size``.
-
-    Example:
-        >>> split_groups(torch.zeros(2, 12), 4).shape
-        torch.Size([2, 3, 4])
-    """
-    channels = x.shape[-1]
-    if group_size < 1 or channels % group_size:
-        raise ConfigurationError(f"group_size={group_size}: expected a divisor of the {channels} channels.")
-    return torch.unflatten(x, -1, (channels // group_size, group_size))
-
-
 def exact_in(dtype: torch.dtype, grid: Grid) -> bool:
-    """Whether every code of the grid is represented exactly in ``dtype`` (BF16 holds integers up to 256).
+    """Return whether ``dtype`` represents every code of the grid exactly (BF16 holds integers up to 256).
 
     Example:
         >>> exact_in(torch.bfloat16, unsigned_grid(8)), exact_in(torch.bfloat16, unsigned_grid(9))

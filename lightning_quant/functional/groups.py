@@ -1,4 +1,4 @@
-"""Quantization by group: channels, or rows, that share one of a few quantizers, assigned anew for each image.
+"""Instance-aware group quantization: channels or rows share a few quantizers and are assigned anew for each image.
 
 Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
 """
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from lightning_quant.functional.grid import decode, encode, unsigned_grid
 
-# Below this a range is a point, and its step would be noise.
+# A smaller range is a single point, and its step size would be noise.
 SMALLEST_SCALE = 1e-8
 
 
 def channel_ranges(x: Tensor) -> Tensor:
-    """Smallest and largest value of each channel of each image.
+    """Compute the smallest and largest value of each channel of each image.
 
     Args:
-        x: (images, tokens, channels).
+        x: Tensor of shape (images, tokens, channels).
 
     Returns:
-        (images, channels, 2).
+        Tensor of shape (images, channels, 2).
 
     Example:
         >>> channel_ranges(torch.tensor([[[1.0, 5.0], [2.0, -5.0]]])).tolist()
@@ -31,19 +31,19 @@ def channel_ranges(x: Tensor) -> Tensor:
 
 
 def row_maxima(attention: Tensor) -> Tensor:
-    """Largest probability of each row of a softmax, (..., rows, keys) to (..., rows, 1)."""
+    """Compute the largest probability of each row of a softmax: (..., rows, keys) to (..., rows, 1)."""
     return attention.amax(dim=-1, keepdim=True)
 
 
 def assign(points: Tensor, centres: Tensor) -> Tensor:
-    """Index of the nearest centre of each point, the first of equally near ones.
+    """Return the index of the nearest center of each point, the first one on a tie.
 
     Args:
-        points: (..., dimensions).
-        centres: (groups, dimensions).
+        points: Tensor of shape (..., dimensions).
+        centres: Tensor of shape (groups, dimensions).
 
     Returns:
-        int64 (...,): argmin over j of ``sum((point - centre_j)^2)``.
+        Indices, int64, shape (...,): argmin over j of ``sum((point - centre_j)^2)``.
 
     Example:
         >>> assign(torch.tensor([[0.0, 1.0], [-4.0, 5.0]]), torch.tensor([[0.0, 2.0], [-5.0, 5.0]])).tolist()
@@ -56,14 +56,14 @@ def assign(points: Tensor, centres: Tensor) -> Tensor:
 
 
 def channel_groups(x: Tensor, centres: Tensor) -> Tensor:
-    """Group of each channel of each image, whose (min, max) is nearest to its centre.
+    """Assign each channel of each image to the group whose center is nearest to the channel's (min, max).
 
     Args:
-        x: (images, tokens, channels).
-        centres: (groups, 2), lower and upper bound.
+        x: Tensor of shape (images, tokens, channels).
+        centres: Lower and upper bound of each group, shape (groups, 2).
 
     Returns:
-        int64 (images, 1, channels), which broadcasts to ``x``.
+        Group indices, int64, shape (images, 1, channels), which broadcasts to ``x``.
 
     Example:
         >>> centres = torch.tensor([[0.0, 3.0], [-10.0, 20.0]])
@@ -74,14 +74,14 @@ def channel_groups(x: Tensor, centres: Tensor) -> Tensor:
 
 
 def row_groups(attention: Tensor, centres: Tensor) -> Tensor:
-    """Group of each row of a softmax, whose maximum is nearest to its centre.
+    """Assign each row of a softmax to the group whose center is nearest to the row's maximum.
 
     Args:
-        attention: (..., rows, keys).
-        centres: (groups,).
+        attention: Tensor of shape (..., rows, keys).
+        centres: Tensor of shape (groups,).
 
     Returns:
-        int64 (..., rows, 1), which broadcasts to ``attention``.
+        Group indices, int64, shape (..., rows, 1), which broadcasts to ``attention``.
 
     Example:
         >>> row_groups(torch.tensor([[0.9, 0.1], [0.4, 0.6]]), torch.tensor([0.6, 0.9])).tolist()
@@ -90,30 +90,35 @@ def row_groups(attention: Tensor, centres: Tensor) -> Tensor:
     return assign(row_maxima(attention).to(centres.dtype), centres[:, None]).unsqueeze(-1)
 
 
-def affine_parameters(low: Tensor, high: Tensor, bits: int, clip_zero_point: bool = False) -> tuple[Tensor, Tensor]:
-    """Step size and zero point of the codes 0 .. 2^b-1 on [low, high]: ``s = (u-l)/(2^b-1)``, ``z = round(-l/s)``.
+def affine_parameters(
+    low: Tensor, high: Tensor, bits: int, clip_zero_point: bool = False, *, smallest_scale: float = SMALLEST_SCALE
+) -> tuple[Tensor, Tensor]:
+    """Compute step size and zero point of codes 0 .. 2^b-1 on [l, u]: ``s = (u-l)/(2^b-1)``, ``z = round(-l/s)``.
 
-    Unlike :func:`scale_and_zero_point` the range need not hold 0: the zero point of a range of one sign lies
-    outside the codes.
+    The range need not contain 0: the zero point of a range of one sign lies outside the codes. See
+    :func:`~lightning_quant.functional.scale_and_zero_point` for ranges that are extended to 0.
 
     Args:
-        low: lower bounds, any shape.
-        high: upper bounds, of the same shape.
-        bits: 2..16.
-        clip_zero_point: clip z to the codes, as the paper writes it: a range of one sign is then moved to 0.
+        low: Lower bounds, any shape.
+        high: Upper bounds, same shape.
+        bits: Bit-width, 2 to 16.
+        clip_zero_point: Whether to clip z to the codes, as the paper writes it. This moves a range of one sign to 0.
+        smallest_scale: Lower bound of the step size.
 
     Example:
         >>> affine_parameters(torch.tensor(2.0), torch.tensor(5.0), 2)
         (tensor(1.), tensor(-2.))
     """
     top = unsigned_grid(bits).high
-    scale = ((high - low) / top).clamp_min(SMALLEST_SCALE)
+    scale = ((high - low) / top).clamp_min(smallest_scale)
     zero_point = (-low / scale).round()
     return scale, zero_point.clamp(0, top) if clip_zero_point else zero_point
 
 
 def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int) -> Tensor:
-    """Values of ``x`` on grids of codes 0 .. 2^b-1, in the dtype of ``x``; parameters broadcast to ``x``.
+    """Quantize ``x`` to codes 0 .. 2^b-1 and back, in the dtype of ``x``. Scale and zero point broadcast to ``x``.
+
+    Without the straight-through gradient of :func:`~lightning_quant.functional.fake_quantize`.
 
     Example:
         >>> quantize_affine(torch.tensor([1.9, 4.4, 9.0]), torch.tensor(1.0), torch.tensor(-2.0), 2).tolist()
@@ -124,14 +129,14 @@ def quantize_affine(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: i
 
 
 def quantize_channels(x: Tensor, centres: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
-    """Each channel of each image with the quantizer of the group whose centre is nearest to its range.
+    """Quantize each channel of each image with the quantizer of the group whose center is nearest to its range.
 
     Args:
-        x: (images, tokens, channels).
-        centres: (groups, 2), lower and upper bound.
-        scale: (groups,).
-        zero_point: (groups,).
-        bits: 2..16.
+        x: Tensor of shape (images, tokens, channels).
+        centres: Lower and upper bound of each group, shape (groups, 2).
+        scale: Step size of each group, shape (groups,).
+        zero_point: Zero point of each group, shape (groups,).
+        bits: Bit-width, 2 to 16.
 
     Example:
         >>> x = torch.tensor([[[0.0, -10.0], [1.1, 20.0]]])
@@ -145,13 +150,13 @@ def quantize_channels(x: Tensor, centres: Tensor, scale: Tensor, zero_point: Ten
 
 
 def quantize_rows(attention: Tensor, centres: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Each row of a softmax with the quantizer [0, u] of the group whose centre is nearest to its maximum.
+    """Quantize each row of a softmax with the quantizer [0, u] of the group whose center is nearest to its maximum.
 
     Args:
-        attention: (..., rows, keys), not negative.
-        centres: (groups,).
-        scale: (groups,).
-        bits: 2..16.
+        attention: Non-negative tensor of shape (..., rows, keys).
+        centres: Maximum that each group stands for, shape (groups,).
+        scale: Step size of each group, shape (groups,).
+        bits: Bit-width, 2 to 16.
 
     Example:
         >>> attention = torch.tensor([[0.9, 0.1], [0.4, 0.6]])

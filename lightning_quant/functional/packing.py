@@ -1,4 +1,4 @@
-"""Codes of 2 to 16 bits side by side in bytes, without gaps."""
+"""Packing of 2- to 16-bit codes into bytes without gaps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_quant.functional.grid import check_bits
 
 
 def packed_size(count: int, bits: int) -> int:
-    """Bytes that ``count`` codes take: ``ceil(count * bits / 8)``.
+    """Return the number of bytes that ``count`` codes take: ``ceil(count * bits / 8)``.
 
     Example:
         >>> packed_size(4, 6)
@@ -25,17 +25,17 @@ def packed_size(count: int, bits: int) -> int:
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
-    """Codes in bytes: code i takes the bits ``i * bits .. (i + 1) * bits - 1``, the low bits of a byte first.
+    """Pack codes into bytes: code i takes bits ``i * bits .. (i + 1) * bits - 1``, the low bits of a byte first.
 
     Args:
-        codes: whole numbers 0 .. 2^bits - 1 of any dtype and shape, in the order of their indices.
-        bits: 2..16.
+        codes: Whole numbers 0 .. 2^bits - 1 of any dtype and shape, packed in row-major order.
+        bits: Bit-width, 2 to 16.
 
     Returns:
-        uint8, shape (ceil(count * bits / 8),), on the device of ``codes``.
+        Bytes, uint8, shape (ceil(count * bits / 8),), on the device of ``codes``.
 
     Raises:
-        ConfigurationError: a code that does not fit.
+        ConfigurationError: A code does not fit into ``bits``.
 
     Example:
         >>> [f"{byte:08b}" for byte in pack_bits(torch.tensor([1, 2, 15]), 4).tolist()]
@@ -50,21 +50,21 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
         for code, byte, shift in _overlaps(bits):
             columns[:, byte] |= _shifted(eights[:, code], shift)
         target = packed[start * bits // 8 :][: packed_size(len(part), bits)]
-        # The low byte of each number is what a conversion to uint8 keeps.
+        # The conversion to uint8 keeps the low byte of each number.
         target.copy_(columns.bitwise_and_(255).view(-1)[: len(target)])
     return packed
 
 
 def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The codes that :func:`pack_bits` packed, int32, shape (count,).
+    """Unpack the codes of :func:`pack_bits`: int32, shape (count,).
 
     Args:
-        packed: uint8, one-dimensional.
-        bits: of a code.
-        count: how many codes.
+        packed: One-dimensional tensor, uint8.
+        bits: Bit-width of a code.
+        count: Number of codes.
 
     Raises:
-        ConfigurationError: bytes of another number of codes.
+        ConfigurationError: The number of bytes does not match the number of codes.
 
     Example:
         >>> unpack_bits(pack_bits(torch.tensor([5, 0, 63]), 6), 6, 3).tolist()
@@ -72,8 +72,8 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if packed.dtype != torch.uint8 or packed.shape != (packed_size(count, bits),):
         raise ConfigurationError(
-            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), found {packed.dtype} of shape"
-            f" {tuple(packed.shape)}."
+            f"{count} codes of {bits} bits take {packed_size(count, bits)} bytes (uint8), but found {packed.dtype} of"
+            f" shape {tuple(packed.shape)}."
         )
     codes = torch.empty(count, dtype=torch.int32, device=packed.device)
     for start in range(0, count, BLOCK):
@@ -88,7 +88,7 @@ def unpack_bits(packed: Tensor, bits: int, count: int) -> Tensor:
 
 
 def _overlaps(bits: int) -> Iterator[tuple[int, int, int]]:
-    """Of eight codes in ``bits`` bytes: code, a byte that holds some of it, and where in that byte it starts."""
+    """Iterate over eight codes in ``bits`` bytes: a code, a byte that overlaps it, and the code's first bit in it."""
     for code in range(8):
         start, end = code * bits, (code + 1) * bits
         for byte in range(start // 8, math.ceil(end / 8)):
@@ -104,7 +104,6 @@ def _checked(codes: Tensor, bits: int) -> Tensor:
     low, high = (int(value) for value in whole.aminmax())
     if low < 0 or high >= 2**bits or not torch.equal(whole.to(codes.dtype), codes):
         raise ConfigurationError(
-            f"Codes from {low} to {high}: expected whole numbers from 0 to {2**bits - 1}, which is what {bits} bits"
-            " hold."
+            f"Codes from {low} to {high}: expected whole numbers from 0 to {2**bits - 1}, the range of {bits} bits."
         )
     return whole

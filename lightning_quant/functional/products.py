@@ -1,7 +1,7 @@
-"""The products of a layer, forward and backward, on tensors that may hold integer codes.
+"""Products of a layer, forward and backward, on tensors that may hold integer codes.
 
-A product is bilinear in its input and its weight, so that codes can be multiplied first and the two scales
-applied to the result: below 2^24 the sums are exact in FP32, whatever the order of summation.
+A product is bilinear in its input and its weight, so codes can be multiplied first and the two scales applied to the
+result. Sums below 2^24 are exact in FP32, in any order of summation.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 class LinearProduct:
     """``y = x w^T`` for x (..., in), w (out, in), y (..., out).
 
-    ``channel_axis`` is where the output has its channels.
+    ``channel_axis`` is the axis of the output's channels.
 
     Example:
         >>> LinearProduct()(torch.ones(2, 3), torch.ones(4, 3)).shape
@@ -29,26 +29,26 @@ class LinearProduct:
     channel_axis: ClassVar[int] = -1
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The output, without bias."""
+        """Compute the output without bias."""
         if x.numel() != x.shape[-1]:
             return F.linear(x, weight)
-        # A row alone goes to another kernel, whose sums round differently than those of the same row in a batch.
+        # A single row is dispatched to another kernel, which rounds differently from the same row in a batch.
         pair = F.linear(x.reshape(1, -1).expand(2, -1), weight)
         return pair[0].view(*x.shape[:-1], -1)
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
-        """Gradient of the input, of shape ``x_shape``."""
+        """Compute the gradient of the input, shape ``x_shape``."""
         return (grad.reshape(-1, grad.shape[-1]) @ weight).view(x_shape)
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
-        """Gradient of the weight."""
+        """Compute the gradient of the weight."""
         return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
 
 
-# Without a hash of its fields: the compiler of PyTorch 2.6 asks for it before they are set.
+# eq=False keeps the default hash: the compiler of PyTorch 2.6 asks for the hash before the fields are set.
 @dataclass(frozen=True, eq=False)
 class ConvolutionProduct:
-    """A convolution or transposed convolution in 1, 2 or 3 dimensions, arguments as in ``torch.convolution``.
+    """Convolution or transposed convolution in 1, 2 or 3 dimensions, with the arguments of ``torch.convolution``.
 
     Example:
         >>> product = ConvolutionProduct((2, 2), (1, 1), (1, 1))
@@ -69,16 +69,16 @@ class ConvolutionProduct:
         return (self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups)
 
     def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The output, without bias."""
+        """Compute the output without bias."""
         return torch.ops.aten.convolution(x, weight, None, *self._arguments())  # type: ignore[no-any-return]
 
     def input_gradient(self, grad: Tensor, weight: Tensor, x_shape: Sequence[int]) -> Tensor:
-        """Gradient of the input, of shape ``x_shape``."""
+        """Compute the gradient of the input, shape ``x_shape``."""
         x = grad.new_empty(()).expand(x_shape)
         return self._backward(grad, x, weight, [True, False, False])[0]
 
     def weight_gradient(self, grad: Tensor, x: Tensor, weight_shape: Sequence[int]) -> Tensor:
-        """Gradient of the weight, of shape ``weight_shape``."""
+        """Compute the gradient of the weight, shape ``weight_shape``."""
         weight = grad.new_empty(()).expand(weight_shape)
         return self._backward(grad, x, weight, [False, True, False])[1]
 

@@ -1,4 +1,4 @@
-"""Range estimators, and the scale and zero point that a range gives."""
+"""Range estimators, and the scale and zero point of a range."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from torch import Tensor
 
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.grid import Grid, decode, encode, symmetric_grid, unsigned_grid
+from lightning_quant.functional.groups import affine_parameters
 
 
 def rows(x: Tensor, axis: int | None) -> Tensor:
-    """``x`` as (channels, values): one row for the whole tensor, or one for each index of ``axis``."""
+    """Reshape ``x`` to (channels, values): one row for the whole tensor, or one for each index of ``axis``."""
     return x.reshape(1, -1) if axis is None else x.movedim(axis, 0).reshape(x.shape[axis], -1)
 
 
@@ -19,7 +20,7 @@ def _squeeze(low: Tensor, high: Tensor, axis: int | None) -> tuple[Tensor, Tenso
 
 
 def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value, 0-dim or one per index of ``axis``.
+    """Compute the smallest and largest value: 0-dim, or one for each index of ``axis``.
 
     Example:
         >>> [float(v) for v in min_max(torch.tensor([-1.0, 0.0, 3.0]))]
@@ -30,15 +31,15 @@ def min_max(x: Tensor, axis: int | None = None) -> tuple[Tensor, Tensor]:
 
 
 def percentile(x: Tensor, keep: float, axis: int | None = None) -> tuple[Tensor, Tensor]:
-    """Range that holds the middle ``keep`` percent of the values, by nearest rank.
+    """Compute the range that holds the middle ``keep`` percent of the values, by nearest rank.
 
     Args:
-        x: any shape.
-        keep: in (0, 100]; 100 is :func:`min_max`.
-        axis: None for one range, else one for each index of it.
+        x: Tensor of any shape.
+        keep: Percentage in (0, 100]. 100 is the same as :func:`min_max`.
+        axis: Axis with one range for each index, or None for a single range.
 
     Raises:
-        ConfigurationError: ``keep`` outside (0, 100].
+        ConfigurationError: ``keep`` is outside (0, 100].
 
     Example:
         >>> [float(v) for v in percentile(torch.arange(101.0), 90.0)]
@@ -53,9 +54,9 @@ def percentile(x: Tensor, keep: float, axis: int | None = None) -> tuple[Tensor,
 
 
 def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> tuple[Tensor, Tensor | None, Grid]:
-    """Step size, zero point (None for a symmetric grid) and grid that cover [low, high] and hold 0 exactly.
+    """Compute the step size, zero point (None if symmetric) and grid that cover [low, high] and represent 0 exactly.
 
-    A range of width 0 gets the smallest normal step, so that it can be divided by.
+    A range of width 0 gets the smallest normal number as its step size, so that dividing by it is safe.
 
     Example:
         >>> scale, zero_point, grid = scale_and_zero_point(torch.tensor(-1.0), torch.tensor(2.0), 2, False)
@@ -66,23 +67,21 @@ def scale_and_zero_point(low: Tensor, high: Tensor, bits: int, symmetric: bool) 
     if symmetric:
         grid = symmetric_grid(bits)
         return (torch.maximum(-low, high) / grid.high).clamp_min(tiny), None, grid
-    grid = unsigned_grid(bits)
-    low, high = low.clamp_max(0), high.clamp_min(0)
-    scale = ((high - low) / grid.high).clamp_min(tiny)
-    return scale, (-low / scale).round().clamp(0, grid.high), grid
+    scale, zero_point = affine_parameters(low.clamp_max(0), high.clamp_min(0), bits, True, smallest_scale=tiny)
+    return scale, zero_point, unsigned_grid(bits)
 
 
 def mse_search(
     x: Tensor, bits: int, symmetric: bool, axis: int | None = None, candidates: int = 80
 ) -> tuple[Tensor, Tensor]:
-    """Range whose quantization error has the least mean square, among shrunken min-max ranges.
+    """Search the range with the smallest mean squared quantization error among shrunken min-max ranges.
 
     Args:
-        x: any shape.
-        bits: bit-width the range is searched for.
-        symmetric: grid without a zero point.
-        axis: None for one range, else one for each index of it.
-        candidates: how many ranges, in equal steps from min-max down to 1/candidates of it.
+        x: Tensor of any shape.
+        bits: Bit-width for which to search the range.
+        symmetric: Whether the grid is symmetric, without a zero point.
+        axis: Axis with one range for each index, or None for a single range.
+        candidates: Number of ranges to try, in equal steps from min-max down to 1/candidates of it.
 
     Example:
         >>> x = torch.cat([torch.linspace(-1, 1, 1000), torch.tensor([10.0])])
@@ -95,8 +94,8 @@ def mse_search(
     for ratio in torch.linspace(1, 1 / candidates, candidates).tolist():
         scale, zero_point, grid = scale_and_zero_point(low * ratio, high * ratio, bits, symmetric)
         scale, zero_point = scale[:, None], None if zero_point is None else zero_point[:, None]
-        moved = decode(encode(flat, scale, grid, zero_point), scale, zero_point)
-        error = (moved - flat).square().mean(dim=1)
+        quantized = decode(encode(flat, scale, grid, zero_point), scale, zero_point)
+        error = (quantized - flat).square().mean(dim=1)
         better = error < best
         best = torch.where(better, error, best)
         best_low = torch.where(better, low * ratio, best_low)

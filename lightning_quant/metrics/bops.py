@@ -1,7 +1,7 @@
-"""Bit operations of a network: multiplications weighted by the bit-widths of both operands.
+"""Bit operations (BOPs) of a network: multiplications weighted by the bit-widths of both operands.
 
-The overhead of choosing groups for each image is derived from Moon et al., "Instance-Aware Group Quantization for
-Vision Transformers", CVPR 2024 (arXiv 2404.00928): the +3.3 % that it states for DeiT-B at 16 groups comes out.
+The overhead of assigning groups for each image is derived from Moon et al., "Instance-Aware Group Quantization for
+Vision Transformers", CVPR 2024 (arXiv 2404.00928), and reproduces its +3.3 % for DeiT-B with 16 groups.
 """
 
 from __future__ import annotations
@@ -26,22 +26,24 @@ from lightning_quant.nn import (
 )
 from lightning_quant.nn.modes import evaluating
 
-# Bits of an operation in float.
+# Bit-width of an operation in float.
 F = 32
 _PRODUCTS_OF_AN_ATTENTION = 2
 
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What one layer computes for one image.
+    """Shape of a layer's computation for one image.
 
     Attributes:
-        name: of the module.
-        kind: what is multiplied: input and weight, or in an attention query and key, then softmax and value.
-        tokens: rows of the input; output positions of a convolution; queries of one window of an attention.
-        in_features: length of each product; in an attention the channels of all heads.
-        out_features: output channels; keys of one window of an attention.
-        windows: of an attention.
+        name: Name of the module.
+        kind: Kind of the layer. A linear layer or convolution multiplies input and weight; an attention multiplies
+            query and key, then softmax and value.
+        tokens: Number of rows of the input, of output positions of a convolution, or of queries in one window of an
+            attention.
+        in_features: Length of each inner product; channels of all heads for an attention.
+        out_features: Number of output channels; keys in one window for an attention.
+        windows: Number of windows of an attention.
     """
 
     name: str
@@ -54,38 +56,38 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelBops:
-    """Bit operations for one image.
+    """Bit operations of a network for one image.
 
     Attributes:
-        layers: of each layer, by its name.
+        layers: Bit operations of each layer by its name.
     """
 
     layers: Mapping[str, int]
 
     @property
     def total(self) -> int:
-        """Sum over the layers."""
+        """Sum over all layers."""
         return sum(self.layers.values())
 
 
 def fully_connected_bops(
     tokens: int, in_features: int, out_features: int, weight_bits: int, activation_bits: int, groups: int = 0
 ) -> int:
-    """``N Cin Dout bw ba``, and with groups ``F (2 N Cin + 4 Cin G + G N Dout)`` more.
+    """Compute ``N Cin Dout bw ba``, plus ``F (2 N Cin + 4 Cin G + G N Dout)`` with groups.
 
-    The three summands are the minimum and maximum of each channel, its distances to the centres of the groups, and
-    the partial sums of each group, which are scaled and added in float.
+    The three terms are the minimum and maximum of each channel, its distances to the centers of the groups, and the
+    partial sums of each group, which are scaled and added in float.
 
     Args:
-        tokens: N.
-        in_features: Cin.
-        out_features: Dout.
-        weight_bits: bw.
-        activation_bits: ba.
-        groups: G; 0 is a layer-wise quantizer, which needs none of this.
+        tokens: Number of tokens N.
+        in_features: Number of input channels Cin.
+        out_features: Number of output channels Dout.
+        weight_bits: Bit-width bw of the weight.
+        activation_bits: Bit-width ba of the input.
+        groups: Number of groups G. 0 is a layer-wise quantizer without this overhead.
 
     Raises:
-        ConfigurationError: more groups than channels, or less than none.
+        ConfigurationError: ``groups`` is negative or larger than the number of channels.
 
     Example:
         >>> fully_connected_bops(2, 3, 5, 4, 8)
@@ -102,14 +104,14 @@ def fully_connected_bops(
 
 
 def attention_bops(tokens: int, channels: int, bits: int, windows: int = 1, keys: int | None = None) -> int:
-    """``N M C ba^2`` in each window: one of the two products of an attention.
+    """Compute ``N M C ba^2`` per window for one of the two products of an attention.
 
     Args:
-        tokens: N, queries of one window.
-        channels: C, of all heads.
-        bits: ba, of both operands.
-        windows: of one image.
-        keys: M, of one window; None: as many as queries.
+        tokens: Number of queries N in one window.
+        channels: Number of channels C of all heads.
+        bits: Bit-width ba of both operands.
+        windows: Number of windows in one image.
+        keys: Number of keys M in one window. Default: the number of queries.
 
     Example:
         >>> attention_bops(4, 8, bits=2, windows=3)
@@ -121,7 +123,7 @@ def attention_bops(tokens: int, channels: int, bits: int, windows: int = 1, keys
 def convolution_bops(
     positions: int, in_features: int, out_features: int, weight_bits: int, activation_bits: int
 ) -> int:
-    """As a fully connected layer at each output position, over the values of one patch.
+    """Compute the bit operations of a convolution: a fully connected layer over one patch at each output position.
 
     Example:
         >>> convolution_bops(196, 3 * 16 * 16, 768, 4, 8) == 196 * 768 * 768 * 4 * 8
@@ -137,20 +139,20 @@ def model_bops(
     groups: Mapping[str, int] | int = 0,
     first: int | None = 8,
 ) -> ModelBops:
-    """Bit operations of a network for one image.
+    """Compute the bit operations of a network for one image.
 
-    The groups of softmax rows are left out: one comparison a probability, and no partial sums.
+    The overhead of groups of softmax rows is neglected: it is one comparison per probability, without partial sums.
 
     Args:
-        shapes: of :func:`measure_shapes`.
-        weight_bits: of all layers; 32 is float.
-        activation_bits: of all layers and of both operands of the products in attention; 32 is float.
-        groups: of fully connected layers by their name, those not named are layer-wise; or one number for all of
-            several tokens, or as many as they have channels.
-        first: bits of the input of the first convolution, the patch embedding; None: as the others.
+        shapes: Shapes from :func:`measure_shapes`.
+        weight_bits: Bit-width of all weights; 32 is float.
+        activation_bits: Bit-width of all activations and of both operands of the products in attention; 32 is float.
+        groups: Number of groups of fully connected layers by name (those not named are layer-wise), or one number for
+            all fully connected layers with several tokens, limited by their number of channels.
+        first: Bit-width of the input of the first convolution, the patch embedding. None means ``activation_bits``.
 
     Raises:
-        ConfigurationError: groups of a layer that is not among the shapes, not fully connected, or has fewer channels.
+        ConfigurationError: A layer with groups is not among the shapes, not fully connected, or has fewer channels.
 
     Example:
         >>> shapes = [LayerShape("embed", "convolution", 4, 12, 8), LayerShape("fc", "linear", 4, 8, 16)]
@@ -159,36 +161,36 @@ def model_bops(
         >>> model_bops(shapes, 32, 32, first=None).total
         917504
     """
-    chosen = groups if isinstance(groups, Mapping) else _same(shapes, groups)
+    groups_of = groups if isinstance(groups, Mapping) else _same(shapes, groups)
     linear = {shape.name for shape in shapes if shape.kind == "linear"}
-    if unknown := sorted(chosen.keys() - linear):
+    if unknown := sorted(groups_of.keys() - linear):
         raise ConfigurationError(
-            f"groups of '{unknown[0]}', which is no fully connected layer of this network: there are"
+            f"groups has '{unknown[0]}', which is not a fully connected layer of this network: expected some of"
             f" {', '.join(sorted(linear)) or 'none'}."
         )
     embedding = next((shape for shape in shapes if shape.kind == "convolution"), None)
     layers: dict[str, int] = {}
     for shape in shapes:
         bits = first if shape is embedding and first is not None else activation_bits
-        bops = _layer_bops(shape, weight_bits, bits, chosen.get(shape.name, 0))
+        bops = _layer_bops(shape, weight_bits, bits, groups_of.get(shape.name, 0))
         layers[shape.name] = layers.get(shape.name, 0) + bops
     return ModelBops(layers)
 
 
 def measure_shapes(network: nn.Module, *inputs: Any, run: Callable[..., object] | None = None) -> list[LayerShape]:
-    """What each layer of a network computes for one image, in the order of the forward; also on the meta device.
+    """Measure the shape of each layer's computation for one image, in the order of the forward.
 
-    One forward in evaluation mode without gradients. Attentions that are known and not yet open are opened for it,
-    and closed again; one that is not known is not counted, see :func:`~lightning_quant.nn.check_attentions`. An
-    observer that an attention has sees this forward too.
+    This runs one forward in evaluation mode without gradients, which also works on the meta device. Registered
+    attentions are opened temporarily; attentions that are not registered are not counted, see
+    :func:`~lightning_quant.nn.check_attentions`. Observers of attentions are called in this forward too.
 
     Args:
-        network: any with Linear, Conv and known attention modules, quantized or not.
-        inputs: of its forward, the first a tensor (images, ...) or a sequence of images.
-        run: what to call with the inputs in place of the network, to the same effect.
+        network: Network with Linear, Conv and registered attention modules, quantized or not.
+        inputs: Inputs of its forward. The first one is a tensor (images, ...) or a sequence of images.
+        run: Function that is called with the inputs instead of the network and has to call it.
 
     Raises:
-        UnsupportedModelError: where no such layer was called.
+        UnsupportedModelError: The forward called no such layer.
 
     Example:
         >>> measure_shapes(nn.Sequential(nn.Linear(4, 8)), torch.zeros(2, 5, 4))
@@ -203,14 +205,15 @@ def measure_shapes(network: nn.Module, *inputs: Any, run: Callable[..., object] 
         (network if run is None else run)(*inputs)
     if not calls:
         raise UnsupportedModelError(
-            f"A forward of {type(network).__name__} called no Linear, no Conv and no known attention: nothing to count."
+            f"The forward of {type(network).__name__} called no Linear, no Conv and no registered attention, so there"
+            " is nothing to count."
         )
     return _per_image(calls, len(inputs[0]))
 
 
 def _same(shapes: Iterable[LayerShape], groups: int) -> dict[str, int]:
-    several = [shape for shape in shapes if shape.kind == "linear" and shape.tokens > 1]
-    return {shape.name: min(groups, shape.in_features) for shape in several}
+    linear = [shape for shape in shapes if shape.kind == "linear" and shape.tokens > 1]
+    return {shape.name: min(groups, shape.in_features) for shape in linear}
 
 
 def _layer_bops(shape: LayerShape, weight_bits: int, activation_bits: int, groups: int) -> int:
@@ -229,7 +232,7 @@ def _layer_bops(shape: LayerShape, weight_bits: int, activation_bits: int, group
 
 @contextmanager
 def _opened(network: nn.Module) -> Iterator[None]:
-    """All known attentions open."""
+    """Open all registered attentions temporarily."""
     closed = [
         (name, module)
         for name, module in network.named_modules()
@@ -252,7 +255,7 @@ def _can_be_opened(module: nn.Module) -> bool:
 
 @contextmanager
 def _watched(network: nn.Module, record: Callable[[LayerShape], None]) -> Iterator[None]:
-    """Every call of a layer or an attention is recorded, with the rows and windows of all images."""
+    """Record every call of a layer or an attention, with the rows and windows of all images."""
     with ExitStack() as stack:
         for name, module in network.named_modules():
             if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
@@ -277,12 +280,12 @@ def _record_layer(
 
 
 class _Watcher:
-    """Observer of one attention that records its shape, and passes everything on."""
+    """Observer of an attention that records its shape and calls the previous observer."""
 
     def __init__(
-        self, name: str, record: Callable[[LayerShape], None], behind: Callable[[str, Tensor], None] | None
+        self, name: str, record: Callable[[LayerShape], None], previous: Callable[[str, Tensor], None] | None
     ) -> None:
-        self.name, self.record, self.behind = name, record, behind
+        self.name, self.record, self.previous = name, record, previous
         self.channels = 0
 
     def __call__(self, slot: str, tensor: Tensor) -> None:
@@ -292,12 +295,12 @@ class _Watcher:
             queries, keys = tensor.shape[-2:]
             windows = math.prod(tensor.shape[:-3])
             self.record(LayerShape(self.name, "attention", queries, self.channels, keys, windows))
-        if self.behind is not None:
-            self.behind(slot, tensor)
+        if self.previous is not None:
+            self.previous(slot, tensor)
 
 
 def _per_image(calls: Sequence[LayerShape], images: int) -> list[LayerShape]:
-    """The calls of a layer put together; what does not depend on the images, a position table, is not shared out."""
+    """Merge the calls of each layer, and divide their rows or windows by the number of images, rounded up."""
     merged: dict[LayerShape, int] = {}
     for call in calls:
         one = replace(call, windows=1) if call.kind == "attention" else replace(call, tokens=1)

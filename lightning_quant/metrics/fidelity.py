@@ -1,7 +1,7 @@
-"""Distances between sets of images in the space of features, computed by torch-fidelity.
+"""Distances between sets of images in feature space, computed by torch-fidelity.
 
-Here are the choices around it: features that span less than their space are turned into their span first, which
-changes no distance, and costs the cube of the images instead of the features; random subsets are those of one seed.
+This module adds two things: features that span only a subspace are first projected onto it, which keeps all distances
+and makes the cost cubic in the number of images instead of features; and random subsets use a fixed seed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_quant.errors import ConfigurationError, UnavailableError
 from lightning_quant.utilities.paths import user_path
 
-# Mean (D,) and covariance (D, D), as arrays of float64.
+# Mean (D,) and covariance (D, D) as float64 arrays.
 Statistics: TypeAlias = "tuple[Any, Any]"
 
 KID_SUBSET = 1000
@@ -24,21 +24,22 @@ IS_SPLITS = 10
 
 
 def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
-    """``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` of the Gaussians with mean and covariance of two sets, in float64.
+    """Compute the Fréchet distance ``|m - m'|^2 + tr(C + C' - 2 (C C')^(1/2))`` of two sets of features in float64.
 
-    Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017, equation 6. Well defined for fewer
-    images than features, though then larger than for many: compare it between equal numbers of images only.
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017, equation 6. The distance is
+    well defined for fewer images than features, but then it is larger than for many images: compare it only between
+    equal numbers of images.
 
     Args:
-        features: (n, D).
-        reference: (m, D), or mean and covariance.
+        features: Features of shape (n, D).
+        reference: Features of shape (m, D), or their mean and covariance.
 
     Returns:
-        At least 0: what rounding leaves below is cut.
+        Distance, at least 0. Negative rounding errors are clamped.
 
     Raises:
-        UnavailableError: fewer than two images in a set.
-        ConfigurationError: features of different length.
+        UnavailableError: A set has fewer than two images.
+        ConfigurationError: The features have different lengths.
 
     Example:
         >>> x = torch.tensor([[0.0, 0.0], [2.0, 0.0]])
@@ -50,7 +51,7 @@ def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
     _check_count(2, features, *([reference] if isinstance(reference, Tensor) else []))
     width = reference.shape[1] if isinstance(reference, Tensor) else len(reference[0])
     if features.shape[1] != width:
-        raise ConfigurationError(f"Features of {features.shape[1]} numbers against a reference of {width}.")
+        raise ConfigurationError(f"Features have length {features.shape[1]}, but the reference has {width}.")
     features = features.double()
     if isinstance(reference, Tensor):
         features, reference = _in_their_span(features, reference.double())
@@ -62,17 +63,17 @@ def frechet_distance(features: Tensor, reference: Tensor | Statistics) -> float:
 
 
 def kernel_distance(features: Tensor, reference: Tensor, subset_size: int | None = None) -> float:
-    """Unbiased squared maximum mean discrepancy under the kernel ``(x.y / D + 1)^3``, mean over 100 subsets (KID).
+    """Compute the KID: the unbiased squared MMD under the kernel ``(x.y / D + 1)^3``, averaged over 100 subsets.
 
-    Binkowski et al., "Demystifying MMD GANs", ICLR 2018. The subsets are those of one seed.
+    Source: Binkowski et al., "Demystifying MMD GANs", ICLR 2018. The subsets use a fixed seed.
 
     Args:
-        features: (n, D).
-        reference: (m, D).
-        subset_size: images of a subset; None: 1000, or as many as there are.
+        features: Features of shape (n, D).
+        reference: Features of shape (m, D).
+        subset_size: Number of images in a subset. Default: 1000, or all images if there are fewer.
 
     Raises:
-        UnavailableError: fewer images than a subset holds.
+        UnavailableError: There are fewer images than a subset needs.
 
     Example:
         >>> x = torch.arange(12.0).reshape(4, 3)
@@ -83,18 +84,18 @@ def kernel_distance(features: Tensor, reference: Tensor, subset_size: int | None
 
     size = min(KID_SUBSET, len(features), len(reference)) if subset_size is None else subset_size
     _check_count(max(size, 2), features, reference)
-    found = kid_features_to_metric(features.double(), reference.double(), kid_subset_size=size, verbose=False)
-    return float(found[KEY_METRIC_KID_MEAN])
+    distance = kid_features_to_metric(features.double(), reference.double(), kid_subset_size=size, verbose=False)
+    return float(distance[KEY_METRIC_KID_MEAN])
 
 
 def inception_score(logits: Tensor) -> float:
-    """``exp E_x KL(p(y|x) | p(y))``, mean over 10 parts of the images, drawn by one seed.
+    """Compute the inception score ``exp E_x KL(p(y|x) | p(y))``, averaged over 10 random splits with a fixed seed.
 
-    Salimans et al., "Improved Techniques for Training GANs", NeurIPS 2016. Fewer than 100 images are one part, since
-    a part of few images says little of p(y).
+    Source: Salimans et al., "Improved Techniques for Training GANs", NeurIPS 2016. Fewer than 100 images form a single
+    split, since a few images give a poor estimate of p(y).
 
     Args:
-        logits: (n, K) of a classifier.
+        logits: Class logits of shape (n, K).
 
     Example:
         >>> round(inception_score(torch.zeros(20, 7)), 6)
@@ -108,26 +109,26 @@ def inception_score(logits: Tensor) -> float:
 
 
 def read_statistics(path: str | Path) -> dict[str, Statistics]:
-    """Mean and covariance of features of real images, as the reference batches of ADM and pytorch-fid store them.
+    """Read mean and covariance of the features of real images, in the format of ADM and pytorch-fid.
 
     Args:
-        path: ``.npz`` with ``mu`` and ``sigma``, and maybe ``mu_s`` and ``sigma_s`` of the spatial features.
+        path: File ``.npz`` with ``mu`` and ``sigma``, and optionally ``mu_s`` and ``sigma_s`` of the spatial features.
 
     Returns:
-        Under ``pooled`` and maybe ``spatial``.
+        Statistics under ``pooled`` and, if present, ``spatial``.
 
     Raises:
-        ConfigurationError: no such file, or no such arrays in it.
+        ConfigurationError: The file does not exist or lacks these arrays.
     """
     import numpy as np
 
     path = user_path(path)
     if not path.is_file():
-        raise ConfigurationError(f"real_statistics: there is no file '{path}'.")
+        raise ConfigurationError(f"real_statistics: file '{path}' does not exist.")
     with np.load(path) as arrays:
         if missing := {"mu", "sigma"} - set(arrays):
             raise ConfigurationError(
-                f"real_statistics='{path}' lacks {', '.join(sorted(missing))}: it has {', '.join(sorted(arrays))}."
+                f"real_statistics='{path}' lacks {', '.join(sorted(missing))}; it has {', '.join(sorted(arrays))}."
             )
         names = {"pooled": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}
         return {
@@ -140,11 +141,11 @@ def read_statistics(path: str | Path) -> dict[str, Statistics]:
 def _check_count(needed: int, *sets: Tensor) -> None:
     fewest = min(map(len, sets))
     if fewest < needed:
-        raise UnavailableError(f"{fewest} images, and it needs at least {needed}")
+        raise UnavailableError(f"{fewest} images, but at least {needed} are needed")
 
 
 def _in_their_span(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Coordinates in an orthonormal basis of all rows, where these are fewer than the columns; never one column."""
+    """Project onto an orthonormal basis of all rows if there are fewer rows than columns. Keep at least two columns."""
     rows = torch.cat([x, y])
     if len(rows) < x.shape[1]:
         rows = rows @ torch.linalg.qr(rows.T).Q

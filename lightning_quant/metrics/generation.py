@@ -1,4 +1,4 @@
-"""Measures of generated images: to the data, and to the images that the float model makes of the same seeds."""
+"""Measures of generated images, compared with the data and with the float model's images from the same seeds."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ _T = TypeVar("_T")
 
 
 class GenerationMetrics:
-    """Fidelity of generated images, over all ranks.
+    """Fidelity measures of generated images, over all ranks.
 
-    Each image passes the feature network once. What cannot be computed, for want of weights or of real images, is
-    left out of the numbers, named once in a warning and kept in :attr:`missing`; weights are fetched when the first
-    images come. Several ranks give what one would: exactly so with ids.
+    Each image passes through the feature network once. A measure that cannot be computed, because weights or real
+    images are missing, is left out, named once in a warning and listed in :attr:`missing`. Weights are downloaded when
+    the first images arrive. Several ranks give the same values as one: exactly the same if ids are given.
 
     Args:
-        features: ``inception``, another name that torch-fidelity knows, ``timm:NAME``, or a module from images
-            (n, 3, H, W) in [0, 1] to features (n, D), maybe in a pair with class logits.
-        weights_path: local file of the weights of named features; None: they are fetched.
-        real_statistics: ``.npz`` with mean and covariance of the features of real images, in place of real images.
-        kid_subset_size: images of a subset of KID; None: 1000, or as many as there are.
-        lpips_net: backbone of LPIPS; None: no LPIPS.
-        lpips_net_weights: local file of the backbone's weights, as torchvision publishes them; None: fetched.
-        clip: name or local folder of a CLIP model of transformers, or a function that returns model and processor;
-            None: no CLIP score.
+        features: Name ``inception``, another name registered with torch-fidelity, ``timm:NAME``, or a module from
+            images (n, 3, H, W) in [0, 1] to features (n, D), optionally in a pair with class logits.
+        weights_path: Local file with the weights of named features. None downloads them.
+        real_statistics: File ``.npz`` with mean and covariance of the features of real images, to replace real images.
+        kid_subset_size: Number of images in a subset of KID. Default: 1000, or all images if there are fewer.
+        lpips_net: Backbone of LPIPS. None disables LPIPS.
+        lpips_net_weights: Local file with the backbone's weights as published by torchvision. None downloads them.
+        clip: Name or local folder of a CLIP model for transformers, or a function that returns model and processor.
+            None disables the CLIP score.
 
     Attributes:
-        missing: measure to why :meth:`compute` left it out, from its last call.
+        missing: Reason for each measure that the last call of :meth:`compute` left out.
 
     Example:
         >>> metrics = GenerationMetrics(nn.Flatten(), lpips_net=None)
@@ -71,13 +71,13 @@ class GenerationMetrics:
         self.statistics: dict[str, Statistics] = read_statistics(real_statistics) if real_statistics else {}
         self.missing: dict[str, str] = {}
         self._parts: dict[str, Any] = {}
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
         self.reset()
 
     def reset(self) -> None:
-        """Forgets the images; the networks stay."""
+        """Discard the images and keep the networks."""
         self._pairs, self._real = ImageTable(), ImageTable()
-        # Why a kind of rows could not be had.
+        # Reason for each kind of rows that is not available.
         self._reasons: dict[str, str] = {}
 
     def update(
@@ -88,64 +88,65 @@ class GenerationMetrics:
         prompts: Sequence[str] | None = None,
         ids: Tensor | None = None,
     ) -> None:
-        """Takes up images.
+        """Add images.
 
         Args:
-            quantized_images: (n, C, H, W) in [0, 1], C 1 or 3; a single channel is repeated.
-            float_images: same shape, of the float model from the same seeds.
-            real_images: (m, C, H', W') in [0, 1], of the data.
-            prompts: n texts the images were made of.
-            ids: (n,) integers, see :meth:`compute`.
+            quantized_images: Images of the quantized model, (n, C, H, W) in [0, 1], with C 1 or 3. A single channel is
+                repeated.
+            float_images: Images of the float model from the same seeds, same shape.
+            real_images: Images of the data, (m, C, H', W') in [0, 1].
+            prompts: List of n prompts from which the images were generated.
+            ids: Integers of shape (n,), see :meth:`compute`.
 
         Raises:
-            ConfigurationError: images of another shape, type or range; prompts or ids of another number.
+            ConfigurationError: Images have another shape, type or range, or the number of prompts or ids differs.
         """
         pair = [_color(quantized_images, "quantized_images"), _color(float_images, "float_images")]
         if quantized_images.shape != float_images.shape:
             raise ConfigurationError(
-                f"quantized_images {tuple(quantized_images.shape)} and float_images {tuple(float_images.shape)}:"
-                " expected the same number and size, made of the same seeds."
+                f"quantized_images have shape {tuple(quantized_images.shape)} and float_images"
+                f" {tuple(float_images.shape)}: expected the same shape, from the same seeds."
             )
         if prompts is not None and len(prompts) != len(quantized_images):
-            raise ConfigurationError(f"{len(prompts)} prompts for {len(quantized_images)} images: give one for each.")
+            raise ConfigurationError(f"{len(prompts)} prompts for {len(quantized_images)} images: pass one per image.")
         if len(quantized_images):
-            self._pairs.add({**self._near(*pair), **self._each(pair, prompts)}, ids)
+            self._pairs.add({**self._similarity(*pair), **self._features(pair, prompts)}, ids)
         if real_images is not None:
             self.update_real(real_images)
 
     def update_real(self, images: Tensor, ids: Tensor | None = None) -> None:
-        """Takes up images of the data, (m, C, H, W) in [0, 1]."""
+        """Add images of the data, (m, C, H, W) in [0, 1]."""
         images = _color(images, "real_images")
         if len(images):
             self._real.add(self._rows(images), ids)
 
     def compute(self, of: Of = "quantized") -> dict[str, float]:
-        """The numbers, the same on every rank; all ranks have to call it.
+        """Compute the measures, which are the same on every rank. All ranks have to call this method.
 
-        Where ids were given, an image that came twice counts once, and the order of the images is that of the ids.
+        If ids were given, an image that was added twice counts once, and the images are sorted by their ids.
 
         Args:
-            of: ``quantized``: FID, sFID, IS, KID and CLIP of the quantized model's images, FID2FP32, sFID2FP32,
-                LPIPS, PSNR (dB, equal images as 100) and SSIM between them and the float model's. ``float``: the
-                first five, of the float model's images.
+            of: Model whose images are measured. ``quantized``: FID, sFID, IS, KID and CLIP of the quantized model's
+                images, and FID2FP32, sFID2FP32, LPIPS, PSNR (dB, 100 for equal images) and SSIM between them and the
+                float model's images. ``float``: the first five for the float model's images.
 
         Raises:
-            ConfigurationError: before any images.
+            ConfigurationError: No images were added.
         """
-        everybody = gather_objects((self._pairs.joined(), self._real.joined(), self._reasons))
-        values, self.missing, notes = on_first_rank(lambda: self._numbers(of, everybody))
+        gathered = gather_objects((self._pairs.joined(), self._real.joined(), self._reasons))
+        values, self.missing, notes = on_first_rank(lambda: self._numbers(of, gathered))
         for note in notes:
-            self._tell(note)
+            self._warn(note)
         if self.missing:
             reasons = "; ".join(f"{name} ({reason})" for name, reason in self.missing.items())
-            self._tell(f"Not computed: {reasons}.")
+            self._warn(f"Not computed: {reasons}.")
         return values
 
     def _numbers(
-        self, of: Of, everybody: Sequence[tuple[ImageTable, ImageTable, dict[str, str]]]
+        self, of: Of, gathered: Sequence[tuple[ImageTable, ImageTable, dict[str, str]]]
     ) -> tuple[dict[str, float], dict[str, str], list[str]]:
-        """On rank 0, from what all ranks have."""
-        pairs, real, reasons = zip(*everybody, strict=True)
+        """Compute the measures on rank 0 from the tables of all ranks."""
+        pairs, real, reasons = zip(*gathered, strict=True)
         images = merge(pairs)
         if not images:
             raise ConfigurationError("No generated images: call update before compute.")
@@ -153,13 +154,13 @@ class GenerationMetrics:
         clip = self.clip is not None or "clip" in columns.reasons
         return numbers(columns, of, self.kid_subset_size, lpips=self.lpips_net is not None, clip=clip)
 
-    def _tell(self, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            rank_zero_warn(what)
+    def _warn(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(message)
 
     def _part(self, name: str, build: Callable[[], _T]) -> _T:
-        """A network, built once; a failure is kept too, so that it is tried once only."""
+        """Return a network that is built once. A failure is remembered too, so that it is tried only once."""
         if name not in self._parts:
             try:
                 self._parts[name] = build()
@@ -183,13 +184,13 @@ class GenerationMetrics:
 
         return self._tried(("pooled", "spatial", "logits"), rows)
 
-    def _each(self, pair: Sequence[Tensor], prompts: Sequence[str] | None) -> dict[str, Tensor]:
-        """What is known of the images of either model alone."""
-        found: dict[str, Tensor] = {}
+    def _features(self, pair: Sequence[Tensor], prompts: Sequence[str] | None) -> dict[str, Tensor]:
+        """Compute the features and CLIP scores of the images of each model."""
+        columns: dict[str, Tensor] = {}
         for of, images in zip(("quantized", "float"), pair, strict=True):
             rows = {**self._rows(images), **self._clip(images, prompts)}
-            found.update({f"{of}.{kind}": row for kind, row in rows.items()})
-        return found
+            columns.update({f"{of}.{kind}": row for kind, row in rows.items()})
+        return columns
 
     def _clip(self, images: Tensor, prompts: Sequence[str] | None) -> Mapping[str, Tensor]:
         if prompts is None:
@@ -198,15 +199,15 @@ class GenerationMetrics:
         def rows() -> Mapping[str, Tensor]:
             clip = self.clip
             if clip is None:
-                raise UnavailableError("prompts were given and no CLIP model: set clip to its name or local folder")
+                raise UnavailableError("prompts were given without a CLIP model: set clip to its name or local folder")
             model, processor = self._part("clip", lambda: clip_model(clip))
             with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
                 return {"clip": clip_scores(model, processor, images, prompts)}
 
         return self._tried(("clip",), rows)
 
-    def _near(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
-        """How near the images of both models are."""
+    def _similarity(self, images: Tensor, reference: Tensor) -> dict[str, Tensor]:
+        """Compute the similarity between the images of both models."""
 
         def lpips_rows() -> Mapping[str, Tensor]:
             net: LpipsNet = self.lpips_net or "alex"
@@ -222,14 +223,15 @@ class GenerationMetrics:
 
 
 def _color(images: Tensor, name: str) -> Tensor:
-    """Checked, in float32, with three channels."""
+    """Check images and convert them to float32 with three channels."""
     if images.ndim != 4 or images.shape[1] not in (1, 3) or not images.is_floating_point():
         raise ConfigurationError(
-            f"{name} {tuple(images.shape)} {images.dtype}: expected float images (n, 1 or 3, H, W) in [0, 1]."
+            f"{name} have shape {tuple(images.shape)} and dtype {images.dtype}: expected float images"
+            " (n, 1 or 3, H, W) in [0, 1]."
         )
     if len(images) and not (images.min() >= 0 and images.max() <= 1):
         raise ConfigurationError(
-            f"{name} from {float(images.min()):.3g} to {float(images.max()):.3g}: expected values in [0, 1];"
-            " a decoder's [-1, 1] becomes that by (images / 2 + 0.5).clamp(0, 1)."
+            f"{name} have values from {float(images.min()):.3g} to {float(images.max()):.3g}: expected [0, 1]; convert"
+            " a decoder's output in [-1, 1] with (images / 2 + 0.5).clamp(0, 1)."
         )
     return images.float().expand(-1, 3, -1, -1)

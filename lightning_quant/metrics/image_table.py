@@ -1,4 +1,4 @@
-"""Rows of numbers of images, gathered from all ranks in an order that depends on neither batches nor ranks."""
+"""Table with a row of numbers per image, merged over ranks in an order that is independent of batches and ranks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ _T = TypeVar("_T")
 
 @dataclass
 class ImageTable:
-    """Columns of float rows, one row for each image.
+    """Table with one row per image.
 
-    With ids an image counts once, however often it was added: samplers repeat images so that ranks get equally many.
+    With ids, an image counts once even if it was added several times: samplers repeat images so that all ranks get the
+    same number.
 
     Attributes:
-        columns: batches of each column, on the CPU; ``ids`` among them where they were given.
+        columns: Batches of each column on the CPU, including ``ids`` if given.
 
     Example:
         >>> table = ImageTable()
@@ -38,49 +39,49 @@ class ImageTable:
         return bool(self.columns)
 
     def add(self, columns: Mapping[str, Tensor], ids: Tensor | None = None) -> None:
-        """Rows of a batch.
+        """Add the rows of a batch.
 
         Args:
-            columns: name to (n, ...) of each.
-            ids: (n,) integers, one for each image over all ranks.
+            columns: Name and values (n, ...) of each column.
+            ids: Integers (n,) that identify an image across all ranks.
 
         Raises:
-            ConfigurationError: other columns than before, ids of another number.
+            ConfigurationError: The columns differ from those of earlier batches, or the number of ids differs.
         """
         rows = {name: column.cpu() for name, column in columns.items()}
         if ids is not None:
             rows[IDS] = ids.cpu()
         count = {len(column) for column in rows.values()}
         if len(count) > 1:
-            raise ConfigurationError(f"Rows for {sorted(count)} images in one batch: give one id for each image.")
-        if self.columns and (unlike := sorted(self.columns.keys() ^ rows.keys())):
+            raise ConfigurationError(f"Rows for {sorted(count)} images in one batch: pass one id per image.")
+        if self.columns and (differing := sorted(self.columns.keys() ^ rows.keys())):
             raise ConfigurationError(
-                f"Some batches have {', '.join(unlike)} and others do not: give the same kinds of arguments in each."
+                f"Only some batches have {', '.join(differing)}: pass the same arguments for every batch."
             )
         for name, column in rows.items():
             self.columns.setdefault(name, []).append(column)
 
     def joined(self) -> ImageTable:
-        """The same with one batch."""
+        """Return the same table with a single batch."""
         return ImageTable({name: [torch.cat(batches)] for name, batches in self.columns.items()})
 
 
 def merge(tables: Sequence[ImageTable]) -> dict[str, Tensor]:
-    """Columns that all tables with rows have, each image once, sorted by ids or else by the rows themselves.
+    """Merge tables: the columns that all non-empty tables have, each image once, sorted by ids or by the rows.
 
     Args:
-        tables: one for each rank, some maybe empty.
+        tables: Tables of all ranks, some of which may be empty.
 
     Returns:
-        Name to (n, ...); empty without any rows.
+        Values (n, ...) of each column by its name. Empty if there are no rows.
     """
     filled = [table for table in tables if table]
     if not filled:
         return {}
     names = set.intersection(*(set(table.columns) for table in filled))
-    found = {name: torch.cat([batch for table in filled for batch in table.columns[name]]) for name in sorted(names)}
-    order = _first_of_each(found.pop(IDS)) if IDS in found else _by_value(found)
-    return {name: column[order] for name, column in found.items()}
+    columns = {name: torch.cat([batch for table in filled for batch in table.columns[name]]) for name in sorted(names)}
+    order = _first_of_each(columns.pop(IDS)) if IDS in columns else _by_value(columns)
+    return {name: column[order] for name, column in columns.items()}
 
 
 def _first_of_each(ids: Tensor) -> Tensor:
@@ -88,6 +89,6 @@ def _first_of_each(ids: Tensor) -> Tensor:
 
 
 def _by_value(columns: Mapping[str, Tensor]) -> Tensor:
-    """By the sum of each row: equal only for equal images."""
+    """Return the order of the rows by their sums, which are equal only for equal images."""
     sums = [column.double().reshape(len(column), -1).sum(1).numpy() for column in columns.values()]
     return torch.from_numpy(np.lexsort(sums))

@@ -1,4 +1,4 @@
-"""The numbers that rows of features and of similarities give, and why one of them cannot be given."""
+"""Measures from rows of features and similarities, and the reasons why some of them are missing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from lightning_quant.metrics.fidelity import Statistics, frechet_distance, incep
 
 Of: TypeAlias = Literal["quantized", "float"]
 
-_NO_REAL_IMAGES = "no real images: give real_images to update, call update_real, or set real_statistics"
+_NO_REAL_IMAGES = "no real images: pass real_images to update, call update_real, or set real_statistics"
 _NOT_GIVEN = {
-    "spatial": "these features have no spatial ones: features='inception' has",
-    "logits": "these features have no class logits: a classifier such as features='inception' has",
-    "clip": "no prompts were given to update",
+    "spatial": "this feature network has no spatial features; features='inception' has them",
+    "logits": "this feature network has no class logits; a classifier such as features='inception' has them",
+    "clip": "no prompts were passed to update",
 }
 
 
 @dataclass
 class Columns:
-    """Rows of all images by their kind.
+    """Rows of all images by kind.
 
     Attributes:
-        pairs: of generated images: ``quantized.pooled``, ``float.pooled``, ..., ``psnr``.
-        real: of images of the data: ``pooled``, ...
-        statistics: of the data, which stand for its images where there are any.
-        reasons: why a kind of rows could not be had.
-        notes: what should be known of the numbers, for a warning.
+        pairs: Rows of generated images: ``quantized.pooled``, ``float.pooled``, ..., ``psnr``.
+        real: Rows of images of the data: ``pooled``, ...
+        statistics: Statistics of the data, which replace its images if present.
+        reasons: Reason for each kind of rows that is not available.
+        notes: Remarks on the measures, for a warning.
     """
 
     pairs: Mapping[str, Tensor]
@@ -41,22 +41,22 @@ class Columns:
     notes: list[str] = field(default_factory=list)
 
     def of(self, of: Of, kind: str) -> Tensor:
-        """Rows of the images of one model."""
+        """Return the rows of the images of one model."""
         return self._find(self.pairs, f"{of}.{kind}", kind)
 
     def mean(self, kind: str, of: Of | None = None) -> float:
-        """Mean over the images, of one model or between both."""
+        """Compute the mean over the images, of one model or between both."""
         rows = self._find(self.pairs, kind, kind) if of is None else self.of(of, kind)
         return float(rows.double().mean())
 
     def data(self, kind: str) -> Tensor:
-        """Rows of the images of the data."""
+        """Return the rows of the images of the data."""
         if not self.real and kind not in self.reasons:
             raise UnavailableError(_NO_REAL_IMAGES)
         return self._find(self.real, kind, kind)
 
     def frechet(self, of: Of, kind: str, to: Literal["data", "float"]) -> float:
-        """Fréchet distance of the images of one model."""
+        """Compute the Fréchet distance of one model's images to the data or to the float model's images."""
         rows = self.of(of, kind)
         if to == "float":
             reference: Tensor | Statistics = self.of("float", kind)
@@ -64,8 +64,8 @@ class Columns:
             reference = self.statistics[kind] if kind in self.statistics else self.data(kind)
         if not self.notes and len(rows) <= rows.shape[1]:
             self.notes.append(
-                f"Fréchet distances over {len(rows)} images of {rows.shape[1]} features are larger than they would be"
-                " over many: compare them only between equal numbers of images."
+                f"Fréchet distances over {len(rows)} images with {rows.shape[1]} features are larger than over many"
+                " images: compare them only between equal numbers of images."
             )
         return frechet_distance(rows, reference)
 
@@ -78,14 +78,14 @@ class Columns:
 def numbers(
     columns: Columns, of: Of, kid_subset_size: int | None, lpips: bool, clip: bool
 ) -> tuple[dict[str, float], dict[str, str], list[str]]:
-    """Values, the reasons of those that are missing, and what should be known of them.
+    """Compute the measures, and return their values, the reasons for missing ones, and remarks.
 
     Args:
-        columns: rows of all images.
-        of: whose images.
-        kid_subset_size: of :func:`~lightning_quant.metrics.fidelity.kernel_distance`.
-        lpips: whether it is wanted.
-        clip: whether a CLIP score is.
+        columns: Rows of all images.
+        of: Model whose images are measured.
+        kid_subset_size: Subset size of :func:`~lightning_quant.metrics.fidelity.kernel_distance`.
+        lpips: Whether to compute LPIPS.
+        clip: Whether to compute the CLIP score.
     """
     measures: dict[str, Callable[[], float]] = {
         "FID": partial(columns.frechet, of, "pooled", "data"),

@@ -1,4 +1,4 @@
-"""How near images are to those of another model, image by image, computed by torchmetrics."""
+"""Similarity of each image to that of another model, computed by torchmetrics."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from lightning_quant.utilities.paths import local_path
 
 LpipsNet: TypeAlias = Literal["alex", "vgg", "squeeze"]
 
-# Two equal images count as this many dB, so that a mean over images stays finite. 8-bit images that differ in a single
-# level of one in 10^5 values are already nearer than that.
+# PSNR in dB for two equal images, so that a mean over images is finite. For comparison: 8-bit images that differ by a
+# single level in one of 10^5 values have 98 dB.
 HIGHEST_PSNR = 100.0
 SSIM_WINDOW = 11
 SSIM_SIGMA = 1.5
-# Pixels below which a layer of the network has no output left.
+# Smallest side of an image in pixels for which every layer of the network has an output.
 LPIPS_SMALLEST: dict[LpipsNet, int] = {"alex": 31, "vgg": 16, "squeeze": 17}
 
 
 def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal to noise ratio of each image in dB, ``-10 log10`` of its mean squared error, at most 100.
+    """Compute the peak signal-to-noise ratio of each image in dB: ``-10 log10`` of its MSE, at most 100.
 
     Args:
-        images: (n, C, H, W) in [0, 1].
-        reference: same shape.
+        images: Images of shape (n, C, H, W) in [0, 1].
+        reference: Reference images, same shape.
 
     Returns:
-        (n,).
+        PSNR of each image, (n,).
 
     Example:
         >>> psnr(torch.full((1, 1, 2, 2), 0.6), torch.full((1, 1, 2, 2), 0.5)).round()
@@ -41,25 +41,25 @@ def psnr(images: Tensor, reference: Tensor) -> Tensor:
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
-    found = peak_signal_noise_ratio(images, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return found.clamp(max=HIGHEST_PSNR)
+    ratio = peak_signal_noise_ratio(images, reference, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return ratio.clamp(max=HIGHEST_PSNR)
 
 
 def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each image under a Gaussian window of 11 x 11 pixels and a deviation of 1.5.
+    """Compute the structural similarity of each image, with a Gaussian window of 11 x 11 pixels and sigma 1.5.
 
-    Images smaller than that get the largest odd window that fits into them, the deviation smaller in the same
-    measure: 7 x 7 for images of 8 x 8. Such a number compares with others of that image size only.
+    Smaller images get the largest odd window that fits into them and a proportionally smaller sigma: 7 x 7 for images
+    of 8 x 8. Such values are comparable only between images of the same size.
 
     Args:
-        images: (n, C, H, W) in [0, 1].
-        reference: same shape.
+        images: Images of shape (n, C, H, W) in [0, 1].
+        reference: Reference images, same shape.
 
     Returns:
-        (n,), at most 1.
+        SSIM of each image, (n,), at most 1.
 
     Raises:
-        UnavailableError: images of fewer than 3 x 3 pixels.
+        UnavailableError: The images have fewer than 3 x 3 pixels.
 
     Example:
         >>> x = torch.rand(2, 3, 8, 8)
@@ -70,10 +70,10 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
     side = min(images.shape[-2:])
     if side < 3:
-        raise UnavailableError(f"images of {side} pixels have no window of 3")
-    # torchmetrics makes a Gaussian window 2 round(3.5 sigma) + 1 wide.
+        raise UnavailableError(f"images with a side of {side} pixels are smaller than the smallest window of 3")
+    # The Gaussian window of torchmetrics has width 2 round(3.5 sigma) + 1.
     sigma = SSIM_SIGMA if side >= SSIM_WINDOW else (side - 1) // 2 / 3.5
-    # The mean over the whole image, mirrored at its border: which part torchmetrics averages differs between releases.
+    # Mean over the whole image with reflected borders, since releases of torchmetrics average different parts of it.
     _, everywhere = structural_similarity_index_measure(
         images, reference, sigma=sigma, data_range=1.0, reduction="none", return_full_image=True
     )
@@ -81,16 +81,16 @@ def ssim(images: Tensor, reference: Tensor) -> Tensor:
 
 
 def lpips_network(net: LpipsNet = "alex", weights_path: str | Path | None = None) -> nn.Module:
-    """The network of LPIPS, with the linear weights that torchmetrics ships.
+    """Create the network of LPIPS, with the linear weights that torchmetrics ships.
 
     Args:
-        net: its backbone.
-        weights_path: of the backbone, a file as torchvision publishes it; None: torchvision fetches it.
+        net: Backbone of the network.
+        weights_path: Local file with the backbone's weights as published by torchvision. None downloads them.
 
     Raises:
-        ConfigurationError: no such backbone, no such file.
-        CheckpointError: the file holds another network.
-        UnavailableError: the weights cannot be had.
+        ConfigurationError: The backbone is unknown, or the file does not exist.
+        CheckpointError: The file holds another network.
+        UnavailableError: The weights cannot be downloaded.
     """
     if net not in LPIPS_SMALLEST:
         raise ConfigurationError(f"lpips_net='{net}': expected one of {', '.join(LPIPS_SMALLEST)}.")
@@ -99,35 +99,37 @@ def lpips_network(net: LpipsNet = "alex", weights_path: str | Path | None = None
 
 
 def lpips(network: nn.Module, images: Tensor, reference: Tensor) -> Tensor:
-    """Learned perceptual distance of each image; Zhang et al., CVPR 2018.
+    """Compute the learned perceptual distance of each image (Zhang et al., CVPR 2018).
 
     Args:
-        network: of :func:`lpips_network`.
-        images: (n, 3, H, W) in [0, 1].
-        reference: same shape.
+        network: Network from :func:`lpips_network`.
+        images: Images of shape (n, 3, H, W) in [0, 1].
+        reference: Reference images, same shape.
 
     Returns:
-        (n,).
+        Distance of each image, (n,).
 
     Raises:
-        UnavailableError: images that are too small for the backbone.
+        UnavailableError: The images are too small for the backbone.
     """
     smallest = LPIPS_SMALLEST[network.pnet_type]  # type: ignore[index]
     side = min(images.shape[-2:])
     if side < smallest:
-        raise UnavailableError(f"images of {side} pixels; LPIPS by '{network.pnet_type}' needs {smallest}")
-    found: Tensor = network(images, reference, normalize=True)
-    return found.reshape(len(images))
+        raise UnavailableError(
+            f"images with a side of {side} pixels; LPIPS with '{network.pnet_type}' needs at least {smallest}"
+        )
+    distances: Tensor = network(images, reference, normalize=True)
+    return distances.reshape(len(images))
 
 
 def clip_model(clip: str | Path | Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Model and processor of CLIP.
+    """Load the model and processor of CLIP.
 
     Args:
-        clip: name or local folder for transformers, or a function that returns both.
+        clip: Name or local folder for transformers, or a function that returns both.
 
     Raises:
-        UnavailableError: transformers or the weights are not here.
+        UnavailableError: The package transformers or the weights are not available.
     """
     if callable(clip):
         return clip()
@@ -138,21 +140,21 @@ def clip_model(clip: str | Path | Callable[[], tuple[Any, Any]]) -> tuple[Any, A
         source = local_path(clip)
         return CLIPModel.from_pretrained(source).eval(), CLIPProcessor.from_pretrained(source)
 
-    found: tuple[Any, Any] = with_weights(f"CLIP '{clip}'", None, load)
-    return found
+    model_and_processor: tuple[Any, Any] = with_weights(f"CLIP '{clip}'", None, load)
+    return model_and_processor
 
 
 def clip_scores(model: Any, processor: Any, images: Tensor, prompts: Sequence[str]) -> Tensor:
-    """``100 cos`` between image and prompt, at least 0; Hessel et al., "CLIPScore", EMNLP 2021.
+    """Compute the CLIP score of each image, ``max(100 cos(image, prompt), 0)`` (Hessel et al., EMNLP 2021).
 
     Args:
-        model: of CLIP.
-        processor: of that model.
-        images: (n, 3, H, W) in [0, 1].
-        prompts: n of them.
+        model: Model of CLIP.
+        processor: Processor of the model.
+        images: Images of shape (n, 3, H, W) in [0, 1].
+        prompts: Prompts of the n images.
 
     Returns:
-        (n,).
+        Score of each image, (n,).
     """
     from torchmetrics.functional.multimodal.clip_score import _clip_score_update
 
@@ -161,7 +163,7 @@ def clip_scores(model: Any, processor: Any, images: Tensor, prompts: Sequence[st
 
 
 def _lpips(net: LpipsNet, path: str | None) -> nn.Module:
-    # The class that the public metric holds: only this one can be built without a download.
+    # The class inside the public metric, since only this one can be created without a download.
     from torchmetrics.functional.image.lpips import _LPIPS
 
     if path is None:
@@ -170,7 +172,7 @@ def _lpips(net: LpipsNet, path: str | None) -> nn.Module:
     stored = _read(path)
     # "slice2.3.weight" and "slices.1.3.squeeze.weight" are "features.3." in torchvision.
     names = {name: re.sub(r"^slice(s\.)?\d+\.", "features.", name) for name in network.net.state_dict()}
-    network.net.load_state_dict({name: stored[theirs] for name, theirs in names.items()})
+    network.net.load_state_dict({name: stored[torchvision_name] for name, torchvision_name in names.items()})
     return network
 
 

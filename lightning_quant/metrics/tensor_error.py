@@ -1,4 +1,4 @@
-"""What quantization does to one tensor: signal to noise, clipping, codes that are used, and how channels differ."""
+"""Statistics of the quantization of a tensor: signal to noise, clipping, used codes, and differences of channels."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from torch import Tensor
 from lightning_quant.functional.grid import encode
 from lightning_quant.quantizers import Quantizer
 
-# More codes than this are not counted one by one.
+# Largest bit-width for which the used codes are counted.
 _COUNTED_BITS = 8
 _VALUES_PER_CODE = 8
 
 
 @dataclass(frozen=True)
 class TensorFigures:
-    """Figures of one tensor over all calls that were seen.
+    """Statistics of a tensor over all recorded calls.
 
     Attributes:
-        bits: of its codes.
-        low: smallest value.
-        high: largest value.
-        sqnr: signal to quantization noise, ``10 log10(sum x^2 / sum (x - q(x))^2)`` in dB; inf without any noise.
-        clipped: share of the values that lie outside the codes by more than rounding; None where the steps are not
-            uniform.
-        codes_used: share of the codes that occur, mean over the channels that have codes of their own; None where
-            they are not uniform, more than 256, or more than an eighth of the values.
-        negative: share of the values below 0.
-        signed: whether codes stand for values below 0; None where that is not known.
-        channel_ratio: range of the widest channel over that of the median one; None for one channel.
+        bits: Bit-width of the codes.
+        low: Smallest value.
+        high: Largest value.
+        sqnr: Signal-to-quantization-noise ratio, ``10 log10(sum x^2 / sum (x - q(x))^2)`` in dB; inf without noise.
+        clipped: Fraction of the values that lie outside the grid by more than rounding; None for non-uniform steps.
+        codes_used: Fraction of the codes that occur, averaged over channels with their own grid; None for non-uniform
+            steps, for more than 256 codes, and for more codes than an eighth of the values.
+        negative: Fraction of the values that are negative.
+        signed: Whether some codes represent negative values; None if unknown.
+        channel_ratio: Range of the widest channel divided by the median range; None for a single channel.
     """
 
     bits: int
@@ -46,12 +45,12 @@ class TensorFigures:
 
 
 class TensorError:
-    """Adds up what a quantizer does to a tensor, call by call.
+    """Accumulator of the quantization error of a tensor over several calls.
 
     Args:
-        quantizer: that acts on the tensor.
-        channel_axis: of the tensor.
-        own_codes: whether each channel has a grid of its own, as the output channels of weights.
+        quantizer: Quantizer of the tensor.
+        channel_axis: Channel axis of the tensor.
+        own_codes: Whether each channel has its own grid, like the output channels of weights.
 
     Example:
         >>> from lightning_quant.quantizers import LearnedQuantizer
@@ -60,8 +59,8 @@ class TensorError:
         >>> _ = quantizer.range.data.fill_(3.0)
         >>> error = TensorError(quantizer, channel_axis=1)
         >>> error.update(torch.tensor([[0.0, 1.0], [0.0, 9.0]]).repeat(8, 1))
-        >>> found = error.figures()
-        >>> found.clipped, found.codes_used, round(found.sqnr, 2)
+        >>> figures = error.figures()
+        >>> figures.clipped, figures.codes_used, round(figures.sqnr, 2)
         (0.25, 0.75, 3.58)
     """
 
@@ -76,11 +75,11 @@ class TensorError:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Take in one call's tensor, of any shape with that channel axis; nothing where it is empty."""
+        """Add the tensor of one call, of any shape with the channel axis. Empty tensors are ignored."""
         if x.numel() == 0:
             return
         values = x.detach().float()
-        # A rounding that was learned is not that of another tensor, so the quantizer sees the one that it was given.
+        # Learned rounding is specific to its weight, so the quantizer gets the original tensor rather than a copy.
         noise = self.quantizer(x.detach()).float() - values
         self.count += values.numel()
         self.negative += int((values < 0).sum())
@@ -110,13 +109,13 @@ class TensorError:
         self.used = used if self.used is None else self.used | used
 
     def _share_of_codes(self) -> float | None:
-        # Of a few values many codes are unused, which says nothing.
+        # With few values, many codes are unused by chance.
         if self.used is None or self.count < _VALUES_PER_CODE * self.used.numel():
             return None
         return float(self.used.float().mean())
 
     def figures(self) -> TensorFigures | None:
-        """What was seen so far; None where nothing was."""
+        """Compute the statistics so far, or None if there was no tensor."""
         if self.low is None or self.high is None:
             return None
         widths = self.high - self.low

@@ -1,4 +1,4 @@
-"""Classifiers of timm as feature extractors of torch-fidelity."""
+"""Classifiers of timm as feature extractors for torch-fidelity."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _PREFIX = "timm:"
 
 
 class TimmFeatures(FeatureExtractorBase):  # type: ignore[misc]
-    """Pooled features and class logits of a classifier of timm, its images prepared as it was trained.
+    """Pooled features and class logits of a timm classifier, with images prepared as in its training.
 
     Args:
-        name: ``timm:NAME``.
-        features_list: of ``pooled`` and ``logits``.
-        feature_extractor_weights_path: checkpoint that timm can read; None: fetched by timm.
+        name: Name of the extractor, ``timm:NAME``.
+        features_list: Features to return, from ``pooled`` and ``logits``.
+        feature_extractor_weights_path: Checkpoint that timm can read. None lets timm download it.
     """
 
     mean: Tensor
@@ -51,7 +51,7 @@ class TimmFeatures(FeatureExtractorBase):  # type: ignore[misc]
         self.eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Of images (n, 3, H, W), uint8."""
+        """Compute the features of images (n, 3, H, W), uint8."""
         x = F.interpolate(images.float() / 255, self.size, mode=self.mode, align_corners=False, antialias=True)
         x = self.model.forward_features((x.clamp(0, 1) - self.mean) / self.std)
         return tuple(self.model.forward_head(x, pre_logits=layer == "pooled") for layer in self.features_list)
@@ -70,17 +70,17 @@ class TimmFeatures(FeatureExtractorBase):  # type: ignore[misc]
 
 
 def register_timm(name: str) -> None:
-    """Makes ``timm:NAME`` known to torch-fidelity.
+    """Register ``timm:NAME`` with torch-fidelity.
 
     Raises:
-        ConfigurationError: timm has no such model.
+        ConfigurationError: The model does not exist in timm.
 
     Example:
         >>> register_timm("timm:tf_efficientnet_lite0")
     """
     if not timm.is_model(name.removeprefix(_PREFIX)):
         raise ConfigurationError(
-            f"features='{name}': timm has no such model; timm.list_models() names them, for example"
+            f"features='{name}': timm has no such model; timm.list_models() lists them. For example, write"
             " 'timm:tf_efficientnet_lite0'."
         )
     if name not in FEATURE_EXTRACTORS_REGISTRY:

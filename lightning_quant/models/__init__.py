@@ -1,4 +1,4 @@
-"""Networks that timm does not have, registered with timm by importing this package."""
+"""Networks that timm lacks, registered with timm when this package is imported."""
 
 from lightning_quant.models.cifar_resnet import (
     CIFARResNet,

@@ -1,4 +1,4 @@
-"""The ResNets for 32x32 images of He et al. (2015), section 4.2: 6n + 2 layers, 16/32/64 channels.
+"""ResNets for 32x32 images by He et al. (2015), section 4.2, with 6n + 2 layers and 16/32/64 channels.
 
 Shortcuts have no parameters (option A). Kim et al. (ECCV 2024) add a BatchNorm1d before the classifier.
 """
@@ -29,7 +29,7 @@ default_cfgs = generate_default_cfgs({f"cifar_resnet{depth}": _CFG for depth in 
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions and an option-A shortcut: subsample, and pad the new channels with zeros."""
+    """Two 3x3 convolutions and an option-A shortcut, which subsamples and pads the new channels with zeros."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -54,21 +54,21 @@ class _Block(nn.Module):
 
 
 class CIFARResNet(nn.Module):
-    """Residual network for small images, in timm's vocabulary.
+    """Residual network for small images, with timm's interface.
 
     Args:
         depth: Number of layers with weights, ``6 n + 2``: 20, 32, 44, 56, ...
-        num_classes: Width of the classifier; 0 leaves it out and returns the pooled features.
-        in_chans: Channels of the images.
-        head_norm: Whether a ``BatchNorm1d`` precedes the classifier, as in the recipe for INT4 training.
-            Without it the keys and the function are those of the usual public CIFAR ResNets.
+        num_classes: Number of classes. 0 omits the classifier and returns the pooled features.
+        in_chans: Number of channels of the images.
+        head_norm: Whether a ``BatchNorm1d`` precedes the classifier, as in the recipe for INT4 training. Without it,
+            the keys and the function are those of the usual public CIFAR ResNets.
         drop_rate: Dropout rate before the classifier.
 
     Shape:
-        images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``; H and W any size from 4 on.
+        Images ``(N, in_chans, H, W)`` to logits ``(N, num_classes)``, with H and W at least 4.
 
     Raises:
-        ConfigurationError: If ``depth`` is not ``6 n + 2``.
+        ConfigurationError: ``depth`` is not ``6 n + 2``.
 
     Example:
         >>> import timm, torch
@@ -90,7 +90,7 @@ class CIFARResNet(nn.Module):
         super().__init__()
         if depth < 8 or depth % 6 != 2:
             raise ConfigurationError(
-                f"A CIFAR ResNet has 6 n + 2 layers; found depth={depth}. Write for example depth=20."
+                f"A CIFAR ResNet has 6 n + 2 layers, but found depth={depth}. Write for example depth=20."
             )
         self.num_classes = num_classes
         self.num_features = self.head_hidden_size = 64
@@ -107,13 +107,13 @@ class CIFARResNet(nn.Module):
         self.apply(_initialize)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last feature maps, ``(N, 64, H / 4, W / 4)``."""
+        """Compute the last feature maps, ``(N, 64, H / 4, W / 4)``."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return x
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits ``(N, num_classes)`` of feature maps; with ``pre_logits`` what the classifier would get."""
+        """Compute the logits ``(N, num_classes)`` of feature maps, or the classifier's input with ``pre_logits``."""
         x = self.head_norm(x.mean(dim=(2, 3)))
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.linear(x)
@@ -122,13 +122,13 @@ class CIFARResNet(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
+        """Return the last linear layer."""
         return self.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Put a fresh classifier of another width in place; pooling is always the average."""
+        """Replace the classifier by a new one with ``num_classes`` outputs. Pooling is always the average."""
         if global_pool not in (None, "avg"):
-            raise ConfigurationError(f"CIFARResNet pools by 'avg' only; found global_pool={global_pool!r}.")
+            raise ConfigurationError(f"CIFARResNet supports only global_pool='avg', but found {global_pool!r}.")
         self.num_classes = num_classes
         reference = self.conv1.weight
         self.linear = _classifier(num_classes).apply(_initialize).to(reference.device, reference.dtype)
@@ -157,7 +157,7 @@ def _build(depth: int, pretrained: bool, kwargs: dict[str, Any]) -> CIFARResNet:
 
 @register_model
 def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
-    """ResNet-20, 0.27 M parameters. Keywords as :class:`CIFARResNet`.
+    """Create a ResNet-20 with 0.27 M parameters. The keywords are those of :class:`CIFARResNet`.
 
     Example:
         >>> sum(p.numel() for p in cifar_resnet20(head_norm=False).parameters())
@@ -168,7 +168,7 @@ def cifar_resnet20(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
 
 @register_model
 def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
-    """ResNet-32, 0.46 M parameters. Keywords as :class:`CIFARResNet`.
+    """Create a ResNet-32 with 0.46 M parameters. The keywords are those of :class:`CIFARResNet`.
 
     Example:
         >>> len(cifar_resnet32().layer1)
@@ -179,7 +179,7 @@ def cifar_resnet32(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
 
 @register_model
 def cifar_resnet56(pretrained: bool = False, **kwargs: Any) -> CIFARResNet:
-    """ResNet-56, 0.85 M parameters. Keywords as :class:`CIFARResNet`.
+    """Create a ResNet-56 with 0.85 M parameters. The keywords are those of :class:`CIFARResNet`.
 
     Example:
         >>> len(cifar_resnet56().layer1)

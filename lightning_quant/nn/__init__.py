@@ -1,4 +1,4 @@
-"""Quantized layers and attention, choosing layers, swapping them in and back."""
+"""Quantized layers and attentions, the selection of layers, and swapping them in and out."""
 
 from lightning_quant.nn.attention import (
     ATTENTIONS,

@@ -1,11 +1,11 @@
-"""Attention with its softmax in the open, by a change of class.
+"""Quantized attention, by swapping the class of a module.
 
-A fused attention computes softmax(q k^T) v in one kernel, where nothing between can be quantized. An opened attention
-runs the library's own forward, but its call of ``F.scaled_dot_product_attention`` comes to ``attend``, which
-computes it step by step and lets four quantizers act: on query, key, value and softmax. As with layers, only the class
-of the module is exchanged, and exchanged back by :func:`restore_attention`.
+A fused attention computes softmax(q k^T) v in one kernel, so its intermediate results cannot be quantized. An opened
+attention runs the library's own forward, but the call of ``F.scaled_dot_product_attention`` is redirected to
+``attend``, which computes it step by step and applies four quantizers: to query, key, value and softmax. As with
+layers, only the class of the module changes, and :func:`restore_attention` changes it back.
 
-Which classes of timm, torchvision and PyTorch are known stands in ``attention_forms``.
+The supported classes of timm, torchvision and PyTorch are in ``attention_forms``.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ __all__ = [
 ]
 
 ATTENTIONS: dict[type[nn.Module], type[QuantizedAttention]] = {}
-# Forms of classes by their full name: a network that has one of them has imported its library, nobody else needs to.
+# Forms of classes by full name, so that a library is not imported unless the network uses it.
 NAMED: dict[str, type[QuantizedAttention]] = {}
-# Where an opened attention keeps the library's switches as they were.
+# Attribute in which an opened attention stores the original values of the library's switches.
 SWITCHES = "_switches_when_closed"
 
 
 def register_attention(
     *classes: type[nn.Module] | str,
 ) -> Callable[[type[QuantizedAttention]], type[QuantizedAttention]]:
-    """Make attention classes known, exactly these and not their subclasses.
+    """Register attention classes: exactly these, not their subclasses.
 
-    A class whose forward calls ``F.scaled_dot_product_attention`` once needs this line and no more; a subclass of a
-    known one gets the form of that. As a decorator the line gives another form: a :class:`QuantizedAttention` with a
-    forward of its own, or ``WindowedAttention`` for a class that gets windows, by
+    A class whose forward calls ``F.scaled_dot_product_attention`` once needs only this line; a subclass of a registered
+    class gets the form of that class. Used as a decorator, the line registers another form: a
+    :class:`QuantizedAttention` with its own forward, or ``WindowedAttention`` for a class that receives windows,
     ``register_attention(MyAttention)(WindowedAttention)``.
 
     Args:
-        classes: attention classes, or their full names, ``"package.module.Class"``.
+        classes: Attention classes, or their full names, ``"package.module.Class"``.
 
     Example:
         >>> import torch.nn.functional as F
@@ -82,7 +82,7 @@ def register_attention(
 
 
 def attention_form(kind: type[nn.Module]) -> type[QuantizedAttention] | None:
-    """The quantized form of an attention class; None where it is not known."""
+    """Return the quantized form of an attention class, or None if it is not registered."""
     named = NAMED.get(f"{kind.__module__}.{kind.__qualname__}")
     if named is not None and kind not in ATTENTIONS:
         ATTENTIONS[kind] = form_for(kind, named, attention_form)
@@ -97,19 +97,19 @@ def swap_attention(
     softmax_quantizer: nn.Module | None = None,
     parent: nn.Module | None = None,
 ) -> QuantizedAttention:
-    """Open an attention, in place.
+    """Open an attention for quantization, in place.
 
     Args:
-        module: of one of the known classes exactly.
-        query_quantizer: acts on [B, heads, N, d]; None leaves the query in float, and so for the others.
-        key_quantizer: see above.
-        value_quantizer: see above.
-        softmax_quantizer: acts on [B, heads, N, N], rows sum to 1.
-        parent: the module that has ``module`` as a child and gets whole images; only windowed attention needs it.
+        module: Attention of exactly one of the registered classes.
+        query_quantizer: Quantizer of the query, [B, heads, N, d]. None keeps the query in float.
+        key_quantizer: Quantizer of the key, [B, heads, N, d], or None.
+        value_quantizer: Quantizer of the value, [B, heads, N, d], or None.
+        softmax_quantizer: Quantizer of the softmax, [B, heads, N, N], whose rows sum to 1, or None.
+        parent: Module that has ``module`` as a child and receives whole images. Only windowed attention needs it.
 
     Raises:
-        UnsupportedModelError: a class that is not known, or a setting of it that cannot be opened.
-        ConfigurationError: an attention that is open already; a windowed one without its parent.
+        UnsupportedModelError: The class is not registered, or this module has a setting that cannot be opened.
+        ConfigurationError: The attention is already open, or a windowed attention comes without its parent.
 
     Example:
         >>> attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -121,7 +121,7 @@ def swap_attention(
     kind = type(module)
     if isinstance(module, QuantizedAttention):
         raise ConfigurationError(
-            f"This {module.float_class.__name__} is open already: write restore_attention(module) first."
+            f"This {module.float_class.__name__} is already open: write restore_attention(module) first."
         )
     form = attention_form(kind)
     if form is None:
@@ -148,13 +148,13 @@ def swap_attention(
 
 
 def restore_attention(module: nn.Module) -> nn.Module:
-    """Turn an opened attention back into the float attention it was, with the weights it has now.
+    """Turn an opened attention back into a float attention, with its current weights.
 
     Raises:
-        ConfigurationError: a module that is not open.
+        ConfigurationError: The module is not open.
     """
     if not isinstance(module, QuantizedAttention):
-        raise ConfigurationError(f"This {type(module).__name__} is not an opened attention: nothing to close.")
+        raise ConfigurationError(f"This {type(module).__name__} is not an opened attention.")
     module.when_closing()
     for slot in SLOTS:
         delattr(module, slot)
@@ -165,18 +165,17 @@ def restore_attention(module: nn.Module) -> nn.Module:
 
 
 def swapped_attentions(module: nn.Module) -> Iterator[tuple[str, QuantizedAttention]]:
-    """Name and module of each opened attention, each once."""
+    """Iterate over the name and module of each opened attention, each once."""
     for name, child in module.named_modules():
         if isinstance(child, QuantizedAttention):
             yield name, child
 
 
 def unknown_class(kind: type[nn.Module], name: str) -> str:
-    """The sentence on an attention class that is not registered."""
+    """Return the error message for an attention class that is not registered."""
     line = f"lightning_quant.nn.register_attention({kind.__name__})"
     return (
-        f"{name} is a {kind.__module__}.{kind.__qualname__}, an attention that is not known. If its forward calls"
-        f" F.scaled_dot_product_attention once, write {line} first; if not, give the line as a decorator to a"
-        " QuantizedAttention whose forward calls self.attend; or leave it in float with"
-        f' exclude=["{name}"].'
+        f"{name} is a {kind.__module__}.{kind.__qualname__}, an attention class that is not registered. If its forward"
+        f" calls F.scaled_dot_product_attention once, write {line} first; if not, use that line as the decorator of a"
+        f' QuantizedAttention whose forward calls self.attend; or leave it in float with exclude=["{name}"].'
     )

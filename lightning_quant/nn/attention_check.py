@@ -1,4 +1,4 @@
-"""Which attentions of a network are known, before anything changes."""
+"""Check of the attentions of a network, before anything changes."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from lightning_quant.nn.selection import matches
 
 
 def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str]:
-    """Names of the attentions that can be opened, in the order of registration.
+    """Return the names of the attentions to open, in the order of registration.
 
     Args:
-        module: the network.
-        exclude: Patterns of the names of modules that stay in float with all below them, see
+        module: Network with attentions.
+        exclude: Name patterns of modules that stay in float with all their submodules, see
             :func:`~lightning_quant.nn.selection.matches`.
 
     Raises:
-        UnsupportedModelError: no attention at all; one whose class is not known, or that cannot be opened.
+        UnsupportedModelError: There is no attention, or one is not registered or cannot be opened.
 
     Example:
         >>> check_attentions(nn.Sequential(nn.Linear(8, 8), nn.MultiheadAttention(8, 2)))
         ['1']
     """
-    found = list(find_attentions(module))
-    if not found:
+    attentions = list(find_attentions(module))
+    if not attentions:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no attention: give a network with attention, such as a vision transformer of"
-            " timm or torchvision. An attention class of your own that calls F.scaled_dot_product_attention is made"
-            " known by lightning_quant.nn.register_attention(ItsClass)."
+            f"{type(module).__name__} has no attention: use a network with attention, such as a vision transformer of"
+            " timm or torchvision. If you have your own attention class that calls F.scaled_dot_product_attention,"
+            " write lightning_quant.nn.register_attention(ItsClass) first."
         )
-    taken = [(name, child) for name, child in found if not matches(name, exclude)]
-    for name, child in taken:
+    selected = [(name, child) for name, child in attentions if not matches(name, exclude)]
+    for name, child in selected:
         form = attention_form(type(child))
         if isinstance(child, QuantizedAttention):
             continue
@@ -47,26 +47,26 @@ def check_attentions(module: nn.Module, exclude: Sequence[str] = ()) -> list[str
                 f"{name or type(child).__name__} is a {type(child).__name__} that {form.obstacle(child)}: it cannot be"
                 f' opened. Leave it in float with exclude=["{name}"].'
             )
-    return [name for name, _ in taken]
+    return [name for name, _ in selected]
 
 
 def find_attentions(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of the attentions that are known, and of the innermost modules that look like one."""
+    """Iterate over the registered attentions, and the innermost modules that look like one, with their names."""
     modules = list(_outside_metrics(module))
-    known = {name for name, child in modules if _is_known(child)}
-    likely = {name for name, child in modules if name in known or _looks_like(child)}
+    registered = {name for name, child in modules if _is_registered(child)}
+    likely = {name for name, child in modules if name in registered or _looks_like(child)}
     for name, child in modules:
         within = name and f"{name}."
-        if name in known or (name in likely and not any(n != name and n.startswith(within) for n in likely)):
+        if name in registered or (name in likely and not any(n != name and n.startswith(within) for n in likely)):
             yield name, child
 
 
-def _is_known(module: nn.Module) -> bool:
+def _is_registered(module: nn.Module) -> bool:
     return isinstance(module, QuantizedAttention) or attention_form(type(module)) is not None
 
 
 def _looks_like(module: nn.Module) -> bool:
-    """By its name, and that it computes with weights."""
+    """Return whether a module is an attention, judged by its class name and by having weights and a forward."""
     return (
         re.search("attention|attn", type(module).__name__, re.IGNORECASE) is not None
         and type(module).forward is not nn.Module.forward
@@ -75,7 +75,7 @@ def _looks_like(module: nn.Module) -> bool:
 
 
 def _outside_metrics(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of all but metrics and what is within: they judge the network and are no part of it."""
+    """Iterate over all modules outside metrics, which evaluate the network and are not part of it."""
     closed: list[str] = []
     for name, child in module.named_modules():
         if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):

@@ -1,4 +1,4 @@
-"""The attention classes that are known, and the forms of those that need more than their fused call intercepted."""
+"""Registered attention classes, and the forms of those that need more than the redirected fused call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import register_attention
 from lightning_quant.nn.attention_mixin import QuantizedAttention, additive
 
-# What they get is [B, N, C], B images, and they call the fused attention once.
+# These take [B, N, C] for B images and call the fused attention once.
 register_attention(
     "timm.models.vision_transformer.Attention",  # up to timm 1.0.14
     "timm.layers.attention.Attention",
@@ -28,25 +28,25 @@ register_attention(
 
 @register_attention("diffusers.models.attention_processor.Attention")
 class ProcessedAttention(QuantizedAttention):
-    """Of diffusers, self- and cross-attention: what computes it is an exchangeable processor."""
+    """Self- and cross-attention of diffusers, which an exchangeable processor computes."""
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
-        """A processor of diffusers that computes the softmax by itself, or in a kernel of its own."""
+        """Report a processor of diffusers that computes the softmax by itself or in its own kernel."""
         processor = type(getattr(module, "processor", None))
         if processor.__module__.startswith("diffusers.") and "2_0" not in processor.__name__:
             return (
                 f"has the processor {processor.__name__}, which does not call F.scaled_dot_product_attention (write"
-                " attention.set_processor(AttnProcessor2_0()), of diffusers.models.attention_processor)"
+                " attention.set_processor(AttnProcessor2_0()), from diffusers.models.attention_processor)"
             )
         return super().obstacle(module)
 
 
 class _Windows(QuantizedAttention):
-    """Attention within windows: B images come as [B * windows, N, C], the windows of an image one after the other."""
+    """Attention within windows: B images come as [B * windows, N, C], with the windows of an image in sequence."""
 
     def set_instances(self, images: int | None) -> None:
-        """Tell the quantizers of the layers within that care how many images their input holds."""
+        """Set the number of images in a batch on the input quantizers inside that depend on it."""
         for module in self.modules():
             quantizer: Any = getattr(module, "input_quantizer", None)
             if hasattr(quantizer, "instances"):
@@ -58,25 +58,25 @@ class _Windows(QuantizedAttention):
 
 @register_attention("timm.models.swin_transformer.WindowAttention")
 class WindowedAttention(_Windows):
-    """Attention that gets windows and learns from its parent's input how many images they are of.
+    """Attention that receives windows, and reads the number of images from the input of its parent.
 
     Attributes:
-        images: of the last batch that came to the parent; None before.
+        images: Number of images in the last batch of the parent; None before.
     """
 
     images: int | None = None
     _hook: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """As the class, of x [B * windows, N, C].
+        """Run the forward of the float class on x, [B * windows, N, C].
 
         Raises:
-            ConfigurationError: windows that are not those of the images that the parent got.
+            ConfigurationError: The number of windows does not match the images of the parent's last batch.
         """
         if x.shape[0] % (self.images or 1):
             raise ConfigurationError(
-                f"{self.float_class.__name__} got {x.shape[0]} windows, the last batch of its parent was {self.images}"
-                " images: call the parent."
+                f"{self.float_class.__name__} got {x.shape[0]} windows, but the last batch of its parent had"
+                f" {self.images} images: call the parent."
             )
         self.set_instances(self.images)
         return super().forward(x, *args, **kwargs)
@@ -85,8 +85,8 @@ class WindowedAttention(_Windows):
         if parent is None or self not in parent.children():
             kind = self.float_class.__name__
             raise ConfigurationError(
-                f"{kind} gets windows and not images: give the module that has it as a child,"
-                f" swap_attention(module, ..., parent=block), found {type(parent).__name__}."
+                f"{kind} takes windows rather than images: pass the module that has it as a child,"
+                f" swap_attention(module, ..., parent=block); found parent of type {type(parent).__name__}."
             )
         self._hook = parent.register_forward_pre_hook(_note_images, with_kwargs=True)
 
@@ -98,7 +98,7 @@ class WindowedAttention(_Windows):
 
 
 def _note_images(parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of the parent. It keeps nothing itself: the parent may be copied or pickled with it."""
+    """Store the number of images: a forward pre-hook without state, since the parent may be copied or pickled."""
     images = next(x.shape[0] for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
     for child in parent.children():
         if isinstance(child, WindowedAttention):
@@ -110,28 +110,28 @@ def _note_images(parent: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     "torchvision.models.swin_transformer.ShiftedWindowAttentionV2",
 )
 class ShiftedWindows(_Windows):
-    """Torchvision's: cuts images [B, H, W, C] into windows itself, and uses the weights of its layers as functions."""
+    """Shifted-window attention of torchvision, which cuts [B, H, W, C] into windows and calls ``F.linear`` itself."""
 
     qkv: nn.Linear
     proj: nn.Linear
 
     def forward(self, x: Tensor) -> Any:
-        """[B, H, W, C] to [B, H, W, C]."""
+        """Map [B, H, W, C] to [B, H, W, C]."""
         self.set_instances(x.shape[0])
         with _Pieces(self) as pieces:
-            # Past QuantizedAttention's, which looks for a fused attention.
+            # Skip the forward of QuantizedAttention, which expects a fused attention.
             output = super(QuantizedAttention, self).forward(x)
         if (pieces.linears, pieces.matmuls) != (2, 2):
             raise UnsupportedModelError(
                 f"{self.float_class.__name__} ran {pieces.linears} of its 2 linears and {pieces.matmuls} of its 2"
-                " products on weights that are the module's own: remove parametrizations of qkv and proj, or leave it"
-                " in float with exclude."
+                " products on the module's own weights: remove parametrizations of qkv and proj, or leave it in float"
+                " with exclude."
             )
         return output
 
 
 class _Pieces(TorchFunctionMode):
-    """Finds qkv, q k^T, softmax, attention x v and proj among the functions that torchvision's attention calls."""
+    """Mode that intercepts qkv, q k^T, softmax, attention x v and proj in the attention of torchvision."""
 
     MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -142,13 +142,13 @@ class _Pieces(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        # What is called from here on does not come here again: not the linear within qkv, not the products below.
+        # Calls from here on are not intercepted again: neither the linear inside qkv nor the products below.
         if func is F.linear:
             for layer in (self.attention.qkv, self.attention.proj):
                 if args[1] is layer.weight:
                     self.linears += 1
                     return _through(layer, args[0], *args[2:])
-        # The position bias is computed before qkv, by layers of its own.
+        # The position bias is computed before qkv, by separate layers.
         elif self.linears == 1 and func is F.softmax:
             return self.attention.quantized_softmax(args[0])
         elif self.linears == 1 and func in self.MATMULS:
@@ -166,7 +166,7 @@ class _Pieces(TorchFunctionMode):
 
 
 def _through(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Output of a layer for the bias that it was called with, which V2 sets to 0 for the key."""
+    """Compute the output of a layer with the bias of the call, which V2 sets to 0 for the key."""
     output: Tensor = layer(x)
     if bias is None or bias is layer.bias:
         return output
@@ -175,24 +175,24 @@ def _through(layer: nn.Linear, x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @register_attention(nn.MultiheadAttention)
 class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
-    """Self-attention of ``nn.MultiheadAttention``, its packed projection a layer ``in_proj`` of its own.
+    """Self-attention of ``nn.MultiheadAttention``, with its packed projection as a separate layer ``in_proj``.
 
-    The layer takes over the Parameters ``in_proj_weight`` and ``in_proj_bias``; closing gives them back. A float state
-    dict can be loaded too.
+    The layer takes over the parameters ``in_proj_weight`` and ``in_proj_bias``; restoring gives them back. Float state
+    dicts can be loaded too.
     """
 
-    # With it nn.TransformerEncoderLayer calls its attention, and does not compute it from the weights.
+    # This makes nn.TransformerEncoderLayer call its attention instead of computing it from the weights.
     switches_when_swapped = {"_qkv_same_embed_dim": False}  # noqa: RUF012
     in_proj: nn.Linear
 
     @property
     def in_proj_weight(self) -> Tensor:  # type: ignore[override]
-        """Of the layer ``in_proj``, for ``nn.TransformerEncoder`` to look at."""
+        """Weight of the layer ``in_proj``, which ``nn.TransformerEncoder`` reads."""
         return self.in_proj.weight
 
     @property
     def in_proj_bias(self) -> Tensor | None:  # type: ignore[override]
-        """Of the layer ``in_proj``."""
+        """Bias of the layer ``in_proj``."""
         return self.in_proj.bias
 
     def forward(  # type: ignore[override]
@@ -206,10 +206,10 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As ``nn.MultiheadAttention``, of one tensor.
+        """Compute self-attention, with the arguments of ``nn.MultiheadAttention``.
 
         Raises:
-            UnsupportedModelError: for cross-attention and nested tensors.
+            UnsupportedModelError: The call is a cross-attention, or the input is a nested tensor.
         """
         self._check_input(query, key, value)
         x = query if query.dim() == 3 else query.unsqueeze(0)
@@ -228,7 +228,7 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
         return output, weights if need_weights else None
 
     def _merged(self, attn_mask: Tensor | None, padding: Tensor | None, x: Tensor) -> Tensor | None:
-        """Both masks, True where a key is left out, as one of numbers to add; broadcasts to [B, heads, N, N]."""
+        """Merge both masks (True masks a key out) into an additive one that broadcasts to [B, heads, N, N]."""
         attn_mask, padding = (
             additive(~mask, x.dtype) if mask is not None and mask.dtype == torch.bool else mask
             for mask in (attn_mask, padding)
@@ -254,9 +254,9 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
-        """Keys or values of other widths, added ones, and a subclass that computes something else."""
+        """Report keys or values of other widths, added keys or values, and a subclass with its own forward."""
         if type(module).forward is not nn.MultiheadAttention.forward:
-            return "is a MultiheadAttention with a forward of its own"
+            return "is a MultiheadAttention with its own forward"
         if vars(module)["_qkv_same_embed_dim"] is False:
             return "has a kdim or vdim other than embed_dim"
         if getattr(module, "bias_k", None) is not None or vars(module)["add_zero_attn"]:
@@ -268,9 +268,9 @@ class QuantizedMultiheadAttention(QuantizedAttention, nn.MultiheadAttention):
         assert weight is not None
         layer = nn.Linear(self.embed_dim, 3 * self.embed_dim, bias=bias is not None, device="meta")
         layer.weight, layer.bias = weight, bias  # type: ignore[assignment]
-        # As None they keep their place among the parameters.
+        # None keeps their position among the parameters.
         self._parameters.update(in_proj_weight=None, in_proj_bias=None)
-        # Before out_proj, in the order in which they run.
+        # in_proj comes before out_proj, in the order of execution.
         others = dict(self._modules)
         self._modules.clear()
         self._modules.update({"in_proj": layer.train(self.training), **others})

@@ -1,4 +1,4 @@
-"""What an opened attention does in place of the fused one."""
+"""Mixin that replaces the fused attention by a quantized one."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ SLOTS = ("query_quantizer", "key_quantizer", "value_quantizer", "softmax_quantiz
 
 
 class QuantizedAttention(QuantizedModule):
-    """Mixin of an attention class: quantizes query, key, value and softmax.
+    """Mixin of an attention class that quantizes query, key, value and softmax.
 
-    Made by :func:`swap_attention`, never called. Each of the four quantizers may be None, which leaves its tensor in
-    float. ``observer`` is called with the name of the slot and the tensor before the slot's quantizer acts; None
-    outside calibration.
+    Instances come from :func:`swap_attention`, not from the constructor. Each of the four quantizers may be None, which
+    keeps its tensor in float. During calibration, ``observer`` is called with the name of a slot and its tensor before
+    the quantizer of the slot is applied; otherwise it is None.
     """
 
     quantizer_slots = SLOTS
-    # Of timm: the way through F.scaled_dot_product_attention, and through the layer qkv and not its bare weight.
+    # Switches of timm: use F.scaled_dot_product_attention, and call the layer qkv rather than use its weight.
     switches_when_swapped: ClassVar[dict[str, bool]] = {"fused_attn": True, "qkv_bias_separate": True}
     query_quantizer: nn.Module | None
     key_quantizer: nn.Module | None
@@ -35,8 +35,8 @@ class QuantizedAttention(QuantizedModule):
     observer: Callable[[str, Tensor], None] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the class does, with :meth:`attend` in place of the fused attention."""
-        # Not `as`: to the compiler of PyTorch that name would be None.
+        """Run the forward of the float class, with :meth:`attend` in place of the fused attention."""
+        # Without `as`, since torch.compile would see None under that name.
         interception = _Interception(self)
         with interception:
             output = super().forward(*args, **kwargs)
@@ -44,8 +44,8 @@ class QuantizedAttention(QuantizedModule):
             kind = self.float_class.__name__
             raise UnsupportedModelError(
                 f"{kind} called F.scaled_dot_product_attention {interception.calls} times in one forward, expected 1:"
-                f" register a form of {kind} that calls self.attend, with"
-                f" @lightning_quant.nn.register_attention({kind}) above it, or leave it in float with exclude."
+                f" register a form of {kind} that calls self.attend with the decorator"
+                f" @lightning_quant.nn.register_attention({kind}), or leave it in float with exclude."
             )
         return output
 
@@ -60,20 +60,20 @@ class QuantizedAttention(QuantizedModule):
         dropout: float = 0.0,
         grouped: bool = False,
     ) -> Tensor:
-        """softmax(scale q k^T + mask) v with the four quantizers; arguments as ``F.scaled_dot_product_attention``.
+        """Compute softmax(scale q k^T + mask) v with the four quantizers.
 
         Args:
-            query: [B, heads, N, d].
-            key: [B, heads, M, d].
-            value: [B, heads, M, d].
-            mask: broadcasts to [B, heads, N, M]; True where a key takes part, or numbers to add.
-            scale: default d^-1/2.
-            causal: query n sees keys 0 .. n.
-            dropout: probability, of the attention after its quantizer.
-            grouped: key and value have fewer heads, each for several of the query's.
+            query: Query, [B, heads, N, d].
+            key: Key, [B, heads, M, d].
+            value: Value, [B, heads, M, d].
+            mask: Mask that broadcasts to [B, heads, N, M]: boolean, True where a key takes part, or additive.
+            scale: Factor of the scores. Default: d^-1/2.
+            causal: Whether query n attends to keys 0 .. n only.
+            dropout: Dropout probability of the attention after its quantizer.
+            grouped: Whether key and value have fewer heads, each shared by several heads of the query.
 
         Returns:
-            [B, heads, N, d], in the dtype of ``value``.
+            Output, [B, heads, N, d], in the dtype of ``value``.
         """
         attention = self.quantized_map(query, key, mask, scale, causal, grouped)
         value = self.quantize_slot("value_quantizer", value)
@@ -90,20 +90,20 @@ class QuantizedAttention(QuantizedModule):
         causal: bool = False,
         grouped: bool = False,
     ) -> Tensor:
-        """The quantized softmax, [B, heads, N, M], in FP32 or FP64; arguments as of :meth:`attend`."""
+        """Compute the quantized softmax, [B, heads, N, M], in FP32 or FP64. See :meth:`attend` for the arguments."""
         query, key = self.quantize_slot("query_quantizer", query), self.quantize_slot("key_quantizer", key)
         if grouped:
             key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-        # Scaled first: the product of FP16 tensors could overflow.
+        # Scale before the product, which could overflow in FP16.
         scores = (query * scale) @ key.transpose(-2, -1)
         if causal:
-            seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-            mask = seen if mask is None else additive(mask, scores.dtype).masked_fill(~seen, -torch.inf)
+            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            mask = visible if mask is None else additive(mask, scores.dtype).masked_fill(~visible, -torch.inf)
         return self.quantized_softmax(scores, None if mask is None else additive(mask, scores.dtype))
 
     def quantized_softmax(self, scores: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The quantized softmax of ``scores + bias`` over the last axis; 0 where the bias leaves nothing of a row."""
+        """Compute the quantized softmax of ``scores + bias`` over the last axis. Fully masked rows are 0."""
         dtype = torch.promote_types(scores.dtype, torch.float32)
         if bias is None:
             return self.quantize_slot("softmax_quantizer", scores.softmax(-1, dtype=dtype))
@@ -112,7 +112,7 @@ class QuantizedAttention(QuantizedModule):
         return self.quantize_slot("softmax_quantizer", attention.masked_fill(empty, 0))
 
     def quantize_slot(self, slot: str, tensor: Tensor) -> Tensor:
-        """``tensor`` after the observer saw it and the quantizer of ``slot`` acted on it."""
+        """Pass ``tensor`` to the observer and return it quantized by the quantizer of ``slot``."""
         if self.observer is not None:
             self.observer(slot, tensor)
         quantizer = getattr(self, slot)
@@ -120,30 +120,30 @@ class QuantizedAttention(QuantizedModule):
 
     @classmethod
     def obstacle(cls, module: nn.Module) -> str:
-        """Why this module of ``float_class`` cannot be opened; empty where it can."""
+        """Return why this module of ``float_class`` cannot be opened, or an empty string if it can."""
         if "forward" in vars(module):
             return "has a forward that was set on the module itself"
-        own = vars(module).keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
-        # Either would hide the other.
-        clash = own & {*SLOTS, *(set(dir(QuantizedAttention)) - set(dir(nn.Module)))}
+        attributes = vars(module).keys() | module._modules.keys() | module._parameters.keys() | module._buffers.keys()
+        # One attribute would hide the other.
+        clash = attributes & {*SLOTS, *(set(dir(QuantizedAttention)) - set(dir(nn.Module)))}
         return f"has {', '.join(sorted(clash))}, which is also a name of QuantizedAttention" if clash else ""
 
     def when_swapped(self, parent: nn.Module | None) -> None:
-        """Called at the end of :func:`swap_attention`."""
+        """Run at the end of :func:`swap_attention`."""
 
     def when_closing(self) -> None:
-        """Called at the start of :func:`restore_attention`."""
+        """Run at the start of :func:`restore_attention`."""
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask, True where a key takes part, as numbers to add: 0 and -inf. Others as they are."""
+    """Convert a boolean mask (True where a key takes part) to 0 and -inf. Other masks are returned unchanged."""
     if mask.dtype != torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
 
 
 class _Interception(TorchFunctionMode):
-    """Sends the fused attention that is called in an attention's forward to its ``attend``."""
+    """Mode that redirects the fused attention in the forward of an attention to its ``attend``."""
 
     def __init__(self, attention: QuantizedAttention) -> None:
         super().__init__()

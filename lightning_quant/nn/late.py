@@ -1,4 +1,4 @@
-"""Networks that do not exist yet: a LightningModule may build its own in ``setup`` or in ``configure_model``."""
+"""Networks that a LightningModule builds late, in ``setup`` or ``configure_model``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 def builds_late(module: nn.Module) -> bool:
-    """Whether a module may get layers after Lightning has called ``setup`` of the callbacks.
+    """Return whether a module may get layers after Lightning calls ``setup`` of the callbacks.
 
     Example:
         >>> builds_late(pl.LightningModule())
@@ -21,9 +21,9 @@ def builds_late(module: nn.Module) -> bool:
 
 
 def after_setup(module: pl.LightningModule, then: Callable[[], object]) -> None:
-    """Call ``then`` once, when the module's own ``setup`` is done and before anything is loaded or optimized.
+    """Call ``then`` once, after the module's own ``setup`` and before anything is loaded or optimized.
 
-    Lightning has no hook of callbacks there: it calls theirs before the module's.
+    Lightning has no callback hook there: it calls ``setup`` of the callbacks before that of the module.
 
     Example:
         >>> module = pl.LightningModule()
@@ -37,13 +37,13 @@ def after_setup(module: pl.LightningModule, then: Callable[[], object]) -> None:
 
 
 def cancel_after_setup(module: pl.LightningModule) -> None:
-    """Undo :func:`after_setup` where the module's ``setup`` was never called."""
+    """Undo :func:`after_setup` if the module's ``setup`` was never called."""
     if isinstance(vars(module).get("setup"), _Setup):
         del module.setup
 
 
 class _Setup:
-    """The ``setup`` of one module, followed by something else."""
+    """Wrapper of a module's ``setup`` that calls a function afterwards."""
 
     def __init__(self, module: pl.LightningModule, then: Callable[[], object]) -> None:
         self.module, self.then = module, then
@@ -54,9 +54,9 @@ class _Setup:
         self.then()
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A copy of the module, as averaging makes one, is not what the callback waits for.
+        # The callback does not wait for a copy of the module, such as one for weight averaging.
         return _Setup, (self.module, _nothing)
 
 
 def _nothing() -> None:
-    """What follows the ``setup`` of a copy."""
+    """Do nothing after the ``setup`` of a copy."""

@@ -1,7 +1,7 @@
-"""Quantized Linear, Conv and ConvTranspose layers, by a change of class.
+"""Quantized Linear, Conv and ConvTranspose layers, by swapping the class of a layer.
 
-A layer keeps its identity, its parameters, its hooks and its place in the state dict: only its class is
-exchanged for one that quantizes, and exchanged back by :func:`restore`. Nothing that holds the layer notices.
+A layer keeps its identity, parameters, hooks and keys in the state dict: only its class is replaced by a quantizing
+one, and :func:`restore` puts the old class back. Code that holds a reference to the layer is not affected.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ QUANTIZERS = ("input_quantizer", "weight_quantizer", "gradient_quantizer")
 
 
 class QuantizedLayer(QuantizedModule):
-    """Mixin of a layer class: quantizes its input, its weight, and the gradient of its output.
+    """Mixin of a layer class that quantizes its input, its weight, and the gradient of its output.
 
-    Made by :func:`swap`, never called. Each of the three quantizers may be None, which leaves that tensor in float.
-    A quantizer that is not ready initializes itself from the first tensor in training, and is the identity before.
+    Instances come from :func:`swap`, not from the constructor. Each of the three quantizers may be None, which keeps
+    its tensor in float. A quantizer that is not ready is initialized from its first tensor in training, and acts as
+    the identity until then.
     """
 
     quantizer_slots = QUANTIZERS
@@ -52,22 +53,22 @@ class QuantizedLayer(QuantizedModule):
             cls.forward = forward  # type: ignore[method-assign]
 
     def product(self, output_padding: Sequence[int] = ()) -> Product:
-        """The product of this layer with its arguments."""
+        """Return the product of this layer with its arguments."""
         raise NotImplementedError
 
     def grids(self) -> list[Grid] | None:
-        """Grids of input, weight and gradient, None where one of them is in float or not yet decided."""
+        """Return the grids of input, weight and gradient, or None if one of them is in float or undecided."""
         quantizers = [getattr(self, name) for name in QUANTIZERS]
         if any(q is None or getattr(q, "signed", True) is None for q in quantizers):
             return None
         return [q.grid for q in quantizers]
 
     def runs_integer(self) -> bool:
-        """Whether products run on int8 codes: asked for, and all three tensors have codes that fit int8."""
+        """Return whether products run on int8 codes: this is enabled, and all three tensors have int8 codes."""
         if self.execution != "integer":
             return False
         for quantizer in (self.input_quantizer, self.weight_quantizer):
-            # Before it is ready a quantizer is the identity, and there are no codes.
+            # A quantizer that is not ready is the identity and has no codes.
             if not isinstance(quantizer, LearnedQuantizer) or not quantizer.ready:
                 return False
         grids = self.grids()
@@ -76,23 +77,23 @@ class QuantizedLayer(QuantizedModule):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         before, quantizer = self.weight.detach(), self.weight_quantizer
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # In another dtype it is the same weight, though its bits are others.
+        # A change of dtype changes the bits, but it is still the same weight.
         if quantizer is not None and self.weight.dtype != before.dtype and quantizer.knows(before):
             quantizer.adopt(self.weight)
         return self
 
     def sets_state(self) -> bool:
-        """Whether the next forward, or its backward, sets state: ranges that begin, gradients that are quantized."""
+        """Return whether the next forward or backward sets state: it initializes a range or quantizes a gradient."""
         quantizers = (self.input_quantizer, self.weight_quantizer)
         if any(q is not None and not q.ready for q in quantizers):
             return True
         return torch.is_grad_enabled() and all(q is None or isinstance(q, LearnedQuantizer) for q in quantizers)
 
     def quantized_forward(self, x: Tensor, product: Product) -> Tensor:
-        """Output of the layer for a batched input."""
-        # A frozen layer in evaluation mode must start too; a validation before training must not.
+        """Compute the output of the layer for a batched input."""
+        # A frozen layer in evaluation mode must be initialized too, but not by a validation before training.
         starting = self.training or torch.is_grad_enabled()
-        # Once: a parametrization derives it anew each time, and may take a step in training.
+        # Read it once: a parametrization computes it at each access, and may take a step in training.
         weight = self.weight
         for quantizer, tensor in ((self.input_quantizer, x), (self.weight_quantizer, weight)):
             if quantizer is None or quantizer.ready:
@@ -121,14 +122,14 @@ class QuantizedLayer(QuantizedModule):
 
 @register(nn.Linear)
 class QuantizedLinear(QuantizedLayer, nn.Linear):
-    """``nn.Linear`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.Linear``."""
 
     def product(self, output_padding: Sequence[int] = ()) -> Product:
-        """The linear product, on int8 codes where that was asked for."""
+        """Return the linear product, on int8 codes if enabled."""
         return IntegerLinear() if self.runs_integer() else LinearProduct()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """(..., in) to (..., out)."""
+        """Map (..., in) to (..., out)."""
         return self.quantized_forward(input, self.product())
 
 
@@ -143,11 +144,11 @@ class _QuantizedConvolution(QuantizedLayer):
     _reversed_padding_repeated_twice: list[int]
 
     def runs_integer(self) -> bool:
-        """As for other layers; grouped and transposed convolutions are simulated."""
+        """Return whether products run on int8 codes. Grouped and transposed convolutions are always simulated."""
         return self.groups == 1 and not self.transposed and super().runs_integer()
 
     def _outer_padding(self) -> list[int] | None:
-        """What has to be padded before the product, as ``F.pad`` takes it: all that is not zeros on both sides."""
+        """Return the padding to apply with ``F.pad`` before the product: all but symmetric zero padding."""
         both_sides = self._reversed_padding_repeated_twice
         if self.transposed:
             return None
@@ -156,7 +157,7 @@ class _QuantizedConvolution(QuantizedLayer):
         return both_sides
 
     def product(self, output_padding: Sequence[int] = ()) -> Product:
-        """The convolution with this layer's arguments, by unfold on int8 codes where that was asked for."""
+        """Return the convolution with the arguments of this layer, by unfold on int8 codes if enabled."""
         spatial = len(self.kernel_size)
         padding = (0,) * spatial
         if self._outer_padding() is None:
@@ -180,13 +181,13 @@ class _QuantizedConvolution(QuantizedLayer):
 
 class _QuantizedConv(_QuantizedConvolution):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
+        """Map (N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
         return self._run(input)
 
 
 class _QuantizedConvTranspose(_QuantizedConvolution):
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:  # noqa: A002
-        """(N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
+        """Map (N, in, ...) or (in, ...) to (N, out, ...) or (out, ...)."""
         layer = cast(Any, self)
         spatial = len(self.kernel_size)
         extra = layer._output_padding(
@@ -197,32 +198,32 @@ class _QuantizedConvTranspose(_QuantizedConvolution):
 
 @register(nn.Conv1d)
 class QuantizedConv1d(_QuantizedConv, nn.Conv1d):
-    """``nn.Conv1d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.Conv1d``."""
 
 
 @register(nn.Conv2d)
 class QuantizedConv2d(_QuantizedConv, nn.Conv2d):
-    """``nn.Conv2d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.Conv2d``."""
 
 
 @register(nn.Conv3d)
 class QuantizedConv3d(_QuantizedConv, nn.Conv3d):
-    """``nn.Conv3d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.Conv3d``."""
 
 
 @register(nn.ConvTranspose1d)
 class QuantizedConvTranspose1d(_QuantizedConvTranspose, nn.ConvTranspose1d):
-    """``nn.ConvTranspose1d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.ConvTranspose1d``."""
 
 
 @register(nn.ConvTranspose2d)
 class QuantizedConvTranspose2d(_QuantizedConvTranspose, nn.ConvTranspose2d):
-    """``nn.ConvTranspose2d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.ConvTranspose2d``."""
 
 
 @register(nn.ConvTranspose3d)
 class QuantizedConvTranspose3d(_QuantizedConvTranspose, nn.ConvTranspose3d):
-    """``nn.ConvTranspose3d`` whose product runs on quantized tensors."""
+    """Quantized form of ``nn.ConvTranspose3d``."""
 
 
 def swap(
@@ -235,15 +236,16 @@ def swap(
     """Turn a layer into its quantized form, in place.
 
     Args:
-        layer: of one of the classes in ``LAYERS``, or of a subclass that computes as one of them does.
-        input_quantizer: None leaves the input in float, and so for the other two.
-        weight_quantizer: see above.
-        gradient_quantizer: see above.
-        execution: "integer" multiplies int8 codes where all three tensors have them.
+        layer: Layer of a class in ``LAYERS``, or of a subclass that computes the same.
+        input_quantizer: Quantizer of the input. None keeps it in float.
+        weight_quantizer: Quantizer of the weight, or None.
+        gradient_quantizer: Quantizer of the gradient of the output, or None.
+        execution: Execution of the products: "simulated", or "integer" to multiply int8 codes if all three tensors have
+            them.
 
     Raises:
-        UnsupportedModelError: a layer of another class, or with a forward of its own.
-        ConfigurationError: a gradient quantizer or integers with other forward quantizers than learned ones.
+        UnsupportedModelError: The layer is of another class, or has its own forward.
+        ConfigurationError: A gradient quantizer or "integer" is combined with forward quantizers that are not learned.
 
     Example:
         >>> layer = nn.Linear(4, 2)
@@ -259,8 +261,8 @@ def swap(
     learned = all(q is None or isinstance(q, LearnedQuantizer) for q in forward)
     if not learned and (gradient_quantizer is not None or execution == "integer"):
         raise ConfigurationError(
-            "A gradient_quantizer and execution='integer' need a LearnedQuantizer or None for the input and the weight,"
-            f" found {' and '.join(type(q).__name__ for q in forward)}."
+            "gradient_quantizer and execution='integer' need a LearnedQuantizer or None for the input and the weight,"
+            f" but found {' and '.join(type(q).__name__ for q in forward)}."
         )
     form = layer_form(type_before_parametrizations(layer))
     assert form is not None
@@ -276,7 +278,7 @@ def swap(
 
 
 def restore(layer: QuantizedLayer) -> nn.Module:
-    """Turn a quantized layer back into the float layer it was, with the weight it has now."""
+    """Turn a quantized layer back into a float layer, with its current weight."""
     for name in QUANTIZERS:
         delattr(layer, name)
     del layer.execution

@@ -1,4 +1,4 @@
-"""Networks that ``torch.compile`` was called on, while their layers are exchanged and their quantizers begin."""
+"""Execution modes of networks: eager execution of compiled networks, and evaluation mode."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ R = TypeVar("R")
 
 @contextmanager
 def eager_execution() -> Iterator[None]:
-    """Run compiled modules as they are written, and let them be compiled anew afterwards, with the layers of then.
+    """Run compiled modules eagerly, and have them compiled again afterwards with their new layers.
 
-    What was compiled before would go on with the layers and the empty quantizers that it has seen.
+    Code compiled earlier would continue to use the old layers and the uninitialized quantizers.
 
     Example:
         >>> with eager_execution():
@@ -36,7 +36,7 @@ def eager_execution() -> Iterator[None]:
 
 
 def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook for a network that may be compiled, which runs as it is written in any case.
+    """Wrap a hook so that it always runs eagerly, even in a compiled network.
 
     Example:
         >>> never_compiled(len)([1, 2])
@@ -46,11 +46,12 @@ def never_compiled(hook: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def untraced(function: Callable[P, R], when: Callable[..., bool] | None = None) -> Callable[P, R]:
-    """Decorate what sets state in a forward or a backward: a compiled network calls it and does not trace it.
+    """Decorate a function that sets state in forward or backward: a compiled network calls it without tracing it.
 
     Args:
         function: Function or method.
-        when: Function of the same arguments, false for a call that sets no state and may be traced. Default: none may.
+        when: Function of the same arguments that returns False for a call that sets no state and may be traced.
+            Default: no call is traced.
 
     Example:
         >>> untraced(len)([1, 2])
@@ -64,7 +65,7 @@ def untraced(function: Callable[P, R], when: Callable[..., bool] | None = None) 
         if when is not None and not when(*args, **kwargs):
             return function(*args, **kwargs)
         if disabled is None:
-            # Not where it is defined: this imports the compiler, which takes seconds (every optimizer does).
+            # Only when called, since this imports the compiler, which takes seconds (every optimizer imports it).
             disabled = torch.compiler.disable(function)
         return disabled(*args, **kwargs)
 
@@ -72,13 +73,13 @@ def untraced(function: Callable[P, R], when: Callable[..., bool] | None = None) 
 
 
 def _imported() -> bool:
-    """Nothing was compiled where the compiler was never imported, which takes seconds."""
+    """Return whether the compiler is imported. If not, nothing was compiled, and importing it takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """The network in evaluation mode; afterwards each module in the mode that it had.
+    """Set the network to evaluation mode, and restore the mode of each module afterwards.
 
     Example:
         >>> network = nn.Sequential(nn.Dropout(), nn.Dropout().eval())

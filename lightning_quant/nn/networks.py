@@ -1,4 +1,4 @@
-"""The networks that a LightningModule holds: those that train, frozen helpers, and copies of another."""
+"""Networks inside a LightningModule: trained ones, frozen helpers, and copies of other networks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Layers = Sequence[tuple[str, nn.Module]]
 
 @dataclass
 class Networks:
-    """What the layers of a module are to its training, each by name.
+    """Roles of the layers of a module in its training, by layer name.
 
     Attributes:
-        owner: The network that a layer is part of, where the module trains several one by one.
-        frozen: The part of the module, no parameter of which trains, that a layer lies in.
-        original: The layer that a layer copies, as that of an average of the network does.
+        owner: Network to which a layer belongs, if the module trains several networks separately.
+        frozen: Part of the module without trainable parameters that contains a layer.
+        original: Layer of which a layer is a copy, for example in an average of the network.
     """
 
     owner: dict[str, str] = field(default_factory=dict)
@@ -32,11 +32,11 @@ class Networks:
 
 
 def networks_of(module: nn.Module) -> Networks:
-    """Tell the networks of a LightningModule apart, by its direct parts; any other module is one network that trains.
+    """Identify the networks of a LightningModule from its direct parts. Any other module is a single trained network.
 
-    All that trains is one network, since Lightning steps one optimizer by itself; with manual optimization each part
-    is one. A part is a copy where its layers have the values of another's: of one that trains, and it trains itself or
-    can be updated from another module, as averages can.
+    All trained parts are one network, since Lightning steps a single optimizer; with manual optimization each part is
+    a network. A part is a copy if its layers have the values of a trained part, and it is trained itself or can be
+    updated from another module, as averages can.
 
     Example:
         >>> class Perceptual(pl.LightningModule):
@@ -46,28 +46,28 @@ def networks_of(module: nn.Module) -> Networks:
         >>> networks_of(Perceptual()).frozen
         {'vgg': 'vgg'}
     """
-    found, training = Networks(), dict[str, Layers]()
+    networks, training = Networks(), dict[str, Layers]()
     if not isinstance(module, pl.LightningModule):
-        return found
+        return networks
     for name, part, layers in _parts(module):
-        # What was quantized trained then.
+        # Quantized layers were trained when they were quantized.
         trains = any(p.requires_grad for p in part.parameters()) or _is_quantized(layers)
         original = next((other for other in training.values() if _same(layers, other)), None)
         if original is not None and (trains or _is_updated(part)):
-            found.original.update({copy: layer for (copy, _), (layer, _) in zip(layers, original, strict=True)})
+            networks.original.update({copy: layer for (copy, _), (layer, _) in zip(layers, original, strict=True)})
         elif trains:
             training[name] = layers
         else:
-            found.frozen.update({layer: name for layer, _ in layers})
+            networks.frozen.update({layer: name for layer, _ in layers})
     if not training:
-        found.frozen.clear()
+        networks.frozen.clear()
     if not module.automatic_optimization:
-        found.owner.update({layer: name for name, layers in training.items() for layer, _ in layers})
-    return found
+        networks.owner.update({layer: name for name, layers in training.items() for layer, _ in layers})
+    return networks
 
 
 def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module, Layers]]:
-    """Name, part and layers of the direct parts of a module that have layers, each layer once."""
+    """Iterate over the name, part and layers of each direct part that has layers, each layer once."""
     seen, kinds = set[nn.Module](), tuple(LAYERS)
     for name, part in _children(module):
         modules = [(f"{name}.{below}".rstrip("."), child) for below, child in part.named_modules()]
@@ -78,7 +78,7 @@ def _parts(module: nn.Module) -> Iterator[tuple[str, nn.Module, Layers]]:
 
 
 def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The children, and those of a child that only holds others by their names."""
+    """Iterate over the children, descending into children that are only containers with named entries."""
     for name, child in module.named_children():
         if isinstance(child, pl.LightningModule | nn.ModuleDict):
             yield from _children(child, f"{prefix}{name}.")
@@ -87,17 +87,17 @@ def _children(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Mod
 
 
 def _is_updated(part: nn.Module) -> bool:
-    """Whether it is an average by its methods: ``update_parameters`` is PyTorch's, ``update`` timm's."""
+    """Return whether a part has the method of an average: ``update_parameters`` in PyTorch, ``update`` in timm."""
     return any(callable(getattr(part, method, None)) for method in ("update_parameters", "update"))
 
 
-def _same(some: Layers, others: Layers) -> bool:
-    """Whether two parts of several layers are alike, and have equal weights or, once they are trained, quantizers."""
-    if len(some) < 2 or [_structure(layer) for _, layer in some] != [_structure(layer) for _, layer in others]:
+def _same(first: Layers, second: Layers) -> bool:
+    """Return whether two parts with several layers match: same structure, and equal weights unless quantized."""
+    if len(first) < 2 or [_structure(layer) for _, layer in first] != [_structure(layer) for _, layer in second]:
         return False
-    if _is_quantized(some):
+    if _is_quantized(first):
         return True
-    return all(_equal(weight_of(one), weight_of(other)) for (_, one), (_, other) in zip(some, others, strict=True))
+    return all(_equal(weight_of(a), weight_of(b)) for (_, a), (_, b) in zip(first, second, strict=True))
 
 
 def _is_quantized(layers: Layers) -> bool:
@@ -109,7 +109,7 @@ def _structure(layer: nn.Module) -> tuple[object, ...]:
     return type_before_parametrizations(layer), getattr(weight_of(layer), "shape", None), *bits
 
 
-def _equal(one: object, other: object) -> bool:
-    """Whether two whole tensors that have values are equal."""
-    both = [x for x in (one, other) if isinstance(x, Tensor) and not x.is_meta and not hasattr(x, "full_tensor")]
-    return len(both) == 2 and torch.equal(*both)
+def _equal(a: object, b: object) -> bool:
+    """Return whether two unsharded tensors that have values are equal."""
+    tensors = [x for x in (a, b) if isinstance(x, Tensor) and not x.is_meta and not hasattr(x, "full_tensor")]
+    return len(tensors) == 2 and torch.equal(*tensors)

@@ -1,7 +1,8 @@
-"""The two factors of a product as codes and scales, and where the scales go.
+"""Factors of a product as codes and scales, and where the scales are applied.
 
-Codes of up to 8 bits are exact in BF16 and FP16, real values are not. So low precision multiplies codes and scales the
-result, FP32 multiplies the scales into the smaller factor, the weight, and saves a pass over the result.
+Codes of up to 8 bits are exact in BF16 and FP16, real values are not. So in low precision the codes are multiplied and
+the result is scaled. In FP32 the scales are multiplied into the smaller factor, the weight, which saves a pass over the
+result.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lightning_quant.functional.products import Product
 
 
 class Codes(NamedTuple):
-    """A tensor as ``values * scale``: integer codes and their step size, or any values and None for 1."""
+    """Tensor as ``values * scale``: integer codes and their step size, or real values and None."""
 
     values: Tensor
     scale: Tensor | None = None
@@ -27,19 +28,19 @@ class Codes(NamedTuple):
 
 
 def joint(scales: Sequence[Tensor | None]) -> Tensor | None:
-    """Product of the scales that there are."""
-    known = [scale for scale in scales if scale is not None]
-    return math.prod(known[1:], start=known[0]) if known else None
+    """Multiply the scales that are not None. Returns None if there are none."""
+    factors = [scale for scale in scales if scale is not None]
+    return math.prod(factors[1:], start=factors[0]) if factors else None
 
 
 def scaled(result: Tensor, *scales: Tensor | None) -> Tensor:
-    """``result``, which nobody else holds, times the scales."""
+    """Scale ``result`` in place."""
     factor = joint(scales)
     return result if factor is None else result.mul_(factor)
 
 
 def _headroom(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> float:
-    """Power of two that keeps sums of products of codes within FP16, whose largest number is 65 504."""
+    """Return the power of two that keeps sums of products of codes within FP16, whose largest number is 65,504."""
     if dtype != torch.float16 or a.grid is None or b.grid is None:
         return 1.0
     bound = max(map(abs, a.grid)) * max(map(abs, b.grid)) * terms
@@ -47,9 +48,9 @@ def _headroom(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> float:
 
 
 def operands(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """The two factors in ``dtype``, and the scales that are left for their product."""
+    """Return the two factors in ``dtype``, and the scales to apply to their product."""
     if dtype == torch.float16 and (a.grid is None or b.grid is None):
-        # Sums of codes times real values have no bound to make room for: multiply real values, as autocast does.
+        # Sums of codes times real values are unbounded, so multiply real values as autocast does.
         a, b = (Codes(real(c)) for c in (a, b))
     room = _headroom(a, b, terms, dtype)
     if room == 1.0:
@@ -61,7 +62,7 @@ def operands(a: Codes, b: Codes, terms: int, dtype: torch.dtype) -> tuple[Tensor
 def with_weight(
     weight: Codes, other: Codes, fan: int, dtype: torch.dtype, product: Product
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """As :func:`operands`, with the scales in the weight where that does not round it: it is the smaller one."""
+    """Return the same as :func:`operands`, with the scales multiplied into the weight if that does not round it."""
     if dtype.itemsize < 4 or isinstance(product, INTEGER_PRODUCTS):
         return operands(weight, other, fan, dtype)
     factor = joint([weight.scale, other.scale])
@@ -70,17 +71,17 @@ def with_weight(
 
 
 def real(codes: Codes) -> Tensor:
-    """The values that the codes stand for."""
+    """Compute the real values of codes."""
     return codes.values if codes.scale is None else codes.values * codes.scale
 
 
 def fan(weight: Tensor) -> int:
-    """An upper bound on the products in one element of the output or of the input's gradient."""
+    """Return an upper bound on the number of products in one element of the output or of the input gradient."""
     return weight.numel() // min(weight.shape[:2])
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """Sum of a * b in FP32, without a copy where both lie in memory in the same order."""
+    """Compute the sum of a * b in FP32, without a copy if both have the same memory layout."""
     if a.is_contiguous() and b.is_contiguous():
         return torch.dot(a.view(-1).float(), b.view(-1).float())
     order = sorted(range(a.dim()), key=a.stride, reverse=True)
@@ -88,7 +89,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shortest(codes: Tensor, grid: Grid) -> Tensor:
-    """The codes in the shortest integer dtype that holds them."""
+    """Convert the codes to the shortest integer dtype that holds them."""
     for dtype in (torch.int8, torch.uint8, torch.int16):
         limits = torch.iinfo(dtype)
         if limits.min <= grid.low and grid.high <= limits.max:

@@ -1,4 +1,4 @@
-"""What quantized layers and opened attentions share: a float class to go back to, and how they load float weights."""
+"""Base class of quantized layers and opened attentions: the float class to restore, and loading of float weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor, nn
 
 from lightning_quant.quantizers import Quantizer
 
-# Strict loading into a float module names the keys that it did not expect: this one says what to do.
+# Strict loading into a float module lists unexpected keys, so this key tells the user what to do.
 HINT = "lightning_quant: this checkpoint is quantized; "
 
 
 class _Load:
-    """What quantized modules have met in one call of ``load_state_dict``.
+    """Findings of quantized modules during one call of ``load_state_dict``.
 
     Attributes:
-        missing: The list of missing keys, which PyTorch makes for each call and hands to all modules.
-        quantized: Prefix of a module whose quantizers were in the state dict.
-        floating: Prefix of a module of which only float weights were.
+        missing: List of missing keys, which PyTorch creates for each call and passes to all modules.
+        quantized: Prefix of a module whose quantizers are in the state dict.
+        floating: Prefix of a module that has only float weights in the state dict.
     """
 
     def __init__(self, missing: list[str]) -> None:
@@ -32,14 +32,14 @@ _load = _Load([])
 
 
 class QuantizedModule(nn.Module):
-    """Mixin of a module's class whose tensors go through the quantizers in its slots.
+    """Mixin of a module class whose tensors are quantized by the quantizers in its slots.
 
-    Where a state dict has the module's weights and nothing of its quantizers, these start anew, whatever the module
-    is loaded with or wrapped in.
+    If a state dict has the module's weights but no state of its quantizers, these start over, no matter how the module
+    is loaded or wrapped.
 
     Attributes:
-        float_class: Class to which the module goes back.
-        quantizer_slots: Names under which it has quantizers, or None.
+        float_class: Class that :func:`~lightning_quant.nn.strip` restores.
+        quantizer_slots: Names of the attributes that hold a quantizer or None.
     """
 
     float_class: ClassVar[type[nn.Module]]
@@ -58,40 +58,41 @@ class QuantizedModule(nn.Module):
         global _load
         if _load.missing is not missing_keys:
             _load = _Load(missing_keys)
-        self._start_anew(state_dict, prefix)
+        self._start_over(state_dict, prefix)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         unexpected_keys[:] = [key for key in unexpected_keys if HINT not in key]
 
-    def _start_anew(self, state_dict: dict[str, Tensor], prefix: str) -> None:
-        """Add the state of quantizers that saw nothing yet, where the state dict has float weights only."""
+    def _start_over(self, state_dict: dict[str, Tensor], prefix: str) -> None:
+        """Add the state of uninitialized quantizers if the state dict has float weights only."""
         quantizers = {slot: q for slot in self.quantizer_slots if isinstance(q := getattr(self, slot), Quantizer)}
         loaded = [key for key in state_dict if key.startswith(prefix) and HINT not in key]
         if any(key.startswith(f"{prefix}{slot}.") for key in loaded for slot in quantizers):
-            _load.quantized, news = prefix, _load.quantized is None
+            _load.quantized, first = prefix, _load.quantized is None
         elif quantizers and not all(key.endswith("bias") for key in loaded):
-            _load.floating, news = prefix, _load.floating is None
+            _load.floating, first = prefix, _load.floating is None
             for slot, quantizer in quantizers.items():
                 state = quantizer.unstarted_state()
                 state_dict.update({f"{prefix}{slot}.{key}": value for key, value in state.items()})
         else:
             return
-        if news:
+        if first:
             _report(_load)
 
 
 def _report(load: _Load) -> None:
-    """Say once what a state dict is to a quantized module."""
+    """Report once how a state dict fits a quantized module."""
     if load.floating is not None and load.quantized is not None:
         quantized, floating = (prefix.rstrip(".") or "the module" for prefix in (load.quantized, load.floating))
-        # Only the caller knows whether it is strict: it then raises what is missing.
+        # Only the caller knows whether loading is strict. If so, it raises an error with the missing keys.
         load.missing.append(
-            f"the quantizers of {floating}, which this module quantizes and the state dict, with those of {quantized},"
-            " does not: quantize the module as the state dict's was, or write strict=False to find these ranges anew"
+            f"the quantizers of {floating}, which this module quantizes, while the state dict has those of {quantized}"
+            " only: quantize the module as it was for the state dict, or write strict=False to estimate these ranges"
+            " again"
         )
     elif load.floating is not None:
         rank_zero_info(
-            "Float weights are loaded into a quantized module: its ranges start from the first batch of training, or"
-            " are to be calibrated."
+            "Float weights are loaded into a quantized module: its ranges will be set from the first training batch, or"
+            " by calibration."
         )

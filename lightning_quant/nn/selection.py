@@ -1,4 +1,4 @@
-"""Which layers are quantized, with how many bits, and why the others are not: a plan, before anything changes."""
+"""Plan of a quantization: the layers to quantize with their bit-widths, and why the others stay in float."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FROZEN = "frozen: "
 
 
 class Bits(NamedTuple):
-    """Bit-widths of weight, activation and gradient; 32 leaves a tensor in float.
+    """Bit-widths of weight, activation and gradient; 32 keeps a tensor in float.
 
     Example:
         >>> str(Bits(4, 4, 32))
@@ -46,9 +46,9 @@ class Bits(NamedTuple):
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """One row of a plan: ``bits`` is None where the layer stays in float, for the reason in ``note``.
+    """Row of a plan. ``bits`` is None if the layer stays in float, for the reason in ``note``.
 
-    ``original`` names the layer that this one copies.
+    ``original`` is the name of the layer of which this one is a copy.
     """
 
     name: str
@@ -61,7 +61,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan(Tabled):
-    """What will be quantized. Prints as a table.
+    """Layers of a module with their planned bit-widths. Prints as a table.
 
     Example:
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 2))
@@ -75,16 +75,16 @@ class Plan(Tabled):
 
     @property
     def chosen(self) -> dict[str, Bits]:
-        """Name and bit-widths of each layer that will be quantized."""
+        """Name and bit-widths of each layer to quantize."""
         return {layer.name: layer.bits for layer in self.layers if layer.bits is not None}
 
     @property
     def frozen(self) -> list[str]:
-        """Names of the layers that stay in float since their network does not train."""
+        """Names of the layers that stay in float because their network is not trained."""
         return [layer.name for layer in self.layers if layer.note.startswith(FROZEN)]
 
     def summary(self) -> str:
-        """One sentence."""
+        """Summarize the plan in one sentence."""
         bits = sorted({str(bits) for bits in self.chosen.values()})
         return (
             f"{len(self.chosen)} of {len(self.layers)} layers quantized to {' and '.join(bits)} bits"
@@ -92,7 +92,7 @@ class Plan(Tabled):
         )
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """A row for each layer."""
+        """Return the table cells, one row per layer."""
         for layer in self.layers:
             bits = "float" if layer.bits is None else str(layer.bits)
             yield layer.name, layer.kind, "x".join(map(str, layer.shape)), bits, layer.note
@@ -106,24 +106,24 @@ def plan_layers(
     exclude: Patterns = None,
     training: bool = False,
 ) -> Plan:
-    """Choose the Conv, ConvTranspose and Linear layers of a module.
+    """Choose the Conv, ConvTranspose and Linear layers of a module to quantize.
 
     Args:
-        module: any module; names are those of ``module.named_modules()``.
-        bits: for all layers but the first and the last.
-        first_and_last: "float" leaves the first and the last chosen layer of each network (in the order of
-            registration) in float, "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them as the
-            others.
-        include: Patterns as in ``fnmatch`` of the names of modules, for example ``"network.layer*"``: the module and
-            all below it. None takes all.
-        exclude: Patterns of the names of modules to leave in float, with all below them.
-        training: Whether the layers are to be trained. Then frozen parts of a LightningModule stay in float where
-            ``include`` does not name them, and copies of a network are as that is, see
+        module: Module whose layers are chosen. Names are those of ``module.named_modules()``.
+        bits: Bit-widths of all layers except the first and the last.
+        first_and_last: Policy for the first and last chosen layer of each network, in the order of registration:
+            "float" keeps them in float, "8bit" gives them 8 bits wherever ``bits`` quantizes, "same" treats them like
+            the others.
+        include: ``fnmatch`` patterns of module names, for example ``"network.layer*"``. A match includes the module
+            and all its submodules. None includes all.
+        exclude: ``fnmatch`` patterns of modules to keep in float with all their submodules.
+        training: Whether the layers will be trained. If so, frozen parts of a LightningModule stay in float unless
+            ``include`` is given, and copies of a network are treated like the original, see
             :func:`~lightning_quant.nn.networks.networks_of`.
 
     Raises:
-        ConfigurationError: a bit-width out of range, a pattern that matches no layer.
-        UnsupportedModelError: no layer to quantize; a TorchScript, uninitialised, integer or complex one.
+        ConfigurationError: A bit-width is out of range, or a pattern matches no layer.
+        UnsupportedModelError: There is no layer to quantize, or one is TorchScript, uninitialized, integer or complex.
     """
     for name, value in bits._asdict().items():
         check_bits(value, f"{name}_bits", allow_float=True)
@@ -149,7 +149,7 @@ def plan_layers(
             layer_bits = None if first_and_last == "float" else Bits(*(b if b == 32 else 8 for b in bits))
         original = rows.get(networks.original.get(name, ""))
         if original is not None and note != EXCLUDED:
-            layer_bits, note = original.bits, f"as {original.name}, which it copies"
+            layer_bits, note = original.bits, f"copy of {original.name}"
         weight = weight_of(layer)
         if layer_bits is not None:
             _check_weight(name or _kind(layer), weight)
@@ -157,16 +157,16 @@ def plan_layers(
         rows[name] = PlannedLayer(name, _kind(layer), tuple(weight.shape), layer_bits, note, copied)
     plan = Plan(tuple(rows.values()))
     if not plan.chosen:
-        frozen = f', or include="*" for the {len(plan.frozen)} layers that do not train as well' if plan.frozen else ""
+        frozen = f', or include="*" to add the {len(plan.frozen)} frozen layers' if plan.frozen else ""
         raise UnsupportedModelError(
-            f"All {len(chosen)} layers that could be quantized are the first or the last one: write"
+            f"All {len(chosen)} layers that could be quantized are first or last layers, which stay in float: write"
             f' first_and_last="8bit" or first_and_last="same" to quantize them{frozen}.'
         )
     return plan
 
 
 def _ends(chosen: list[str], networks: Networks) -> dict[str, str]:
-    """What to say of the first and of the last layer of each network; copies are no networks of their own."""
+    """Return the notes on the first and last layer of each network. Copies do not count as networks."""
     layers: dict[str, list[str]] = {}
     for name in chosen:
         if name not in networks.original:
@@ -179,7 +179,7 @@ def _ends(chosen: list[str], networks: Networks) -> dict[str, str]:
 
 
 def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Name, layer, and why it cannot be quantized ("" if it can), each layer once."""
+    """Iterate over name, layer, and why it cannot be quantized ("" if it can), each layer once."""
     bases = tuple(LAYERS)
     closed: dict[str, str] = {}
     for name, child in module.named_modules():
@@ -187,9 +187,9 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
         if any(base.__module__.startswith("torchmetrics.") for base in type(child).__mro__):
             closed[name and f"{name}."] = "inside a metric"
         elif isinstance(child, nn.TransformerEncoderLayer) and not isinstance(child.self_attn, QuantizedAttention):
-            closed[name and f"{name}."] = "TransformerEncoderLayer bypasses its linears in evaluation"
+            closed[name and f"{name}."] = "TransformerEncoderLayer bypasses its linears in evaluation mode"
         elif isinstance(child, nn.MultiheadAttention) and not isinstance(child, QuantizedAttention):
-            closed[name and f"{name}."] = "MultiheadAttention uses its weight and never calls it"
+            closed[name and f"{name}."] = "MultiheadAttention uses its weight without calling it"
         elif isinstance(child, bases):
             yield name, child, reason or ("" if isinstance(child, QuantizedLayer) else obstacle(child))
 
@@ -201,11 +201,13 @@ def _reason(name: str, reason: str, include: list[str] | None, exclude: list[str
         return "not in include"
     if exclude is not None and matches(name, exclude):
         return EXCLUDED
-    return f"{FROZEN}no parameter of {frozen} trains" if frozen and include is None else ""
+    return f"{FROZEN}{frozen} has no trainable parameter" if frozen and include is None else ""
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a pattern matches the name of a module, or of one that holds it: the meaning of every ``exclude``.
+    """Return whether a pattern matches the name of a module or of a module that contains it.
+
+    All arguments named ``exclude`` work this way.
 
     Example:
         >>> matches("blocks.0.attn.qkv", ["blocks.0"]), matches("blocks.0.attn.qkv", ["attn"])
@@ -215,51 +217,52 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _outwards(name: str) -> Iterator[str]:
-    """The name, and those of all modules that hold it."""
+    """Iterate over the name and those of all modules that contain it."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 def check_first_and_last(first_and_last: str) -> None:
-    """Raise a ConfigurationError for a policy that is not known."""
+    """Raise a ConfigurationError for an unknown policy."""
     if first_and_last not in ("float", "8bit", "same"):
         raise ConfigurationError(f'first_and_last={first_and_last!r}: expected "float", "8bit" or "same".')
 
 
 def check_patterns(patterns: Patterns, argument: str, names: list[str]) -> list[str] | None:
-    """The patterns as a list.
+    """Check the patterns and return them as a list.
 
     Args:
-        patterns: of an argument of the user's.
-        argument: Name of that argument.
-        names: Names of the layers and attentions that there are.
+        patterns: Value of the user's argument.
+        argument: Name of the argument.
+        names: Names of the available layers and attentions.
 
     Raises:
-        ConfigurationError: a pattern that matches none of the names, see :func:`matches`.
+        ConfigurationError: A pattern matches none of the names, see :func:`matches`.
     """
     if patterns is None:
         return None
-    found = [patterns] if isinstance(patterns, str) else list(patterns)
-    for pattern in found:
+    pattern_list = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in pattern_list:
         if not any(matches(name, [pattern]) for name in names):
             modules = list(dict.fromkeys(outer for name in names for outer in _outwards(name)))
             near = difflib.get_close_matches(pattern.replace("*", ""), modules, n=4, cutoff=0.3) or names[:4]
             raise ConfigurationError(
-                f"{argument}={pattern!r} matches none of the {len(names)} layers. Near it: {', '.join(near)}."
-                f' Patterns are those of fnmatch on the whole name, for example {argument}="*{near[0].split(".")[-1]}".'
+                f"{argument}={pattern!r} matches none of the {len(names)} layers. Close matches: {', '.join(near)}."
+                f' Patterns are fnmatch patterns of the whole name, for example {argument}="*{near[0].split(".")[-1]}".'
                 if near
-                else f"{argument}={pattern!r} matches nothing: the module has no Conv and no Linear."
+                else f"{argument}={pattern!r} matches nothing: the module has no Conv and no Linear layer."
             )
-    return found
+    return pattern_list
 
 
 def _nothing_chosen(module: nn.Module, reasons: dict[str, str]) -> str:
     if not reasons:
-        late = "; where setup or configure_model builds them, call it first" if builds_late(module) else ""
+        late = "; if setup or configure_model creates them, call it first" if builds_late(module) else ""
         return f"{type(module).__name__} has no Conv and no Linear layer: there is nothing to quantize{late}."
-    some = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
-    return f"None of the {len(reasons)} Conv and Linear layers of {type(module).__name__} is left to quantize: {some}."
+    examples = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:4])
+    kind = type(module).__name__
+    return f"None of the {len(reasons)} Conv and Linear layers of {kind} is left to quantize: {examples}."
 
 
 def _kind(layer: nn.Module) -> str:
@@ -271,8 +274,8 @@ def _check_not_script(module: nn.Module) -> None:
     for name, child in module.named_modules():
         if isinstance(child, torch.jit.ScriptModule):
             raise UnsupportedModelError(
-                f"{name or type(module).__name__} is a TorchScript module, whose layers cannot be exchanged:"
-                " quantize the Python module and script it afterwards."
+                f"{name or type(module).__name__} is a TorchScript module, whose layers cannot be replaced: quantize"
+                " the original Python module."
             )
 
 
@@ -281,14 +284,14 @@ def _check_initialized(candidates: list[tuple[str, nn.Module, str]]) -> None:
         if isinstance(layer, LazyModuleMixin):
             kind = type(layer).__name__
             raise UnsupportedModelError(
-                f"{name or kind} is uninitialised ({kind}): run one forward pass through the network before it is"
-                " quantized."
+                f"{name or kind} is uninitialized ({kind}): run one forward pass through the network before you"
+                " quantize it."
             )
 
 
 def _check_weight(name: str, weight: Tensor) -> None:
     if not weight.is_floating_point():
         raise UnsupportedModelError(
-            f"{name} has a {weight.dtype} weight, and only floating point can be quantized: leave the layer out"
+            f"{name} has a {weight.dtype} weight, but only floating point weights can be quantized: leave the layer out"
             f' with exclude=["{name}"].'
         )

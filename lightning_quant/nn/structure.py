@@ -1,4 +1,4 @@
-"""The quantized structure of a module in its state dict: written beside the weights, rebuilt from it."""
+"""Quantized structure of a module: saved in the state dict with the weights, and rebuilt from it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lightning_quant.utilities.hashing import tensors_hash
 
 _STATE = "._extra_state"
 REBUILDING_HOOK = "_rebuilds_when_loading"
-# The layer that an opened nn.MultiheadAttention has and a closed one has not.
+# Only an opened nn.MultiheadAttention has this layer.
 _UNPACKED = ".in_proj.weight"
 
 
@@ -30,8 +30,8 @@ def mark(state_dict: dict[str, Tensor], callback: str) -> None:
     """Add the key that tells a float module what to do with this state dict.
 
     Args:
-        state_dict: of a quantized module.
-        callback: name of the callback that quantized it.
+        state_dict: State dict of a quantized module.
+        callback: Name of the callback that quantized it.
 
     Example:
         >>> state = {}
@@ -45,29 +45,28 @@ def mark(state_dict: dict[str, Tensor], callback: str) -> None:
 
 
 def quantizers_of(module: nn.Module) -> Iterator[tuple[str, Quantizer]]:
-    """Name and quantizer of every slot that is filled, under each name that the module has for it."""
+    """Iterate over the name and quantizer of each slot in use, under every name that the module has for it."""
     for name, child in module.named_modules(remove_duplicate=False):
         if isinstance(child, Quantizer) and name.rpartition(".")[2] in (*QUANTIZERS, *SLOTS):
             yield name, child
 
 
 def is_quantized(module: nn.Module) -> bool:
-    """Whether any layer is quantized or any attention opened."""
-    found = (*quantized_layers(module), *swapped_attentions(module))
-    return bool(found)
+    """Return whether any layer is quantized or any attention is open."""
+    return any(True for _ in (*quantized_layers(module), *swapped_attentions(module)))
 
 
 def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterable[str] = ()) -> None:
-    """Give a float module the quantized structure of a state dict; leaves a quantized module as it is.
+    """Give a float module the quantized structure of a state dict. A quantized module is left unchanged.
 
     Args:
-        module: with the layers and attentions that the state dict's module had.
-        state_dict: of a quantized module.
-        opened: names of attentions to open beside those that the state dict tells, which are the ones that
-            have a quantizer and all of ``nn.MultiheadAttention``.
+        module: Module with the layers and attentions of the saved module.
+        state_dict: State dict of a quantized module.
+        opened: Names of further attentions to open. The state dict identifies those that have a quantizer, and every
+            ``nn.MultiheadAttention``.
 
     Raises:
-        CheckpointError: quantized layers that the module does not have, an unknown version or kind of quantizer.
+        CheckpointError: The module lacks a quantized layer, or the version or kind of a quantizer is unknown.
 
     Example:
         >>> from lightning_quant.quantizers import FixedQuantizer
@@ -77,19 +76,20 @@ def rebuild(module: nn.Module, state_dict: Mapping[str, Tensor], opened: Iterabl
         >>> plain[0].weight_quantizer
         FixedQuantizer(bits=6, ready=False)
     """
-    found: dict[str, dict[str, Tensor]] = {name: {} for name in opened}
+    structure: dict[str, dict[str, Tensor]] = {name: {} for name in opened}
     for key, value in state_dict.items():
         owner, _, slot = key.removesuffix(_STATE).rpartition(".")
         if key.endswith(_STATE) and slot in (*QUANTIZERS, *SLOTS):
-            found.setdefault(owner, {})[slot] = value
-    known = dict(module.named_modules(remove_duplicate=False))
+            structure.setdefault(owner, {})[slot] = value
+    modules = dict(module.named_modules(remove_duplicate=False))
     unpacked = (key.removesuffix(_UNPACKED) for key in state_dict if key.endswith(_UNPACKED))
-    found.update({name: found.get(name, {}) for name in unpacked if type(known.get(name)) is nn.MultiheadAttention})
-    if not found or is_quantized(module):
+    opened_mha = (name for name in unpacked if type(modules.get(name)) is nn.MultiheadAttention)
+    structure.update({name: structure.get(name, {}) for name in opened_mha})
+    if not structure or is_quantized(module):
         return
-    # Attentions first: opening one may give it layers.
-    layers = {name: slots for name, slots in found.items() if slots and slots.keys() <= {*QUANTIZERS}}
-    attentions = {name: slots for name, slots in found.items() if name not in layers}
+    # Attentions come first, since opening one may add layers to it.
+    layers = {name: slots for name, slots in structure.items() if slots and slots.keys() <= {*QUANTIZERS}}
+    attentions = {name: slots for name, slots in structure.items() if name not in layers}
     for name, slots in _once(module, attentions, lambda child: attention_form(type(child)) is not None):
         parent = module.get_submodule(name.rpartition(".")[0]) if name else None
         swap_attention(module.get_submodule(name), **_quantizers(slots), parent=parent)
@@ -103,21 +103,21 @@ def _quantizers(slots: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def _once(
-    module: nn.Module, found: dict[str, dict[str, Tensor]], fits: Callable[[nn.Module], bool]
+    module: nn.Module, structure: dict[str, dict[str, Tensor]], fits: Callable[[nn.Module], bool]
 ) -> list[tuple[str, dict[str, Tensor]]]:
-    """Name and slots of each module once: one that is held under several names is in the state dict under each."""
-    known = dict(module.named_modules(remove_duplicate=False))
-    missing = [name for name in found if name not in known or not fits(known[name])]
+    """Return the name and slots of each module once, since the state dict has a shared module under each name."""
+    modules = dict(module.named_modules(remove_duplicate=False))
+    missing = [name for name in structure if name not in modules or not fits(modules[name])]
     if missing:
         raise CheckpointError(
             f"The checkpoint quantizes {missing[0]!r} and {len(missing) - 1} other layers that {type(module).__name__}"
-            " does not have: build the module with the arguments it was trained with."
+            " does not have: create the module with the arguments with which it was trained."
         )
-    return list({id(known[name]): (name, slots) for name, slots in reversed(found.items())}.values())
+    return list({id(modules[name]): (name, slots) for name, slots in reversed(structure.items())}.values())
 
 
 def rebuild_when_loading(module: nn.Module) -> None:
-    """Let a float module take the structure of a quantized state dict when it is loaded."""
+    """Make a float module adopt the structure of a quantized state dict when that is loaded."""
     if REBUILDING_HOOK not in vars(module):
         handle = module.register_load_state_dict_pre_hook(_rebuild_first)  # type: ignore[no-untyped-call]
         setattr(module, REBUILDING_HOOK, handle)
@@ -132,16 +132,16 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
-    """Name and layer of each quantized layer, each layer once."""
+    """Iterate over the name and layer of each quantized layer, each layer once."""
     for name, child in module.named_modules():
         if isinstance(child, QuantizedLayer):
             yield name, child
 
 
 def strip(module: Module) -> Module:
-    """Turn all quantized layers and opened attentions of a module back into float ones, in place, and return it.
+    """Turn all quantized layers and opened attentions of a module back to float, in place, and return the module.
 
-    The weights are the float master weights that were trained; the state dict is that of the float network.
+    The weights are the trained float weights, and the state dict is that of the float network.
 
     Example:
         >>> from lightning_quant.nn import Bits, plan_layers, swap
@@ -161,11 +161,11 @@ def strip(module: Module) -> Module:
 
 @contextmanager
 def in_float(module: nn.Module, owners: Collection[str] | None = None) -> Iterator[None]:
-    """Take the quantizers of a module out of their slots; afterwards each is back in its own.
+    """Run a quantized module in float: take its quantizers out of their slots, and put them back afterwards.
 
     Args:
-        module: quantized.
-        owners: names of the layers and attentions whose quantizers are taken; None takes all.
+        module: Quantized module.
+        owners: Names of the layers and attentions to run in float. None means all.
 
     Example:
         >>> import torch
@@ -179,26 +179,26 @@ def in_float(module: nn.Module, owners: Collection[str] | None = None) -> Iterat
         ...     torch.equal(network(x), expected)
         True
     """
-    taken = []
+    removed = []
     for name, quantizer in list(quantizers_of(module)):
         owner, _, slot = name.rpartition(".")
         if owners is not None and owner not in owners:
             continue
-        taken.append((module.get_submodule(owner), slot, quantizer))
-    for parent, slot, _ in taken:
+        removed.append((module.get_submodule(owner), slot, quantizer))
+    for parent, slot, _ in removed:
         parent._modules[slot] = None
     try:
         yield
     finally:
-        for parent, slot, quantizer in taken:
+        for parent, slot, quantizer in removed:
             parent._modules[slot] = quantizer
 
 
 def weights_hash(network: nn.Module) -> str:
-    """Compute the SHA-256 over the parameters and buffers of a network, quantizers left out.
+    """Compute the SHA-256 of the parameters and buffers of a network, without its quantizers.
 
     Args:
-        network: Float or quantized network, whose hash is the same.
+        network: Float or quantized network. Both have the same hash.
 
     Example:
         >>> from lightning_quant.nn import swap

@@ -1,4 +1,4 @@
-"""Tells quantizers whose range depends on the timestep which one the denoiser was called with."""
+"""Hooks that pass the timestep of a denoiser's call to the quantizers that depend on it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ HOOK, ARGUMENT = "_tells_timesteps", "_timestep_argument"
 
 
 def watch_timesteps(module: nn.Module) -> None:
-    """Let every module that is called with a timestep tell it to the quantizers in it; nothing where none wants it.
+    """Make each module that is called with a timestep pass it to the timestep-dependent quantizers inside it.
 
-    The timestep is the argument that the sampler gives, so that samplers with several calls a step, guidance and
-    single calls from outside all find the right range.
+    The timestep is the argument of the call, so the range is right for samplers with several calls per step, for
+    guidance, and for single calls from outside.
 
     Args:
-        module: with quantized layers; hooks are set once.
+        module: Module with quantized layers. Hooks are registered once, and only where a quantizer needs them.
 
     Example:
         >>> class Denoiser(nn.Module):
@@ -53,7 +53,7 @@ def unwatch_timesteps(module: nn.Module) -> None:
 
 
 def _position(kind: type[nn.Module]) -> tuple[str, int] | None:
-    """Name and place of the timestep among the arguments of a class's forward."""
+    """Return the name and position of the timestep among the arguments of a class's forward."""
     names = [name for name in inspect.signature(kind.forward).parameters if name != "self"]
     return next(((name, names.index(name)) for name in NAMES if name in names), None)
 
@@ -63,7 +63,7 @@ def _listeners(module: nn.Module) -> list[TimestepQuantizer]:
 
 
 def _is_timestep(value: Any) -> TypeGuard[float | Tensor]:
-    """A number, or one for each image: blocks are given the embedding of the timestep under the same names."""
+    """Return whether a value is one number, or one per image: blocks get timestep embeddings under the same name."""
     if isinstance(value, Tensor):
         return value.numel() in (1, *value.shape[:1])
     return isinstance(value, int | float)

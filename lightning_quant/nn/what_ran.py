@@ -1,4 +1,4 @@
-"""A callback that ends every evaluation with what was evaluated: the quantized network, or a float one."""
+"""Callback that reports after each evaluation whether the evaluated network was quantized."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ _DONE = {"validate": "Validated", "test": "Tested", "predict": "Predicted"}
 
 
 class WhatRan(pl.Callback):
-    """Say after ``validate``, ``test`` and ``predict`` whether the network was quantized, and how far.
+    """Reports after ``validate``, ``test`` and ``predict`` whether and how far the network was quantized.
 
-    The callbacks of the methods are of this class; of several in one Trainer the first one speaks.
+    The callbacks of all methods derive from this class. If a Trainer has several of them, only the first one reports.
 
     Example:
         >>> trainer = pl.Trainer(callbacks=[WhatRan()], logger=False, enable_checkpointing=False, accelerator="cpu")
     """
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Speak after the table of metrics, which Lightning prints before this."""
+        """Report after the table of metrics, which Lightning prints earlier."""
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
-        if stage in _DONE and next(each for each in callbacks if isinstance(each, WhatRan)) is self:
+        if stage in _DONE and next(callback for callback in callbacks if isinstance(callback, WhatRan)) is self:
             rank_zero_info(f"{_DONE[stage]} {quantized_share(pl_module)}.")
 
 
 def quantized_share(module: nn.Module) -> str:
-    """How much of a module is quantized: bit-widths of weights and activations, and the number of layers.
+    """Describe how much of a module is quantized: bit-widths of weights and activations, and the number of layers.
 
     Args:
-        module: Module in float or quantized; quantizers without a range count as float.
+        module: Float or quantized module. Quantizers without a range count as float.
 
     Example:
         >>> import torch
@@ -50,18 +50,18 @@ def quantized_share(module: nn.Module) -> str:
         'quantized, W4A32, 1 of 2 layers'
     """
     layers = [layer for layer in module.modules() if isinstance(layer, tuple(LAYERS))]
-    found = Counter(bits for layer in layers if (bits := _bits(layer)) != _FLOAT)
-    if not found:
+    counts = Counter(bits for layer in layers if (bits := _bits(layer)) != _FLOAT)
+    if not counts:
         return "in float"
-    (usual, _), *others = found.most_common()
-    also = "".join(f", {count} of them {bits}" for bits, count in others)
-    return f"quantized, {usual}, {found.total()} of {len(layers)} layers{also}"
+    (usual, _), *others = counts.most_common()
+    exceptions = "".join(f", {count} of them {bits}" for bits, count in others)
+    return f"quantized, {usual}, {counts.total()} of {len(layers)} layers{exceptions}"
 
 
 _FLOAT = f"W{FLOAT_BITS}A{FLOAT_BITS}"
 
 
 def _bits(layer: nn.Module) -> str:
-    slots = (layer.weight_quantizer, layer.input_quantizer) if isinstance(layer, QuantizedLayer) else (None, None)
-    weight, activation = (each.bits if isinstance(each, Quantizer) and each.ready else FLOAT_BITS for each in slots)
+    quantizers = (layer.weight_quantizer, layer.input_quantizer) if isinstance(layer, QuantizedLayer) else (None, None)
+    weight, activation = (q.bits if isinstance(q, Quantizer) and q.ready else FLOAT_BITS for q in quantizers)
     return f"W{weight}A{activation}"

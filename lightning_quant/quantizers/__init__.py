@@ -1,4 +1,4 @@
-"""Quantizers as modules: the functions of ``functional`` with the state that they need."""
+"""Quantizers as modules: the functions of ``functional`` together with their state."""
 
 from lightning_quant.quantizers.base import Quantizer
 from lightning_quant.quantizers.fixed import FixedQuantizer

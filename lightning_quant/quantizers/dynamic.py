@@ -1,6 +1,6 @@
-"""Quantizers without fixed ranges: each token, or each channel of each image, has its own, found when it is seen.
+"""Dynamic quantizers: the range of each token, or of each channel of each image, is computed in the forward pass.
 
-No integer unit runs them as cheaply as fixed ranges. They are baselines and the bound of what grouping can reach.
+They cost integer hardware more than fixed ranges. They serve as baselines and as the upper bound of grouping.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from lightning_quant.quantizers.grouped import InstanceQuantizer
 
 
 class TokenQuantizer(InstanceQuantizer, kind=6):
-    """One quantizer for each token, or for each row of a softmax: from the minimum to the maximum of the last axis.
+    """Dynamic quantizer per token, or per row of a softmax, from the minimum to the maximum of the last axis.
 
     Args:
-        bits: 2..16.
-        from_zero: the range starts at 0, as that of a softmax.
+        bits: Bit-width, 2 to 16.
+        from_zero: Whether the range starts at 0, as for a softmax.
 
     Shape:
         (..., channels).
@@ -41,20 +41,20 @@ class TokenQuantizer(InstanceQuantizer, kind=6):
         return [self.bits, int(self.from_zero)]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grids, in the shape and dtype of ``x``."""
+        """Quantize ``x``, keeping its shape and dtype."""
         return quantize_affine(x, *self.affine_of(x), self.bits)
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each token."""
+        """Return the scale and zero point of each token."""
         low, high = x.float().aminmax(dim=-1, keepdim=True)
         return affine_parameters(torch.zeros_like(low) if self.from_zero else low, high, self.bits)
 
 
 class ChannelQuantizer(InstanceQuantizer, kind=7):
-    """One quantizer for each channel of each image: the upper bound of grouping.
+    """Dynamic quantizer per channel of each image: the upper bound of grouping.
 
     Args:
-        bits: 2..16.
+        bits: Bit-width, 2 to 16.
 
     Shape:
         (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
@@ -69,34 +69,34 @@ class ChannelQuantizer(InstanceQuantizer, kind=7):
         self.ready = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grids, in the shape and dtype of ``x``."""
+        """Quantize ``x``, keeping its shape and dtype."""
         if x.numel() == 0:
             return x
         tokens = self.per_image(x)
         return quantize_affine(tokens, *self._of_tokens(tokens), self.bits).view(x.shape)
 
     def _of_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(images, 1, channels) each."""
+        """Return scale and zero point, each of shape (images, 1, channels)."""
         low, high = tokens.float().amin(dim=1, keepdim=True), tokens.float().amax(dim=1, keepdim=True)
         return affine_parameters(low, high, self.bits)
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of each channel of each image."""
+        """Return the scale and zero point of each channel of each image."""
         tokens = self.per_image(x)
         scale, zero_point = self._of_tokens(tokens)
         return scale.expand_as(tokens).reshape(x.shape), zero_point.expand_as(tokens).reshape(x.shape)
 
 
 class LogQuantizer(InstanceQuantizer, kind=9):
-    """Powers of the square root of 2 below the largest value, for a softmax: ``s 2^(-code / 2)``, the last code is 0.
+    """Logarithmic quantizer of a softmax, with base sqrt(2): values ``s 2^(-code / 2)``, and the last code is 0.
 
     Source: Li et al., "RepQ-ViT", ICCV 2023 (arXiv 2212.08254), section 3.3.
 
     Args:
-        bits: 2..16.
+        bits: Bit-width, 2 to 16.
 
     Shape:
-        any, not negative.
+        Any shape, non-negative values.
 
     Example:
         >>> quantizer = LogQuantizer(3)
@@ -112,7 +112,7 @@ class LogQuantizer(InstanceQuantizer, kind=9):
         self.register_buffer("scale", torch.tensor(float("nan"), dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before a scale is set."""
+        """Quantize ``x``, keeping its shape and dtype. Acts as the identity until a scale is set."""
         if not self.ready:
             return x
         codes = (-2 * torch.log2(x.float() / self.scale)).round_().clamp_min_(0)

@@ -1,4 +1,4 @@
-"""A quantizer whose range is estimated from data and then stays."""
+"""Quantizer with a range that is estimated once from data and then fixed."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RangeEstimator = Callable[..., tuple[Tensor, Tensor]]
 
 
 class FixedQuantizer(Quantizer, kind=2):
-    """Uniform, symmetric or with a zero point, per tensor or per channel, range estimated once.
+    """Uniform quantizer with a range estimated once: symmetric or with a zero point, per tensor or per channel.
 
     Args:
-        bits: 2..16.
-        symmetric: codes around 0, or 0 .. 2^b-1 with a zero point.
-        axis: None for one range, else one for each index of this axis.
-        estimator: from a tensor and ``axis`` to its (low, high); default min-max. Bind arguments with
-            ``functools.partial``, for example ``partial(percentile, keep=99.9)``.
+        bits: Bit-width, 2 to 16.
+        symmetric: Whether codes are symmetric around 0. Otherwise they are 0 .. 2^b-1 with a zero point.
+        axis: Axis with one range for each index, or None for a single range.
+        estimator: Function of a tensor and ``axis`` that returns (low, high). Default: min-max. Bind further arguments
+            with ``functools.partial``, for example ``partial(percentile, keep=99.9)``.
 
     Example:
         >>> quantizer = FixedQuantizer(8, axis=0)
@@ -50,19 +50,19 @@ class FixedQuantizer(Quantizer, kind=2):
         self.symmetric, self.axis, self.estimator = symmetric, axis, estimator
         self.register_buffer("scale", torch.tensor(float("nan")))
         self.register_buffer("zero_point", torch.tensor(float("nan")))
-        self._kept: tuple[tuple[float, ...], tuple[ref[Tensor], ...], Tensor] | None = None
+        self._cached: tuple[tuple[float, ...], tuple[ref[Tensor], ...], Tensor] | None = None
 
     @property
     def grid(self) -> Grid:
-        """Symmetric codes, or 0 .. 2^b-1."""
+        """Symmetric grid, or codes 0 .. 2^b-1."""
         return symmetric_grid(self.bits) if self.symmetric else unsigned_grid(self.bits)
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Scale and zero point from ``x``; waits for a tensor that is finite and not all 0."""
+        """Set scale and zero point from ``x``. A tensor that is not finite or is all 0 is skipped."""
         check_axis(self.axis, x.dim())
         low, high = self.estimator(x.detach().float(), axis=self.axis)
-        # Of all of x: an estimator may have cut off what is not finite.
+        # Check all of x, since an estimator may have cut off the values that are not finite.
         if not bool(x.isfinite().all() & (low.abs() + high.abs()).any()):
             return
         self.scale, zero_point, _ = scale_and_zero_point(low, high, self.bits, self.symmetric)
@@ -70,47 +70,47 @@ class FixedQuantizer(Quantizer, kind=2):
         self.ready = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialize`."""
+        """Quantize ``x``, keeping its shape and dtype. Acts as the identity until it is initialized."""
         if not self.ready:
             return x
-        # A compiled network computes it anew, in its graph.
+        # A compiled network computes the weight in its graph.
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or not isinstance(x, nn.Parameter):
-            return self._of(x)
-        return self._of(x) if x.is_inference() else self._of_weight(x)
+            return self._quantize(x)
+        return self._quantize(x) if x.is_inference() else self._quantize_weight(x)
 
-    def _of(self, x: Tensor) -> Tensor:
+    def _quantize(self, x: Tensor) -> Tensor:
         scale, zero_point = self.affine(x.dim())
         return fake_quantize(x, scale, self.grid, zero_point)
 
-    def _of_weight(self, weight: nn.Parameter) -> Tensor:
-        """As :meth:`_of`, kept from call to call: a weight that is only evaluated stays what it is.
+    def _quantize_weight(self, weight: nn.Parameter) -> Tensor:
+        """Quantize a weight once and reuse the result, since a weight does not change in evaluation.
 
-        A write through ``weight.data`` on an accelerator is noticed after the next ``train()`` or ``eval()``.
+        A write through ``weight.data`` on an accelerator takes effect after the next ``train()`` or ``eval()``.
         """
         key = (*mark(weight), *(t._version for t in (self.scale, self.zero_point)))
         same = (weight, self.scale, self.zero_point)
-        kept = self._kept
-        if kept is None or kept[0] != key or any(a() is not b for a, b in zip(kept[1], same, strict=True)):
-            kept = self._kept = (key, tuple(ref(t) for t in same), self._of(weight))
-        return kept[2]
+        cached = self._cached
+        if cached is None or cached[0] != key or any(a() is not b for a, b in zip(cached[1], same, strict=True)):
+            cached = self._cached = (key, tuple(ref(t) for t in same), self._quantize(weight))
+        return cached[2]
 
     def train(self, mode: bool = True) -> Self:
-        """Change the mode, and look at the weight anew."""
-        self._kept = None
+        """Change the mode and discard the cached weight."""
+        self._cached = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**vars(self), "_kept": None}
+        return {**vars(self), "_cached": None}
 
     def affine(self, ndim: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and zero point (None if symmetric), broadcastable to a tensor of ``ndim`` dimensions."""
+        """Return scale and zero point (None if symmetric), broadcastable to a tensor of ``ndim`` dimensions."""
         scale, zero_point = self.scale, self.zero_point
         if self.axis is not None:
             scale, zero_point = (per_channel(p, self.axis, ndim) for p in (scale, zero_point))
         return scale, None if self.symmetric else zero_point
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """As :meth:`affine`."""
+        """Return the result of :meth:`affine` for the dimensions of ``x``."""
         return self.affine(x.dim())
 
     @classmethod
@@ -133,5 +133,5 @@ class FixedQuantizer(Quantizer, kind=2):
 
 
 def _axis_of(number: int) -> int | None:
-    """The axis that a signature holds: 0 is None, -1 and below as they are, 1 and above one more than the axis."""
+    """Decode the axis of a signature: 0 is None, negative axes are stored unchanged, others plus one."""
     return None if number == 0 else number - (number > 0)

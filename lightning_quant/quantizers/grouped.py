@@ -1,4 +1,4 @@
-"""Quantizers whose few ranges are fixed, and whose channels or rows choose among them anew for each image."""
+"""Group quantizers: a few fixed ranges, among which the channels or rows of each image are distributed anew."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lightning_quant.quantizers.base import Quantizer
 
 
 class InstanceQuantizer(Quantizer):
-    """A quantizer that looks at each image by itself.
+    """Base class of quantizers that treat each image on its own.
 
     Attributes:
-        instances: how many images a batch holds; None where it is the first dimension. Windowed attention sets it,
+        instances: Number of images in a batch; None means the size of the first dimension. Windowed attention sets it,
             since it folds the windows of an image into the first dimension, one after the other.
     """
 
@@ -35,24 +35,24 @@ class InstanceQuantizer(Quantizer):
         return unsigned_grid(self.bits)
 
     def per_image(self, x: Tensor) -> Tensor:
-        """View or copy of (images, ..., channels) as (images, tokens, channels)."""
+        """Reshape (images, ..., channels) to (images, tokens, channels)."""
         images = self.instances or x.shape[0]
         if x.dim() < 3 or x.shape[0] % images:
             raise ConfigurationError(
-                f"{type(self).__name__} needs (images, tokens, channels), found {tuple(x.shape)} of {images} images:"
-                " a layer whose input has one token an image takes a FixedQuantizer."
+                f"{type(self).__name__} expects (images, tokens, channels), but found {tuple(x.shape)} for {images}"
+                " images: use a FixedQuantizer for a layer whose input has one token per image."
             )
         return x.reshape(images, -1, x.shape[-1])
 
 
 class GroupQuantizer(InstanceQuantizer, kind=4):
-    """Per image, each channel takes the quantizer of the group whose centre is nearest to its (min, max).
+    """Group quantizer of channels: in each image a channel uses the group whose center is nearest to its (min, max).
 
-    Source: arXiv 2404.00928, section 3.2. The centres decide the assignment; the ranges, which may be wider, the grid.
+    Source: arXiv 2404.00928, section 3.2. The centers decide the assignment, the ranges (which may be wider) the grid.
 
     Args:
-        bits: 2..16.
-        groups: how many quantizers.
+        bits: Bit-width, 2 to 16.
+        groups: Number of groups.
 
     Shape:
         (images, ..., channels), or (images x windows, tokens, channels) with ``instances`` set.
@@ -76,12 +76,13 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
         self.register_buffer("zero_point", torch.full((groups,), float("nan"), dtype=torch.float32))
 
     def set_ranges(self, centres: Tensor, ranges: Tensor | None = None, clip_zero_point: bool = False) -> None:
-        """Take over centres and ranges, (groups, 2) each; without ranges the centres are the ranges.
+        """Set centers and ranges, each of shape (groups, 2). Without ranges the centers are the ranges.
 
         Args:
-            centres: lower and upper bound that a channel's range is compared to.
-            ranges: lower and upper bound of the codes.
-            clip_zero_point: see :func:`lightning_quant.functional.groups.affine_parameters`.
+            centres: Lower and upper bound with which the range of a channel is compared.
+            ranges: Lower and upper bound of the codes.
+            clip_zero_point: Whether to clip the zero point to the codes, see
+                :func:`lightning_quant.functional.groups.affine_parameters`.
         """
         low, high = (centres if ranges is None else ranges).to(self.scale).unbind(dim=1)
         self.scale, self.zero_point = affine_parameters(low, high, self.bits, clip_zero_point)
@@ -90,21 +91,21 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
         self.ready = True
 
     def refresh_ready(self) -> None:
-        """As the parent's; groups that no channel fell in, NaN in older states, take their centre as range."""
+        """Update ``ready``. Groups without channels (NaN in older states) take their center as their range."""
         scale, zero_point = affine_parameters(self.centres[:, 0], self.centres[:, 1], self.bits)
         empty = self.scale.isnan()
         self.scale, self.zero_point = scale.where(empty, self.scale), zero_point.where(empty, self.zero_point)
         super().refresh_ready()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grids, in the shape and dtype of ``x``; the identity before :meth:`set_ranges`."""
+        """Quantize ``x``, keeping its shape and dtype. Acts as the identity until the ranges are set."""
         if not self.ready or x.numel() == 0:
             return x
         tokens = self.per_image(x)
         return quantize_channels(tokens, self.centres, self.scale, self.zero_point, self.bits).view(x.shape)
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the group that each channel of each image takes."""
+        """Return the scale and zero point of the group of each channel of each image."""
         tokens = self.per_image(x)
         group = channel_groups(tokens, self.centres)
         scale, zero_point = (value[group].expand_as(tokens).reshape(x.shape) for value in (self.scale, self.zero_point))
@@ -122,13 +123,13 @@ class GroupQuantizer(InstanceQuantizer, kind=4):
 
 
 class RowGroupQuantizer(InstanceQuantizer, kind=5):
-    """Each row of a softmax takes the quantizer [0, u] of the group whose centre is nearest to its maximum.
+    """Group quantizer of softmax rows: a row uses the range [0, u] of the group whose center is nearest to its maximum.
 
     Source: arXiv 2404.00928, section 3.2.
 
     Args:
-        bits: 2..16.
-        groups: how many quantizers.
+        bits: Bit-width, 2 to 16.
+        groups: Number of groups.
 
     Shape:
         (..., rows, keys).
@@ -151,7 +152,7 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
         self.register_buffer("scale", torch.full((groups,), float("nan"), dtype=torch.float32))
 
     def set_ranges(self, centres: Tensor, ranges: Tensor | None = None) -> None:
-        """Take over centres and upper bounds, (groups,) each; without bounds the centres are the bounds."""
+        """Set centers and upper bounds, each of shape (groups,). Without bounds the centers are the bounds."""
         high = (centres if ranges is None else ranges).to(self.scale)
         self.scale, _ = affine_parameters(torch.zeros_like(high), high, self.bits)
         self.centres = centres.to(self.scale)
@@ -159,17 +160,17 @@ class RowGroupQuantizer(InstanceQuantizer, kind=5):
         self.ready = True
 
     def refresh_ready(self) -> None:
-        """As the parent's; groups that no row fell in, NaN in older states, take their centre as range."""
+        """Update ``ready``. Groups without rows (NaN in older states) take their center as their range."""
         scale, _ = affine_parameters(torch.zeros_like(self.centres), self.centres, self.bits)
         self.scale = scale.where(self.scale.isnan(), self.scale)
         super().refresh_ready()
 
     def forward(self, attention: Tensor) -> Tensor:
-        """Values on the grids, in the shape and dtype of ``attention``; the identity before :meth:`set_ranges`."""
+        """Quantize ``attention``, keeping its shape and dtype. Acts as the identity until the ranges are set."""
         return quantize_rows(attention, self.centres, self.scale, self.bits) if self.ready else attention
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, None]:
-        """Of the group that each row takes."""
+        """Return the scale of the group of each row, and no zero point."""
         return self.scale[row_groups(x, self.centres)], None
 
     @classmethod

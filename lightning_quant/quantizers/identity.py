@@ -1,4 +1,4 @@
-"""Tells whether a weight is still the one that was seen before."""
+"""Identity of a weight: detection of whether it changed since it was last seen."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Words of eight bytes are summed in this many rows, so that rows that change places are noticed.
+# Eight-byte words are summed in this many rows with different factors, so that swapped rows are detected.
 _ROWS = 64
 
 Mark = tuple[int, int, float]
 
 
 def mark(weight: Tensor) -> Mark:
-    """Return what changes when a weight is exchanged or written to, cheap enough for each call.
+    """Return a value that changes when a weight is replaced or written to, cheap enough for every call.
 
-    A write through ``weight.data`` has no version. On a CPU the sum of the weight shows it; on an accelerator that
-    would have to be waited for.
+    A write through ``weight.data`` does not change the version. On a CPU the sum of the weight reveals it; on an
+    accelerator the sum is left out, since it would force a synchronization.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2, 2))
@@ -30,7 +30,7 @@ def mark(weight: Tensor) -> Mark:
 
 
 def fingerprint(weight: Tensor) -> Tensor:
-    """Return a number of the bits of a weight, the same on every device.
+    """Compute a checksum of the bits of a weight, the same on every device.
 
     Example:
         >>> weight = torch.ones(2, 2)
@@ -39,6 +39,6 @@ def fingerprint(weight: Tensor) -> Tensor:
     """
     octets = weight.detach().contiguous().view(-1).view(torch.uint8)
     words = F.pad(octets, (0, -len(octets) % (8 * _ROWS))).view(torch.int64).view(_ROWS, -1)
-    # Of a sum two signs of numbers, the highest bits, would cancel.
+    # In a plain sum the highest bits, two sign bits, would cancel.
     mixed = words ^ (words >> 31)
     return (mixed.sum(1) * torch.arange(1, 2 * _ROWS, 2, device=words.device)).sum()

@@ -1,4 +1,4 @@
-"""A quantizer whose range is learned."""
+"""Quantizer with a learned range."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lightning_quant.quantizers.statistics import moments
 
 
 class _Start:
-    """What a quantizer shares with the copies that are made of it before its first tensor: sign and first range.
+    """Sign and initial range that a quantizer shares with copies made before its first tensor.
 
-    An average of a network is such a copy. It must be on the same grid, and NaN would stay NaN however it is averaged.
+    The averaged copy of a network is one of them. It needs the same grid, and averaging would never replace its NaN.
 
     Attributes:
-        sign: Whether the tensor has negative values, None until that is known.
-        waiting: The quantizers whose range is still missing.
+        sign: Whether the tensor has negative values; None until known.
+        waiting: Quantizers that have no range yet.
     """
 
     def __init__(self, sign: bool | None) -> None:
@@ -37,21 +37,21 @@ class _Start:
 
 
 class LearnedQuantizer(Quantizer, kind=1):
-    """Uniform, per tensor, with a learned range: [-range, range], or [0, range] for a tensor without negatives.
+    """Uniform per-tensor quantizer with a learned range: [-range, range], or [0, range] for non-negative tensors.
 
-    The range starts at three standard deviations, for one-signed tensors at those of the normal distribution
-    whose half they would be: ``3 std(x) / sqrt(1 - 2/pi)`` (arXiv 2407.12637, section 3). It is a buffer of one
-    FP32 element that requires a gradient: give ``quantizer.range`` to an optimizer to learn it.
+    The range starts at three standard deviations. A non-negative tensor is taken for one half of a normal distribution,
+    which gives ``3 std(x) / sqrt(1 - 2/pi)`` (arXiv 2407.12637, section 3). The range is a buffer with one FP32 element
+    that requires a gradient: pass ``quantizer.range`` to an optimizer to learn it.
 
     Args:
-        bits: 2..16.
-        signed: None decides on the first tensor: "has it a negative value?"
+        bits: Bit-width, 2 to 16.
+        signed: Whether the tensor has negative values; None decides on the first tensor.
 
     Attributes:
-        sample: Values of the tensor in the last backward pass since an optimizer stepped, None before.
+        sample: Values of the tensor from the last backward pass since the optimizer step; None before.
 
     Shape:
-        any input; the output has its shape and dtype.
+        Any shape; the output has the shape and dtype of the input.
 
     Example:
         >>> quantizer = LearnedQuantizer(4)
@@ -78,12 +78,12 @@ class LearnedQuantizer(Quantizer, kind=1):
 
     @property
     def signed(self) -> bool | None:
-        """Whether the tensor has negative values; None until that is known."""
+        """Whether the tensor has negative values; None until known."""
         return self._start.sign
 
     @property
     def grid(self) -> Grid:
-        """Symmetric codes for signed tensors, 0 .. 2^b-1 for others."""
+        """Symmetric grid for signed tensors, codes 0 .. 2^b-1 for others."""
         return unsigned_grid(self.bits) if self.signed is False else symmetric_grid(self.bits)
 
     @property
@@ -93,17 +93,17 @@ class LearnedQuantizer(Quantizer, kind=1):
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """Range and sign from the first tensor, over the tensors of all ranks; waits for one that is not 0."""
-        seen = moments(x.detach())
-        if not math.isfinite(seen.std) or seen.largest == 0:
+        """Set range and sign from the first tensor, over all ranks. A tensor that is not finite or all 0 is skipped."""
+        statistics = moments(x.detach())
+        if not math.isfinite(statistics.std) or statistics.largest == 0:
             return
-        signed = seen.has_negative if self.decides_sign else self.signed
-        spread = 3 * seen.std / (1 if signed else math.sqrt(1 - 2 / math.pi))
-        if spread < abs(seen.mean):
-            # Values far from 0 that lie close together, as pooled ones do: nearly all would be clipped, and pass no
-            # gradient. Three times their root mean square is the same as the above where the mean is 0.
-            spread = min(3 * math.hypot(seen.mean, seen.std), seen.largest)
-        # Copies are not ready yet: one that is trained itself starts from the first tensor that it sees.
+        signed = statistics.has_negative if self.decides_sign else self.signed
+        spread = 3 * statistics.std / (1 if signed else math.sqrt(1 - 2 / math.pi))
+        if spread < abs(statistics.mean):
+            # Values that are far from 0 and close together, such as pooled ones, would nearly all be clipped and get no
+            # gradient. Three times the root mean square equals three standard deviations where the mean is 0.
+            spread = min(3 * math.hypot(statistics.mean, statistics.std), statistics.largest)
+        # Only copies that are not ready: one that is trained on its own starts from its own first tensor.
         for quantizer in {self, *(copy for copy in self._start.waiting if not copy.ready)}:
             quantizer._start = _Start(signed)
             quantizer.range.fill_(spread)
@@ -112,20 +112,20 @@ class LearnedQuantizer(Quantizer, kind=1):
     def unstarted_state(self) -> dict[str, Tensor]:
         state = super().unstarted_state()
         if self.decides_sign:
-            # After the format's version, the kind and the bit-width.
+            # The sign follows the format version, the kind and the bit-width.
             state["_extra_state"][3] = UNDECIDED
         return state
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before :meth:`initialize`."""
+        """Quantize ``x``, keeping its shape and dtype. Acts as the identity until it is initialized."""
         return fake_quantize(x, self.scale, self.grid) if self.ready else x
 
     def affine(self, ndim: int) -> tuple[Tensor, None]:
-        """Scale, which broadcasts to any tensor, and no zero point."""
+        """Return the scale, which broadcasts to any tensor, and no zero point."""
         return self.scale, None
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, None]:
-        """The one scale, and no zero point."""
+        """Return the scale, and no zero point."""
         return self.affine(x.dim())
 
     @classmethod
@@ -143,7 +143,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         elif loaded not in (None, self.signed):
             raise CheckpointError(
                 f"The checkpoint has signed={loaded} for a tensor that this module quantizes with signed={self.signed}:"
-                f" write signed={loaded}, or signed=None to take what the checkpoint says."
+                f" write signed={loaded}, or signed=None to use the sign of the checkpoint."
             )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -153,6 +153,6 @@ class LearnedQuantizer(Quantizer, kind=1):
             self._start = _Start(self.signed)
         if self.ready and self.signed is None:
             raise CheckpointError(
-                "The checkpoint holds a range without saying whether it is signed: it was averaged or edited after it"
-                " was written. Load the one that training wrote."
+                "The checkpoint holds a range but does not say whether it is signed: it was averaged or edited after"
+                " it was written. Load the original one."
             )

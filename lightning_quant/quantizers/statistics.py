@@ -1,4 +1,4 @@
-"""Statistics of a tensor over all ranks."""
+"""Statistics of a tensor across ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
 
 
 class Moments(NamedTuple):
-    """Mean, population standard deviation, largest magnitude, and whether any is < 0."""
+    """Mean, population standard deviation, largest magnitude, and whether any value is negative."""
 
     mean: float
     std: float
@@ -22,14 +22,14 @@ class Moments(NamedTuple):
 
 
 def moments(x: Tensor) -> Moments:
-    """Of the union of all ranks' tensors, in one collective, accumulated in FP64.
+    """Compute the moments of the union of all ranks' tensors in one collective, accumulated in FP64.
 
     Example:
         >>> moments(torch.tensor([-1.0, 1.0]))
         Moments(mean=0.0, std=1.0, largest=1.0, has_negative=True)
     """
     values = x.double()
-    # A maximum among sums: each rank's in a place of its own.
+    # To get a maximum from a sum, each rank writes its own to a separate slot.
     ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
     maxima = values.new_zeros(ranks)
     maxima[rank] = values.abs().max() if x.numel() else 0.0

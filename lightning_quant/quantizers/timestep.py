@@ -1,4 +1,4 @@
-"""A quantizer of activations whose range depends on the timestep of a diffusion model."""
+"""Activation quantizer whose range depends on the timestep of a diffusion model."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lightning_quant.quantizers.base import Quantizer
 
 
 class TimestepQuantizer(Quantizer, kind=10):
-    """Uniform, per tensor, with a zero point; a range of its own for each group of timesteps and part of the channels.
+    """Uniform quantizer with a zero point, and one range for each group of timesteps and each part of the channels.
 
-    The group is chosen from the timestep that the network is called with (``nn.timesteps`` tells it), never by counting
-    calls. Parts are for the concatenation of a skip connection, whose two halves differ in range.
+    The group follows from the timestep with which the network is called (``nn.timesteps`` sets it), never from counting
+    calls. Parts serve the concatenation of a skip connection, whose two halves differ in range.
 
     Args:
-        bits: 2..16.
-        starts: the first timestep of each group, falling, as sampling goes; one group where there are fewer than two.
-        parts: number of channels (axis 1) of each part; () for one.
+        bits: Bit-width, 2 to 16.
+        starts: First timestep of each group, in decreasing order, as in sampling. Fewer than two give one group.
+        parts: Number of channels (axis 1) of each part; () for a single part.
 
     Attributes:
-        scale: (groups, parts), like ``zero_point``.
-        group: index of the group, or one for each item of the batch.
+        scale: Step sizes of shape (groups, parts), like ``zero_point``.
+        group: Index of the group, or one index for each item of the batch.
 
     Raises:
-        ConfigurationError: starts that do not fall.
+        ConfigurationError: The starts are not strictly decreasing.
 
     Example:
         >>> quantizer = TimestepQuantizer(2, starts=(900, 400))
@@ -45,7 +45,9 @@ class TimestepQuantizer(Quantizer, kind=10):
         super().__init__(bits)
         self.starts, self.parts = tuple(map(int, starts)) or (0,), tuple(map(int, parts))
         if any(a <= b for a, b in zip(self.starts, self.starts[1:], strict=False)):
-            raise ConfigurationError(f"starts={self.starts}: expected falling timesteps, for example (951, 701, 451).")
+            raise ConfigurationError(
+                f"starts={self.starts}: expected strictly decreasing timesteps, for example (951, 701, 451)."
+            )
         self.group: int | Tensor | None = 0 if len(self.starts) == 1 else None
         shape = (len(self.starts), max(len(self.parts), 1))
         self.register_buffer("scale", torch.full(shape, float("nan")))
@@ -54,14 +56,14 @@ class TimestepQuantizer(Quantizer, kind=10):
 
     @property
     def grid(self) -> Grid:
-        """0 .. 2^b-1."""
+        """Codes 0 .. 2^b-1."""
         return unsigned_grid(self.bits)
 
     # -- ranges -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def initialize(self, x: Tensor) -> None:
-        """The same range for all groups, of least square error on ``x``."""
+        """Set the range with the least squared error on ``x``, the same for all groups."""
         pieces = x.detach().float().split(self.parts, 1) if self.parts else (x.detach().float(),)
         if not all(bool(piece.isfinite().all() & piece.any()) for piece in pieces):
             return
@@ -70,7 +72,7 @@ class TimestepQuantizer(Quantizer, kind=10):
 
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor) -> None:
-        """Take ranges [low, high], each (groups, parts)."""
+        """Set the ranges [low, high], each of shape (groups, parts)."""
         self.scale, zero_point, _ = scale_and_zero_point(low, high, self.bits, symmetric=False)
         assert zero_point is not None
         self.zero_point, self.ready = zero_point, True
@@ -78,26 +80,26 @@ class TimestepQuantizer(Quantizer, kind=10):
     # -- timesteps ----------------------------------------------------------------------------------------------------
 
     def at(self, timestep: float | Tensor) -> TimestepQuantizer:
-        """Choose the group of a timestep, or of each item of a batch; returns self."""
+        """Select the group of a timestep, or of each item of a batch, and return self."""
         self.group = group_of(self.starts, timestep)
         return self
 
     @property
     def known_group(self) -> int | Tensor:
-        """The group, or one for each item of the batch.
+        """Index of the group, or one index for each item of the batch.
 
         Raises:
-            QuantizationError: several groups, and no timestep.
+            QuantizationError: There are several groups, and no timestep is set.
         """
         if self.group is None:
             raise QuantizationError(
-                "The ranges depend on the timestep, which is not known: call the denoiser itself with its timestep as"
+                "The ranges depend on the timestep, which is unknown: call the denoiser itself with its timestep, as"
                 " diffusers does, network(sample, timestep, ...), or calibrate with activation_parameters='shared'."
             )
         return self.group
 
     def _chosen(self, values: Tensor, x: Tensor) -> Tensor:
-        """The (groups, parts) values of the group, as they broadcast to ``x``."""
+        """Return the values of the current group from a (groups, parts) tensor, broadcastable to ``x``."""
         values = values[self.known_group]
         if self.parts:
             sizes = torch.tensor(self.parts, device=values.device)
@@ -106,17 +108,17 @@ class TimestepQuantizer(Quantizer, kind=10):
             return values[0] if not self.parts else values.view(-1, *[1] * (x.dim() - 2))
         if len(x) % len(values):
             raise QuantizationError(
-                f"A tensor of {len(x)} rows in a network that was called with {len(values)} different timesteps: call"
+                f"A tensor has {len(x)} rows, but the network was called with {len(values)} different timesteps: call"
                 " it with one timestep for the whole batch."
             )
         values = values.repeat_interleave(len(x) // len(values), 0)
         return values.reshape(len(x), -1, *[1] * (x.dim() - 2)) if x.dim() > 1 else values.reshape(-1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Values on the grid, in the shape and dtype of ``x``; the identity before a range is known.
+        """Quantize ``x``, keeping its shape and dtype. Acts as the identity until a range is set.
 
         Raises:
-            QuantizationError: several groups, and no timestep.
+            QuantizationError: There are several groups, and no timestep is set.
         """
         if not self.ready:
             return x
@@ -127,10 +129,10 @@ class TimestepQuantizer(Quantizer, kind=10):
         return fake_quantize(x, self._chosen(scale, x), self.grid, self._chosen(zero_point, x))
 
     def affine_of(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Of the group of the timestep that the network was called with last.
+        """Return the scale and zero point of the group of the last timestep.
 
         Raises:
-            QuantizationError: several groups, and no timestep.
+            QuantizationError: There are several groups, and no timestep is set.
         """
         return self._chosen(self.scale, x), self._chosen(self.zero_point, x)
 
@@ -141,13 +143,13 @@ class TimestepQuantizer(Quantizer, kind=10):
 
     @property
     def learns(self) -> bool:
-        """Whether it is between :meth:`begin` and :meth:`end`."""
+        """Whether the quantizer is between :meth:`begin` and :meth:`end`."""
         return self._leaves is not None
 
     def begin(self) -> dict[str, Tensor]:
-        """Start learning; the leaf tensors ``log_ratio``, of the scale to what it was, and ``zero_point``.
+        """Start learning, and return the leaf tensors ``log_ratio`` and ``zero_point``, each of shape (groups, parts).
 
-        Each is (groups, parts).
+        ``log_ratio`` is the logarithm of the ratio of the scale to its initial value.
         """
         if not self.ready:
             raise QuantizationError("The quantizer has no range yet: call initialize(x) before begin().")
@@ -159,13 +161,13 @@ class TimestepQuantizer(Quantizer, kind=10):
 
     @torch.no_grad()
     def end(self) -> None:
-        """Take over what was learned; nothing where nothing was begun."""
+        """Store what was learned. Does nothing if :meth:`begin` was not called."""
         leaves, self._leaves = self._leaves, None
         if leaves is not None:
             self.scale, self.zero_point = self.scale * leaves["log_ratio"].exp(), self._rounded(leaves["zero_point"])
 
     def cancel(self) -> None:
-        """Forget what was learned."""
+        """Discard what was learned."""
         self._leaves = None
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -184,10 +186,10 @@ class TimestepQuantizer(Quantizer, kind=10):
 
 
 def group_of(starts: Sequence[int], timestep: float | Tensor) -> int | Tensor:
-    """Index of the group of a timestep: group g is ``starts[g] >= t > starts[g + 1]``, the first has no upper end.
+    """Return the group of a timestep: group g is ``starts[g] >= t > starts[g + 1]``, and the first has no upper end.
 
-    A tensor of timesteps that are not all in one group gives a tensor; one on an accelerator is not waited for, and a
-    compiled network is one graph for all groups.
+    The result is a tensor if the timesteps of a tensor are in different groups. It is also a tensor on an accelerator,
+    to avoid a synchronization, and in a compiled network, which is one graph for all groups.
 
     Example:
         >>> group_of((900, 400), 400), group_of((900, 400), torch.tensor([950, 3]))

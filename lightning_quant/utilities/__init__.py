@@ -1,1 +1,1 @@
-"""Helpers that know nothing of quantization: ranks, files, paths, tables, progress bars, hashes and texts."""
+"""Helpers that are independent of quantization: ranks, files, paths, tables, progress bars, hashes and text."""

@@ -1,4 +1,4 @@
-"""Full precision within a Trainer that runs in another one."""
+"""Full precision inside a Trainer that runs in a lower one."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute in FP32 whatever precision the Trainer runs in: no autocast, and FP32 for new tensors.
+    """Compute in FP32 regardless of the Trainer's precision: disable autocast, and create new tensors in FP32.
 
     Args:
-        device: Device whose autocast is switched off.
+        device: Device whose autocast is disabled.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16), full_precision(torch.device("cpu")):

@@ -1,4 +1,4 @@
-"""Collectives that do nothing where there is one process."""
+"""Collectives that do nothing in a single process."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ T = TypeVar("T")
 
 
 def several_ranks() -> bool:
-    """Whether there is anybody to agree with."""
+    """Return whether there is more than one rank."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks, in place; the tensor itself where there is one process."""
+    """Sum over all ranks in place, and return the tensor."""
     if several_ranks():
         dist.all_reduce(values)
     return values
 
 
 def all_reduce_max(values: Tensor) -> Tensor:
-    """Maximum over all ranks, in place; the tensor itself where there is one process."""
+    """Take the maximum over all ranks in place, and return the tensor."""
     if several_ranks():
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
 
 
 def gather(values: Tensor) -> Tensor:
-    """Concatenation of all ranks' tensors along the first dimension, whose length may differ from rank to rank.
+    """Concatenate the tensors of all ranks along the first dimension, whose length may differ between ranks.
 
     Example:
         >>> gather(torch.arange(3))
@@ -53,15 +53,15 @@ def gather(values: Tensor) -> Tensor:
 
 
 def on_all_ranks(job: Callable[[], T], device: torch.device, what: str) -> T:
-    """What a job returns, when it is done on all ranks: one that fails does not leave the others waiting.
+    """Run a job on all ranks and return its result. If one rank fails, the others raise an error instead of hanging.
 
     Args:
-        job: of this rank, in which ranks do not wait for one another.
-        device: where ranks exchange tensors.
-        what: the job, in words that follow "could not".
+        job: Function of this rank, without collectives.
+        device: Device for the exchange between ranks.
+        what: Description of the job that follows "could not" in the error message.
 
     Raises:
-        QuantizationError: another rank failed; this one's own failure is raised as it is.
+        QuantizationError: Another rank failed. A failure of this rank is raised unchanged.
 
     Example:
         >>> on_all_ranks(lambda: 3, torch.device("cpu"), "count")
@@ -81,16 +81,19 @@ def on_all_ranks(job: Callable[[], T], device: torch.device, what: str) -> T:
 
 
 def gather_objects(mine: T) -> list[T]:
-    """What each rank has, on rank 0; nothing elsewhere. As objects: a rank may have no images, and no columns."""
+    """Gather one object from each rank on rank 0; other ranks get an empty list.
+
+    Objects rather than tensors, since a rank without images does not know the number of columns.
+    """
     if not several_ranks():
         return [mine]
-    found: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(mine, found, dst=0)
-    return found or []
+    gathered: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, gathered, dst=0)
+    return gathered or []
 
 
 def on_first_rank(work: Callable[[], T]) -> T:
-    """What the work gives, or raises, on rank 0, on every rank; the others wait."""
+    """Run a function on rank 0 only, and return its result or raise its error on every rank."""
     if not several_ranks():
         return work()
     answer: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, whenever the process is killed."""
+"""Atomic writing of files and folders: they are complete or absent, even if the process is killed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.utilities.paths import check_writable
 
-# Of this process on this machine: others may write to the same disk.
+# This machine: others may write to the same disk.
 _HERE = re.sub(r"\W", "-", socket.gethostname())
-# What this process is writing now. Others of its number are of one before it: in a container that starts anew both
-# have the same.
+# Temporary paths that this process is writing. Others with its process number are left from an earlier process, since
+# a restarted container reuses the number.
 _WRITING: set[Path] = set()
-# Diffusers reads over names that begin so.
+# diffusers ignores keys with this prefix.
 _LISTED = "_lightning_quant"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name to write to, which becomes ``path`` when all is written.
+    """Provide a temporary path to write to, which is renamed to ``path`` once it is complete.
 
-    What a killed process of this machine left there is cleared away.
+    Temporary files that killed processes of this machine left there are deleted.
 
     Example:
         >>> import tempfile
@@ -40,8 +40,8 @@ def whole_file(path: Path) -> Iterator[Path]:
         ...     [path.name for path in Path(folder).iterdir()]
         ['state.json']
     """
-    for left in _left(path, "tmp"):
-        left.unlink(missing_ok=True)
+    for leftover in _leftovers(path, "tmp"):
+        leftover.unlink(missing_ok=True)
     temporary = _beside(path, "tmp")
     _WRITING.add(temporary)
     try:
@@ -54,12 +54,12 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Writer:
-    """A function that writes a folder whole, and may replace only what it wrote before.
+    """Description of a function that writes a whole folder, and may replace only what it wrote before.
 
     Attributes:
-        name: Name of the function, for messages.
-        written: Returns the files that the function wrote into a folder, relative to it, as the folder itself says.
-        index: Name of the file by which the folder says so.
+        name: Name of the function for messages.
+        written: Function that returns the files that were written into a folder, relative to it, as listed there.
+        index: Name of the file with that list.
     """
 
     name: str
@@ -67,24 +67,24 @@ class Writer:
     index: str
 
     def foreign(self, folder: Path) -> list[str]:
-        """Files in a folder, or below it, that the function did not write, and folders without any of its files."""
+        """Return all files below a folder that the function did not write, and folders without any of its files."""
         if folder.is_symlink() or not folder.is_dir():
             return [folder.name]
-        own = {PurePath(name) for name in self.written(folder)}
-        own |= {parent for name in own for parent in name.parents}
+        written = {PurePath(name) for name in self.written(folder)}
+        written |= {parent for name in written for parent in name.parents}
         try:
-            return sorted(str(name) for name in _below(folder) if name not in own)
+            return sorted(str(name) for name in _below(folder) if name not in written)
         except OSError:
-            # What may not be looked at is not ours.
+            # A folder that cannot be listed is foreign.
             return [folder.name]
 
 
 def list_files(folder: Path, index: str) -> None:
-    """Note in a JSON file of a folder which files are in it, for :func:`listed_files`.
+    """List the files of a folder in one of its JSON files, for :func:`listed_files`.
 
     Args:
-        folder: Folder that was just written.
-        index: Name of the JSON file, an object.
+        folder: Folder that has just been written.
+        index: Name of the JSON file, which holds an object.
     """
     names = sorted(name.as_posix() for name in _below(folder) if not (folder / name).is_dir())
     content = {**json.loads((folder / index).read_text(encoding="utf-8")), _LISTED: {"files": names}}
@@ -92,7 +92,7 @@ def list_files(folder: Path, index: str) -> None:
 
 
 def listed_files(folder: Path, index: str) -> list[str]:
-    """Return the files that :func:`list_files` noted; none where there is no such note.
+    """Return the files that :func:`list_files` listed, or an empty list if there is no list.
 
     Example:
         >>> listed_files(Path("no-such-folder"), "model_index.json")
@@ -105,43 +105,43 @@ def listed_files(folder: Path, index: str) -> list[str]:
 
 
 def check_replaceable(path: Path, writer: Writer) -> None:
-    """Raise where a folder cannot be written whole, or something would be lost by replacing it.
+    """Raise an error if a folder cannot be written, or if replacing it would delete something else.
 
     Args:
         path: Folder as :func:`~lightning_quant.utilities.paths.user_path` returns it.
-        writer: Writes it.
+        writer: Writer of the folder.
 
     Raises:
-        ConfigurationError: A folder that holds other files, is in use as a place in the file system, or cannot be made.
+        ConfigurationError: The folder holds other files, is a home, working or mount folder, or cannot be created.
     """
     settle(path, writer)
     if not os.path.lexists(path):
         check_writable(path)
         return
-    # It is put aside, and not written to.
+    # The folder is moved aside rather than written to.
     check_writable(path.parent)
     if not path.is_dir():
-        raise ConfigurationError(f"{path} is a file: give a new folder, or one that {writer.name} wrote.")
+        raise ConfigurationError(f"{path} is a file: write a new folder, or one that {writer.name} wrote.")
     _check_foreign(path, path, writer)
     if _is_in_use(path):
         raise ConfigurationError(
-            f"{path} is the home folder, the working directory or a mounted disk, which cannot be replaced: give a"
-            f" folder in it, as {path / 'quantized'}."
+            f"{path} is the home folder, the working directory or a mounted disk, which cannot be replaced: write a"
+            f" folder inside it, such as {path / 'quantized'}."
         )
 
 
 @contextmanager
 def whole_folder(path: Path, writer: Writer) -> Iterator[Path]:
-    """An empty folder to write into, which takes the place of ``path`` when all is written.
+    """Provide an empty folder to write into, which replaces ``path`` once it is complete.
 
-    What it replaces is moved aside first, and put back where it holds what the writer did not write.
+    The old folder is moved aside first, and moved back if it holds files that the writer did not write.
 
     Args:
         path: Folder as :func:`~lightning_quant.utilities.paths.user_path` returns it.
-        writer: Writes it.
+        writer: Writer of the folder.
 
     Raises:
-        ConfigurationError: See :func:`check_replaceable`, at the beginning and again at the end.
+        ConfigurationError: See :func:`check_replaceable`. Checked at the start and again at the end.
 
     Example:
         >>> import tempfile
@@ -159,7 +159,7 @@ def whole_folder(path: Path, writer: Writer) -> Iterator[Path]:
         yield new
         if os.path.lexists(path):
             path.rename(old)
-            # Nobody who looks for the folder by its name can write into it any more.
+            # Under its new name, no other process can write into it any more.
             _check_foreign(old, path, writer)
         new.rename(path)
     finally:
@@ -171,41 +171,41 @@ def whole_folder(path: Path, writer: Writer) -> Iterator[Path]:
 
 
 def settle(path: Path, writer: Writer) -> None:
-    """Bring what a killed process of this machine was replacing to its end.
+    """Finish the replacement of a folder that a killed process of this machine had started.
 
-    It had written all of the new folder where it had begun to put the old one aside.
+    If the old folder was already moved aside, the new one was complete.
     """
-    for old in _left(path, "old"):
+    for old in _leftovers(path, "old"):
         new = old.with_suffix(".new")
-        # On a disk that nobody may write to, it stays as it is.
+        # On a read-only disk everything stays as it is.
         with suppress(OSError):
             if not path.exists():
                 (new if new.exists() and not writer.foreign(old) else old).rename(path)
-    for left in _left(path, "old"):
-        _remove(left, writer)
-    for left in _left(path, "new"):
-        shutil.rmtree(left, ignore_errors=True)
+    for leftover in _leftovers(path, "old"):
+        _remove(leftover, writer)
+    for leftover in _leftovers(path, "new"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _is_in_use(path: Path) -> bool:
     fixed = [Path()]
-    with suppress(RuntimeError):  # who has no home
+    with suppress(RuntimeError):  # a user without a home folder
         fixed.append(Path.home())
-    return os.path.ismount(path) or any(each.exists() and each.samefile(path) for each in fixed)
+    return os.path.ismount(path) or any(folder.exists() and folder.samefile(path) for folder in fixed)
 
 
 def _check_foreign(folder: Path, path: Path, writer: Writer) -> None:
-    """Raise where a folder, which was or is at ``path``, holds what the writer did not write."""
-    if others := writer.foreign(folder):
-        shown = ", ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+    """Raise an error if a folder, which is or was at ``path``, holds files that the writer did not write."""
+    if foreign := writer.foreign(folder):
+        shown = ", ".join(foreign[:4]) + (f" and {len(foreign) - 4} more" if len(foreign) > 4 else "")
         raise ConfigurationError(
-            f"{path} holds {shown}, which saving would overwrite: give a new or an empty folder, or one that"
+            f"{path} contains {shown}, which saving would overwrite: write a new or an empty folder, or one that"
             f" {writer.name} wrote."
         )
 
 
 def _remove(old: Path, writer: Writer) -> None:
-    """Take away what the writer wrote, file by file: what somebody put there since then stays."""
+    """Delete the writer's files one by one, so that files added by others since then remain."""
     if not os.path.lexists(old):
         return
     names = set() if writer.foreign(old) else {PurePath(name) for name in writer.written(old)}
@@ -213,19 +213,19 @@ def _remove(old: Path, writer: Writer) -> None:
     with suppress(OSError):
         for name in sorted(names - {PurePath(writer.index)}):
             (old / name).unlink(missing_ok=True)
-        for name in sorted(folders, key=lambda each: -len(each.parts)):
+        for name in sorted(folders, key=lambda folder: -len(folder.parts)):
             with suppress(FileNotFoundError):
                 (old / name).rmdir()
-        # Last, so that the next start can go on where this one is killed.
+        # The index goes last, so that the next start can continue if this one is killed.
         if names:
             (old / writer.index).unlink(missing_ok=True)
         old.rmdir()
     if os.path.lexists(old):
-        rank_zero_warn(f"{old} is left of a folder that {writer.name} replaced: it holds files of somebody else.")
+        rank_zero_warn(f"{old} remains of a folder that {writer.name} replaced, since it contains other files.")
 
 
 def _below(folder: Path) -> Iterator[PurePath]:
-    """Files and folders below a folder, relative to it; links are not followed."""
+    """Iterate over all files and folders below a folder, relative to it, without following links."""
 
     def refuse(error: OSError) -> None:
         raise error
@@ -235,32 +235,32 @@ def _below(folder: Path) -> Iterator[PurePath]:
 
 
 def left_elsewhere(path: Path) -> list[Path]:
-    """What processes of other machines have left beside a path, or are writing there now."""
-    return [other for other in _beside_it(path) if other.suffix in (".new", ".old")]
+    """Return the folders beside a path that processes of other machines left there or are still writing."""
+    return [sibling for sibling in _siblings(path) if sibling.suffix in (".new", ".old")]
 
 
 def _beside(path: Path, word: str) -> Path:
     return path.with_name(f".{path.name}.{_HERE}.{os.getpid()}.{word}")
 
 
-def _left(path: Path, word: str) -> list[Path]:
-    """What processes of this machine that are no more have left beside a path."""
+def _leftovers(path: Path, word: str) -> list[Path]:
+    """Return the files or folders that dead processes of this machine left beside a path."""
     start = f".{path.name}.{_HERE}."
-    found = [other for other in _beside_it(path) if other.name.startswith(start) and other.suffix == f".{word}"]
-    return [other for other in found if not _is_written(other, other.name.removeprefix(start).split(".")[0])]
+    candidates = [other for other in _siblings(path) if other.name.startswith(start) and other.suffix == f".{word}"]
+    return [other for other in candidates if not _is_written(other, other.name.removeprefix(start).split(".")[0])]
 
 
-def _beside_it(path: Path) -> list[Path]:
-    # Not by glob: names may hold its characters. A folder that may be read may not be one that may be listed.
+def _siblings(path: Path) -> list[Path]:
+    # Not by glob, since names may contain its special characters. Listing the folder may not be permitted.
     with suppress(OSError):
         return [other for other in path.parent.iterdir() if other.name.startswith(f".{path.name}.")]
     return []
 
 
-def _is_written(left: Path, process: str) -> bool:
+def _is_written(leftover: Path, process: str) -> bool:
     if process == str(os.getpid()):
-        return left in _WRITING
-    # On Windows signal 0 is one.
+        return leftover in _WRITING
+    # On Windows, signal 0 is a real signal.
     if not process.isdigit() or os.name == "nt":
         return True
     try:

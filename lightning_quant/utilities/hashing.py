@@ -1,4 +1,4 @@
-"""Hashes by which files, weights and images are known again."""
+"""Hashes that identify files, weights and images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch import Tensor
 
 
 def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
-    """Compute the SHA-256 over name, type, shape and bytes of tensors, in hexadecimal.
+    """Compute the SHA-256 of the names, types, shapes and bytes of tensors, in hexadecimal.
 
     Args:
-        named: Names and tensors of any shape, in an order that counts.
+        named: Names and tensors of any shape. Their order matters.
 
     Example:
         >>> tensors_hash([("weight", torch.zeros(2))]) == tensors_hash([("bias", torch.zeros(2))])
@@ -28,7 +28,7 @@ def tensors_hash(named: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of the bytes of a file."""
+    """Compute the SHA-256 of the bytes of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
@@ -37,7 +37,7 @@ def file_hash(path: Path) -> str:
 
 
 def fingerprint(images: Tensor) -> str:
-    """SHA-256 over type, shape and bytes of images, in hexadecimal.
+    """Compute the SHA-256 of the type, shape and bytes of images, in hexadecimal.
 
     Example:
         >>> fingerprint(torch.zeros(2, 3, 8, 8))[:8] == fingerprint(torch.zeros(2, 3, 8, 8))[:8]

@@ -1,4 +1,4 @@
-"""The one door by which a user's paths come in: what is below it sees whole paths of this machine."""
+"""Conversion of a user's paths to absolute local paths, the only ones that the rest of the package handles."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 
 def user_path(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path that a user means, ``~``, ``~name`` and variables expanded, links followed.
+    """Return the absolute path, with ``~``, ``~name`` and variables expanded and links resolved.
 
-    A folder that is really called ``~`` is written ``./~``.
+    Write ``./~`` for a folder that is really named ``~``.
 
     Args:
-        path: Path as it was given. Variables of the environment that are not set stay as they are.
+        path: Path from the user. Undefined environment variables are left unchanged.
 
     Raises:
-        ConfigurationError: An empty text, an unknown user, or an address such as ``s3://``.
+        ConfigurationError: The path is empty, has an unknown user, or is a URL such as ``s3://``.
 
     Example:
         >>> user_path("~/states") == Path.home().resolve() / "states"
@@ -32,60 +32,60 @@ def user_path(path: str | os.PathLike[str]) -> Path:
         >>> user_path("states") == user_path("./states/") == Path.cwd() / "states"
         True
     """
-    given = os.fspath(path)
-    if not given:
-        raise ConfigurationError("Expected a path, found an empty text: write '.' for the working directory.")
-    if "://" in given:
+    text = os.fspath(path)
+    if not text:
+        raise ConfigurationError("Expected a path, but found an empty string: write '.' for the working directory.")
+    if "://" in text:
         raise ConfigurationError(
-            f"{given!r} is an address, expected a path on this machine: write a local one, and copy from or to it."
+            f"{text!r} is a URL, but expected a path on this machine: write a local path, and copy from or to it."
         )
     try:
-        whole = os.path.expandvars(given)
-        # Of "./~" a Path keeps "~" alone.
+        whole = os.path.expandvars(text)
+        # Path reduces "./~" to "~".
         return (Path(whole).expanduser() if whole.startswith("~") else Path(whole)).resolve()
     except (RuntimeError, ValueError, OSError) as error:
-        raise ConfigurationError(f"{given!r} cannot be resolved ({error}): write the whole path.") from error
+        raise ConfigurationError(f"{text!r} cannot be resolved ({error}): write the absolute path.") from error
 
 
 def trainer_path(path: str | os.PathLike[str]) -> Path:
-    """Return the absolute path of a folder of the Trainer's or of its logger's, whose ``~`` they have expanded, or not.
+    """Return the absolute path of a folder of the Trainer or its logger, without expanding ``~``.
 
     Raises:
-        ConfigurationError: An address such as ``s3://``.
+        ConfigurationError: The path is a URL such as ``s3://``.
 
     Example:
         >>> trainer_path("lightning_logs") == Path.cwd() / "lightning_logs"
         True
     """
-    if "://" in (given := os.fspath(path)):
+    if "://" in (text := os.fspath(path)):
         raise ConfigurationError(
-            f"The Trainer's files go to {given}, which is an address, and these to a disk: give a local folder."
+            f"The Trainer writes to {text}, which is a URL, but these files need a local disk: write a local folder."
         )
-    return Path(given).absolute()
+    return Path(text).absolute()
 
 
 def local_path(name: str | os.PathLike[str]) -> str:
-    """Return :func:`user_path` where a file or folder is there; else the text, which may be a name or an address.
+    """Return :func:`user_path` if the file or folder exists, otherwise the string, which may be a name or a URL.
 
     Example:
         >>> local_path("google/ddpm-cifar10-32")
         'google/ddpm-cifar10-32'
     """
     with suppress(ConfigurationError):
-        if (found := user_path(name)).exists():
-            return str(found)
+        if (path := user_path(name)).exists():
+            return str(path)
     return os.fspath(name)
 
 
 def check_on_first_rank(trainer: pl.Trainer, check: Callable[[], None]) -> None:
-    """Let all ranks refuse what the first one, which alone writes, cannot write to.
+    """Run a check on the first rank, the only one that writes, and raise its error on all ranks.
 
     Args:
-        trainer: Trainer whose ranks all call this.
-        check: Function that raises, such as :func:`check_writable` of a folder.
+        trainer: Trainer. All of its ranks must call this function.
+        check: Function that raises an error, such as :func:`check_writable` of a folder.
 
     Raises:
-        ConfigurationError: The check's.
+        ConfigurationError: The check failed.
 
     Example:
         >>> from lightning.pytorch import Trainer
@@ -102,23 +102,23 @@ def check_on_first_rank(trainer: pl.Trainer, check: Callable[[], None]) -> None:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise where a folder cannot be made or written to; nothing is left of the trial.
+    """Raise an error if a folder cannot be created or written to. The check leaves nothing behind.
 
     Args:
         folder: Path as :func:`user_path` returns it.
 
     Raises:
-        ConfigurationError: A file in its place, no right to write there, no space, a disk that is read-only.
+        ConfigurationError: The path is a file, is not writable, or the disk is full or read-only.
 
     Example:
         >>> check_writable(user_path("reports/of/today"))
     """
-    remedy = "give a folder that can be made and written to."
+    remedy = "write a folder that can be created and written to."
     try:
-        there = next(each for each in (folder, *folder.parents) if each.exists())
-        if not there.is_dir():
-            raise ConfigurationError(f"{there} is a file, and {folder} cannot be a folder: {remedy}")
-        with TemporaryFile(dir=there, prefix=".writable-") as probe:
+        existing = next(path for path in (folder, *folder.parents) if path.exists())
+        if not existing.is_dir():
+            raise ConfigurationError(f"{existing} is a file, so {folder} cannot be a folder: {remedy}")
+        with TemporaryFile(dir=existing, prefix=".writable-") as probe:
             probe.write(b"\0")
     except OSError as error:
         raise ConfigurationError(f"{folder} cannot be written to ({error.strerror or error}): {remedy}") from error

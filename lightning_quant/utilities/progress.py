@@ -1,4 +1,4 @@
-"""What a user sees of a calibration while it runs."""
+"""Progress bar of a calibration."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from rich.progress import Progress
 
 
 class ProgressBar:
-    """A progress bar with the time left, on the first rank, where the Trainer shows bars, and of their kind.
+    """Progress bar with the remaining time, in the style of the Trainer's bar. It is shown only if that one is.
 
     Args:
-        trainer: whose progress bar is switched on or off, and is drawn by rich or by tqdm.
-        total: of what is counted.
-        description: in front of the bar.
+        trainer: Trainer whose progress bar decides the style (rich or tqdm) and whether this one is shown.
+        total: Final count.
+        description: Text in front of the bar.
     """
 
     def __init__(self, trainer: pl.Trainer, total: int, description: str) -> None:
-        theirs = getattr(trainer, "progress_bar_callback", None)
-        shown = trainer.is_global_zero and theirs is not None
+        callback = getattr(trainer, "progress_bar_callback", None)
+        shown = trainer.is_global_zero and callback is not None
         self.bar: Any
-        if shown and isinstance(theirs, RichProgressBar):
-            self.bar = _RichBar(theirs, trainer, total, description)
+        if shown and isinstance(callback, RichProgressBar):
+            self.bar = _RichBar(callback, trainer, total, description)
         else:
             self.bar = Tqdm(total=total, desc=description, disable=not shown, leave=False)
 
     def update(self, count: int = 1, what: str = "") -> None:
-        """Count, and show what was done."""
+        """Advance the bar by ``count`` and show what was done."""
         if what:
             self.bar.set_postfix_str(what, refresh=False)
         self.bar.update(count)
@@ -46,15 +46,15 @@ class ProgressBar:
 
 
 class _RichBar:
-    """A line among those of Lightning's rich bar while it is drawn, or by itself: rich draws one display at a time."""
+    """Line in Lightning's rich bar while that is drawn, otherwise a separate one: rich allows one display at a time."""
 
-    def __init__(self, theirs: RichProgressBar, trainer: pl.Trainer, total: int, description: str) -> None:
-        drawn: Progress | None = theirs.progress
-        self._theirs = theirs if drawn is not None and drawn.live.is_started else None
-        if drawn is None or self._theirs is None:
-            drawn = Progress(*theirs.configure_columns(trainer), transient=True, disable=theirs.is_disabled)
-            drawn.start()
-        self._progress = drawn
+    def __init__(self, callback: RichProgressBar, trainer: pl.Trainer, total: int, description: str) -> None:
+        progress: Progress | None = callback.progress
+        self._callback = callback if progress is not None and progress.live.is_started else None
+        if progress is None or self._callback is None:
+            progress = Progress(*callback.configure_columns(trainer), transient=True, disable=callback.is_disabled)
+            progress.start()
+        self._progress = progress
         self._description = description
         self._task = self._progress.add_task(description, total=total)
 
@@ -63,13 +63,13 @@ class _RichBar:
 
     def update(self, n: int) -> None:
         self._progress.update(self._task, advance=n)
-        if self._theirs is not None:
-            self._theirs.refresh()
+        if self._callback is not None:
+            self._callback.refresh()
 
     def close(self) -> None:
-        if self._theirs is None:
+        if self._callback is None:
             self._progress.stop()
         else:
-            # Not removed: Lightning finds its own by their places.
+            # Hidden rather than removed, since Lightning identifies its tasks by position.
             self._progress.update(self._task, visible=False)
             self._progress.refresh()

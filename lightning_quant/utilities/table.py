@@ -1,4 +1,4 @@
-"""Plans print as tables: in plain text, and by rich itself where it prints them."""
+"""Tables of plans, as plain text and for rich."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.table import Table
 
-# Of plain text, which has no terminal; names and notes of most networks fit.
+# Width of plain text, which has no terminal. The names and notes of most networks fit.
 _WIDTH = 180
 
 
 class Tabled:
-    """What has rows and a summary; ``print`` writes both, ``rich.print`` and notebooks draw them.
+    """Base class of objects with rows and a summary, which ``print``, ``rich.print`` and notebooks show as a table.
 
     Example:
         >>> class Pairs(Tabled):
@@ -35,11 +35,11 @@ class Tabled:
     heads: ClassVar[tuple[str, ...]]
 
     def cells(self) -> Iterable[tuple[str, ...]]:
-        """A text for each of the heads, for each row."""
+        """Return the rows, each with one string per head."""
         raise NotImplementedError
 
     def summary(self) -> str:
-        """In a sentence."""
+        """Summarize the rows in one sentence."""
         raise NotImplementedError
 
     def _table(self, lines: Box | None) -> Table:
@@ -48,7 +48,7 @@ class Tabled:
 
         table = Table(*self.heads, box=lines)
         for row in self.cells():
-            # Not markup: names may hold brackets.
+            # As Text rather than markup, since names may contain brackets.
             table.add_row(*map(Text, row))
         return table
 

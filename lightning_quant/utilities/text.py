@@ -1,4 +1,4 @@
-"""Numbers as a person writes them."""
+"""Formatting of numbers for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a person says them.
+    """Format a duration in seconds, minutes or hours.
 
     Example:
         >>> duration(85), duration(700), duration(12_000)
@@ -18,7 +18,7 @@ def duration(seconds: float) -> str:
 
 
 def listed(numbers: Sequence[int]) -> str:
-    """Write a list out.
+    """Format numbers as an enumeration.
 
     Example:
         >>> listed([4]), listed([2, 4, 8])
@@ -29,7 +29,7 @@ def listed(numbers: Sequence[int]) -> str:
 
 
 def byte_size(count: float) -> str:
-    """Write a number of bytes with its unit.
+    """Format a number of bytes with its unit.
 
     Example:
         >>> byte_size(1_234_567)
@@ -39,7 +39,7 @@ def byte_size(count: float) -> str:
 
 
 def large_number(count: float) -> str:
-    """Write a count with K, M or G.
+    """Format a count with K, M or G.
 
     Example:
         >>> large_number(12), large_number(2.5e9)

@@ -75,7 +75,7 @@ def test_a_finished_calibration_is_taken_from_its_file(tmp_path: Path, caplog: p
     ours = callback()
     quiet_trainer(tmp_path, callbacks=[ours]).test(second, batches(), verbose=False)
     assert torch.equal(first.seen[0], second.seen[0])
-    assert "taken from" in caplog.text
+    assert "loaded from" in caplog.text
 
 
 def test_stopped_it_goes_on_from_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

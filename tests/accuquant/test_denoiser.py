@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.diffusion import tiny_condition_unet, tiny_dit, tiny_inputs, tiny_unet
-from lightning_quant.accuquant.denoiser import Denoiser, denoiser_of
+from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 
 NETWORKS = {"unet": tiny_unet, "condition unet": tiny_condition_unet, "dit": tiny_dit}
@@ -127,18 +127,13 @@ def test_a_call_of_ones_own_is_used_in_both_branches() -> None:
 
     network = tiny_unet()
     network.register_to_config(addition_embed_type="text")
-    denoiser = denoiser_of(Denoiser(network, call=call), guidance=3.0)
+    denoiser = Denoiser(network, guidance=3.0, call=call)
     x = torch.ones(1, 3, 8, 8)
     assert denoiser(x, 5, {"w": torch.tensor([2.0]), "uncond_w": torch.tensor([1.0])}).unique().tolist() == [9.0]
 
 
 def test_a_scale_of_one_is_no_guidance() -> None:
     assert Denoiser(Recorder(), guidance=1.0).guidance is None
-
-
-def test_a_denoiser_is_taken_as_it_is() -> None:
-    denoiser = Denoiser(Recorder())
-    assert denoiser_of(denoiser) is denoiser
 
 
 # -- what cannot be done ----------------------------------------------------------------------------------------------

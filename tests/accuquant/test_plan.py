@@ -59,7 +59,7 @@ class Same(nn.Conv2d):
 def test_a_layer_with_a_forward_of_its_own_is_a_row_that_says_so_and_a_subclass_without_is_quantized() -> None:
     network = nn.Sequential(Same(1, 2, 1), Doubled(2, 2, 1), nn.Conv2d(2, 1, 1))
     plan = plan_denoiser(network, Settings(4, 8), lambda: network(torch.zeros(1, 1, 2, 2)))
-    assert names(plan, left_out=True) == names(plan, note="Doubled has a forward of its own") == {"1"}
+    assert names(plan, left_out=True) == names(plan, note="Doubled has its own forward") == {"1"}
     assert names(plan, note=FIRST_AND_LAST) == {"0", "2"}
 
 
@@ -162,7 +162,7 @@ def test_patterns_leave_layers_and_attentions_out() -> None:
 
 def test_a_pattern_that_matches_nothing_is_refused_with_names_near_it() -> None:
     with pytest.raises(
-        ConfigurationError, match=r"exclude='conv_inn' matches none of the \d+ layers. Near it: conv_in"
+        ConfigurationError, match=r"exclude='conv_inn' matches none of the \d+ layers. Close matches: conv_in"
     ):
         plan_of(network_of(), exclude=("conv_out", "conv_inn"))
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from helpers.diffusion import tiny_inputs
 from helpers.processes import on_ranks
 from helpers.ranged import TIMESTEPS, call, network_of, plan_of, ranged
-from lightning_quant.accuquant.denoiser import denoiser_of
+from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.plan import plan_denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers, activation_ranges, prepare, weight_ranges
 from lightning_quant.accuquant.settings import Settings
@@ -222,7 +222,7 @@ def test_all_slots_of_a_denoiser_get_ranges(kind: Any) -> None:
     assert all(quantizer.ready and quantizer.scale.gt(0).all() for quantizer in quantizers.values())
     x, conditioning = tiny_inputs(network)
     with torch.no_grad():
-        plain, moved = (denoiser_of(net)(x, 500, conditioning) for net in (network_of(kind), network))
+        plain, moved = (Denoiser(net)(x, 500, conditioning) for net in (network_of(kind), network))
     assert 0 < (moved - plain).norm() / plain.norm() < 0.5
 
 

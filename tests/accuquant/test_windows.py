@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.saved_bytes import peak_saved_bytes
 from helpers.ranged import float_trajectories, gradients, learning, network_of, ranged
 from helpers.rollouts import sampler
-from lightning_quant.accuquant.denoiser import denoiser_of
+from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.samplers import Sampler
 from lightning_quant.accuquant.trajectories import Trajectories
 from lightning_quant.accuquant.windows import Adjoint, Window, network_calls, roll, window_loss
@@ -48,7 +48,7 @@ def window_of(kind: str, start: int, stop: int, steps: int = 6) -> tuple[Sampler
 
 
 def unet() -> Denoise:
-    denoiser = denoiser_of(learned()[0])
+    denoiser = Denoiser(learned()[0])
     return lambda x, t: denoiser(x, t, {})
 
 
@@ -96,7 +96,7 @@ def test_over_several_steps_they_are_not(kind: str) -> None:
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_the_float_model_itself_has_no_loss_and_no_gradient(kind: str, adjoint: Adjoint) -> None:
     own, window = window_of(kind, 1, 4)
-    denoiser, scale = denoiser_of(network_of("flat")), torch.ones((), requires_grad=True)
+    denoiser, scale = Denoiser(network_of("flat")), torch.ones((), requires_grad=True)
     loss = window_loss(lambda x, t: scale * denoiser(x, t, {}), own, window, adjoint)
     assert float(loss) == pytest.approx(0, abs=1e-9)
     assert scale.grad is None or abs(float(scale.grad)) < 1e-4
@@ -227,7 +227,7 @@ def _corner(histories: Any) -> Any:
 def test_a_stochastic_sampler_takes_the_noise_of_the_float_trajectory(adjoint: Adjoint) -> None:
     own, window = window_of("ddpm", 1, 4)
     other = replace(window, noises=tuple(-noise for noise in window.noises if noise is not None))
-    denoiser = denoiser_of(network_of("flat"))
+    denoiser = Denoiser(network_of("flat"))
     leaf = torch.zeros((), requires_grad=True)
     with_own, with_other = (
         window_loss(lambda x, t: leaf + denoiser(x, t, {}), own, w, adjoint) for w in (window, other)

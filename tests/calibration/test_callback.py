@@ -148,5 +148,5 @@ def test_one_that_does_not_say_what_it_does_is_told(tmp_path: Path) -> None:
     class Silent(CalibratingCallback):
         callback_name = "Silent"
 
-    with pytest.raises(NotImplementedError, match="Silent does not say what its calibration is"):
+    with pytest.raises(NotImplementedError, match="Silent does not implement start_calibration"):
         quiet(Silent(), default_root_dir=tmp_path).test(SmallNet())

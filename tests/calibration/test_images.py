@@ -174,14 +174,15 @@ def test_any_iterable_of_batches_will_do() -> None:
 def test_fewer_images_than_asked_are_refused(dataset: Any) -> None:
     assert len(calibration_images(over(dataset), 20)) == 20
     with pytest.raises(
-        ConfigurationError, match=r"Asked for 21 calibration images, found 20 in a test. Write calibration_images=20"
+        ConfigurationError,
+        match=r"Requested 21 calibration images, but found 20 in a test. Write calibration_images=20",
     ):
         calibration_images(over(dataset), 21)
 
 
 @pytest.mark.parametrize(("count", "rank", "ranks"), [(0, 0, 1), (3, 0, 4), (8, 4, 4), (8, -1, 2)])
 def test_every_rank_needs_an_image(count: int, rank: int, ranks: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"Asked for {count} .*on {ranks} ranks, of which this is rank {rank}"):
+    with pytest.raises(ConfigurationError, match=f"Requested {count} .*on {ranks} ranks, of which this is rank {rank}"):
         calibration_images(over(Images()), count, rank=rank, ranks=ranks)
 
 
@@ -212,7 +213,7 @@ def test_a_collate_function_that_drops_images_is_refused() -> None:
     def dropping(items: list[tuple[Tensor, Tensor]]) -> Tensor:
         return torch.stack([image for image, _ in items[1:]])
 
-    with pytest.raises(ConfigurationError, match="Drew 8 items from a test, and its batches hold 6 images"):
+    with pytest.raises(ConfigurationError, match="Drew 8 items from a test, but its batches hold 6 images"):
         calibration_images(over(Images(), collate_fn=dropping), 8)
 
 
@@ -356,7 +357,7 @@ class WithoutLoaders(SmallNet):
 @pytest.mark.parametrize("verb", ["test", "validate"])
 def test_evaluation_images_are_the_last_resort_and_warned_of(verb: str) -> None:
     look = Recorder()
-    with pytest.warns(UserWarning, match=r"no train split, so calibration images are images from the evaluation data"):
+    with pytest.warns(UserWarning, match=r"no train split, so calibration images are taken from the evaluation data"):
         getattr(trainer(look), verb)(WithoutLoaders(), DataLoader(Images(), batch_size=4), verbose=False)
     assert set(rows(look.images)) <= set(rows(Images().images))
 
@@ -433,7 +434,7 @@ def test_nothing_to_calibrate_on_is_an_error() -> None:
 
 
 def test_calibration_data_of_another_type_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="calibration_data is a str; expected a Dataset, a DataLoader"):
+    with pytest.raises(ConfigurationError, match="calibration_data is a str, but expected a Dataset, a DataLoader"):
         calibration_source("imagenet")  # type: ignore[arg-type]
 
 

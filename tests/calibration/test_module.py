@@ -299,7 +299,7 @@ def test_what_is_not_calibrated_or_only_in_part_is_refused(verb: str, tmp_path: 
     trainer.strategy.connect(module)
     trainer.save_checkpoint(tmp_path / "part.ckpt")
     assert is_calibrated(module)
-    in_part = r"stopped after step 2 of 6, .*: go on with trainer.fit\(module, ckpt_path=...\)"
+    in_part = r"stopped after step 2 of 6, .*: continue with trainer.fit\(module, ckpt_path=...\)"
     with pytest.raises(QuantizationError, match=in_part):
         getattr(trainer, verb)(module)
     with pytest.raises(QuantizationError, match=in_part):
@@ -352,5 +352,5 @@ def test_a_subclass_that_does_not_say_how_is_told(tmp_path: Path) -> None:
     class Nothing(CalibratingModule):
         pass
 
-    with pytest.raises(NotImplementedError, match="Nothing does not say what its calibration is"):
+    with pytest.raises(NotImplementedError, match="Nothing does not implement start_calibration"):
         quiet(default_root_dir=tmp_path).fit(Nothing())

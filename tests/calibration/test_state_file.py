@@ -110,7 +110,7 @@ def test_a_damaged_file_is_named(kept: int, tmp_path: Path) -> None:
     path = file(tmp_path).path
     file(tmp_path).save(Count(2))
     path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(CheckpointError, match=rf"{path.name} is damaged \(.*\): delete it, and calibrate anew"):
+    with pytest.raises(CheckpointError, match=rf"{path.name} is damaged \(.*\): delete it and calibrate again"):
         loaded(file(tmp_path))
 
 

@@ -121,7 +121,9 @@ def test_where_no_step_tells_the_batch_itself_is_looked_at() -> None:
     assert torch.equal(ask(Picks(lambda b: b[7]))((X, Y)), X)
     # The patch embedding gets an image too, but is not the network.
     assert torch.equal(ask(Hidden(list))((X, Y)), X)
-    with pytest.raises(ConfigurationError, match=r"Found a tuple of .* tell either: test_step raised IndexError"):
+    with pytest.raises(
+        ConfigurationError, match=r"Found a tuple of .* yield images either: test_step raised IndexError"
+    ):
         ask(Picks(lambda b: b[7]))((Y, X))
 
 

@@ -120,7 +120,7 @@ def test_a_missing_root_says_so_before_any_work() -> None:
 
 def test_another_layout_is_listed(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
-    with pytest.raises(ConfigurationError, match="found 'images', expected either 'cifar-100-python'"):
+    with pytest.raises(ConfigurationError, match="found 'images', but expected either 'cifar-100-python'"):
         CIFARDataModule(str(tmp_path), classes=100).setup("fit")
 
 
@@ -145,7 +145,7 @@ def test_an_empty_class_folder_is_refused(folders: Path) -> None:
 def test_other_arguments_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="found classes=20"):
         CIFARDataModule(classes=20)  # type: ignore[arg-type]
-    with pytest.raises(ConfigurationError, match="validation_images >= 0, found -1"):
+    with pytest.raises(ConfigurationError, match="validation_images >= 0, but found -1"):
         CIFARDataModule(validation_images=-1)
 
 

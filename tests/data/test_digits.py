@@ -83,7 +83,7 @@ def test_a_split_without_every_class_is_refused(held_out: int) -> None:
     [
         ({"batch_size": 0}, "batch_size=0"),
         ({"num_workers": -1}, "num_workers=-1"),
-        ({"validation_fraction": 1.0}, r"validation_fraction in \[0, 1\), found 1.0"),
+        ({"validation_fraction": 1.0}, r"validation_fraction in \[0, 1\), but found 1.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, int], found: str) -> None:

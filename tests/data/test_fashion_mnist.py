@@ -59,12 +59,12 @@ def test_missing_files_are_named_with_what_to_write(root: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"No Fashion-MNIST in '.*/nowhere': found no such.*download=True"):
         FashionMNISTDataModule("nowhere").prepare_data()
     (root / "FashionMNIST" / "raw" / "t10k-labels-idx1-ubyte").unlink()
-    with pytest.raises(ConfigurationError, match=r"missing t10k-labels-idx1-ubyte\. Write root=FOLDER"):
+    with pytest.raises(ConfigurationError, match=r"missing: t10k-labels-idx1-ubyte\. Write root=FOLDER"):
         FashionMNISTDataModule(str(root)).setup("fit")
 
 
 def test_other_arguments_are_refused(root: Path) -> None:
-    with pytest.raises(ConfigurationError, match="validation_images >= 0, found -1"):
+    with pytest.raises(ConfigurationError, match="validation_images >= 0, but found -1"):
         FashionMNISTDataModule(validation_images=-1)
-    with pytest.raises(ConfigurationError, match="each of 1 channels, found 3 and 1"):
+    with pytest.raises(ConfigurationError, match="each of 1 channels, but found 3 and 1"):
         FashionMNISTDataModule(str(root), mean=[0.5] * 3).setup("test")

@@ -135,7 +135,7 @@ def test_a_missing_root_says_what_to_write() -> None:
 
 def test_a_missing_val_offers_a_held_out_share(tmp_path: Path) -> None:
     _write(tmp_path, "train", 10)
-    with pytest.raises(ConfigurationError, match=r"in '.*val': .*beside it 'train'.*validation_fraction=0.1"):
+    with pytest.raises(ConfigurationError, match=r"in '.*val': .*parent folder has 'train'.*validation_fraction=0.1"):
         _module(tmp_path).setup("fit")
     data = _module(tmp_path, validation_fraction=0.1)
     assert _size(data.val_dataloader()) == 3
@@ -159,10 +159,10 @@ def test_a_class_without_images_is_refused(root: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "found"),
     [
-        ({"validation_fraction": 1.0}, r"validation_fraction in \[0, 1\), found 1.0"),
-        ({"random_erasing": 2.0}, r"random_erasing in \[0, 1\], found 2.0"),
-        ({"crop_pct": 0.0}, r"crop_pct in \(0, 1\], found 0.0"),
-        ({"image_size": 0}, "image_size >= 1, found 0"),
+        ({"validation_fraction": 1.0}, r"validation_fraction in \[0, 1\), but found 1.0"),
+        ({"random_erasing": 2.0}, r"random_erasing in \[0, 1\], but found 2.0"),
+        ({"crop_pct": 0.0}, r"crop_pct in \(0, 1\], but found 0.0"),
+        ({"image_size": 0}, "image_size >= 1, but found 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(arguments: dict[str, float], found: str) -> None:

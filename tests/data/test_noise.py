@@ -65,9 +65,9 @@ def test_drawn_numbers_are_even() -> None:
 
 def test_what_is_no_number_of_an_image_is_refused() -> None:
     assert numbers(torch.tensor([3, 1])) == numbers((3, 1)) == [3, 1]
-    with pytest.raises(ConfigurationError, match=r"ids has -1: expected numbers of images"):
+    with pytest.raises(ConfigurationError, match=r"ids contains -1: expected image numbers"):
         initial_noise(SHAPE, [0, -1], 0)
-    with pytest.raises(ConfigurationError, match=r"ids has 4294967296"):
+    with pytest.raises(ConfigurationError, match=r"ids contains 4294967296"):
         numbers([2**32])
-    with pytest.raises(ConfigurationError, match=r"seed=-2: expected a number that is not negative"):
+    with pytest.raises(ConfigurationError, match=r"seed=-2: expected a non-negative number"):
         initial_noise(SHAPE, [0], -2)

@@ -81,7 +81,7 @@ def test_fetching_leaves_the_stored_images_as_they_were() -> None:
         (torch.zeros(2, 3, 4, 4), torch.zeros(2), (0.5,) * 3, "torch.float32 images"),
         (torch.zeros(2, 4, 4, dtype=torch.uint8), torch.zeros(2), (0.5,) * 3, r"images \(2, 4, 4\)"),
         (_images(2), torch.zeros(3), (0.5,) * 3, r"labels \(3,\)"),
-        (_images(2), torch.zeros(2), (0.5,), "each of 3 channels, found 1"),
+        (_images(2), torch.zeros(2), (0.5,), "each of 3 channels, but found 1"),
     ],
 )
 def test_what_does_not_fit_together_is_refused(
@@ -92,5 +92,5 @@ def test_what_does_not_fit_together_is_refused(
 
 
 def test_negative_padding_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="padding >= 0, found -1"):
+    with pytest.raises(ConfigurationError, match="padding >= 0, but found -1"):
         RandomCropFlip(-1)

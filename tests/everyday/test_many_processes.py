@@ -184,7 +184,7 @@ def test_a_layer_that_is_sharded_by_itself_stays_in_float_with_the_reason(tmp_pa
 
     shown = on_ranks(2, job)[0]
     assert "net.3.0" in shown
-    assert "given to fully_shard by itself" in shown
+    assert "passed to fully_shard on its own" in shown
 
 
 class Sharded(VitModule):
@@ -216,7 +216,7 @@ def test_a_calibration_of_pieces_of_weights_is_refused(method: str, tmp_path: Pa
         return str(refused.value)
 
     for said in on_ranks(2, job):
-        assert re.match(r"\S+ is divided among ranks, .* calibrate with strategy='ddp'", said)
+        assert re.match(r"\S+ is sharded across ranks, .* calibrate with strategy='ddp'", said)
 
 
 def test_torchrun_starts_the_command_line(tmp_path: Path) -> None:

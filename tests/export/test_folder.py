@@ -50,7 +50,7 @@ def test_a_model_that_was_never_calibrated_is_not_saved(tmp_path: Path) -> None:
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ConfigurationError, match=r"holds thesis\.tex, which saving would overwrite: give a new"):
+    with pytest.raises(ConfigurationError, match=r"contains thesis\.tex, which saving would overwrite: write a new"):
         save_quantized(quantized(mlp()), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

@@ -265,7 +265,7 @@ def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     source = tiny_pipeline_folder("ldm", tmp_path / "float")
     model = load_float_pipeline(source)
     quantize(model.network)
-    with pytest.raises(ConfigurationError, match="which saving would overwrite: give a new or an empty folder"):
+    with pytest.raises(ConfigurationError, match="which saving would overwrite: write a new or an empty folder"):
         save_quantized_pipeline(model, source)
     folder = save_quantized_pipeline(model, tmp_path / "quantized")
     for notes in ("notes.txt", "unet/notes.txt"):

@@ -16,7 +16,6 @@ from lightning_quant.functional import (
     encode,
     fake_quantize,
     per_channel,
-    split_groups,
     symmetric_grid,
     unsigned_grid,
 )
@@ -152,15 +151,9 @@ def test_per_channel_is_a_loop_over_channels(axis: int, grid: Grid, with_zero_po
 @given(st.sampled_from([1, 2, 3, 4, 6, 12]), grids)
 def test_per_group_is_a_loop_over_groups(size: int, grid: Grid) -> None:
     x, scale = normal(5, 12), normal(12 // size, 1).abs() + 0.01
-    whole = encode(split_groups(x, size), scale, grid).flatten(-2)
+    whole = encode(x.unflatten(-1, (-1, size)), scale, grid).flatten(-2)
     parts = [encode(part.contiguous(), s, grid) for part, s in zip(torch.split(x, size, -1), scale[:, 0], strict=True)]
     assert torch.equal(whole, torch.cat(parts, -1))
-
-
-@pytest.mark.parametrize("size", [0, 5, 24])
-def test_groups_must_divide_the_channels(size: int) -> None:
-    with pytest.raises(ConfigurationError, match=f"group_size={size}: expected a divisor of the 12 channels"):
-        split_groups(torch.zeros(2, 12), size)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "strided", "expanded", "channels_last"])

@@ -51,7 +51,7 @@ def test_any_shape_in_the_order_of_its_indices() -> None:
 
 @pytest.mark.parametrize("code", [-1, 16, 0.5])
 def test_a_code_that_does_not_fit_is_refused(code: float) -> None:
-    with pytest.raises(ConfigurationError, match="whole numbers from 0 to 15, which is what 4 bits hold"):
+    with pytest.raises(ConfigurationError, match="whole numbers from 0 to 15, the range of 4 bits"):
         pack_bits(torch.tensor([3, code]), 4)
 
 

@@ -484,7 +484,7 @@ class Complex(SmallNet):
     ("module", "message"),
     [
         (NoLayers, "NoLayers has no Conv and no Linear layer"),
-        (Lazy, "uninitialised"),
+        (Lazy, "uninitialized"),
         (Scripted, "TorchScript"),
         (Complex, "net.8 has a torch.complex64 weight"),
     ],
@@ -496,5 +496,7 @@ def test_modules_that_cannot_be_quantized_are_refused(module: type[SmallNet], me
 
 
 def test_a_pattern_that_matches_nothing_names_what_is_near() -> None:
-    with pytest.raises(ConfigurationError, match=r"include='net\.33' matches none of the 4 layers\. Near it: .*net\.3"):
+    with pytest.raises(
+        ConfigurationError, match=r"include='net\.33' matches none of the 4 layers\. Close matches: .*net\.3"
+    ):
         trainer(quantization(include="net.33")).fit(SmallNet())

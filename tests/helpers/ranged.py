@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.diffusion import Kind, tiny_denoiser, tiny_inputs, tiny_unet
-from lightning_quant.accuquant.denoiser import denoiser_of
+from lightning_quant.accuquant.denoiser import Denoiser
 from lightning_quant.accuquant.plan import DenoiserPlan, plan_denoiser
 from lightning_quant.accuquant.ranges import activation_quantizers, activation_ranges, prepare, weight_ranges
 from lightning_quant.accuquant.samplers import Sampler
@@ -34,7 +34,7 @@ def network_of(kind: Kind | Literal["flat"] = "ddpm") -> Any:
 def call(network: nn.Module, t: int | Tensor, n: int = 2) -> Tensor:
     """The denoiser's output on the same states each time."""
     x, conditioning = tiny_inputs(network, n)
-    return denoiser_of(network)(x, t, conditioning)
+    return Denoiser(network)(x, t, conditioning)
 
 
 def plan_of(network: nn.Module, weight_bits: int = 4, activation_bits: int = 8, **settings: Any) -> DenoiserPlan:
@@ -74,4 +74,4 @@ def gradients(leaves: Iterable[Tensor]) -> Tensor:
 def float_trajectories(network: nn.Module, sampler: Sampler, n: int = 2) -> Trajectories:
     x, conditioning = tiny_inputs(network, n)
     noise = initial_noise(x.shape[1:], range(n), 0)
-    return generate(denoiser_of(network), sampler, noise, conditioning, range(n), 0, keep=True)
+    return generate(Denoiser(network), sampler, noise, conditioning, range(n), 0, keep=True)

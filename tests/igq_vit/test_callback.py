@@ -263,7 +263,7 @@ def test_saved_as_a_folder_and_loaded_it_gives_the_same_bits(tmp_path: Path) -> 
 
 
 def test_loaders_alone_are_enough_but_warned_of(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="calibration images are images from the evaluation data"):
+    with pytest.warns(UserWarning, match="calibration images are taken from the evaluation data"):
         quiet(tmp_path, igq()).test(VitModule(), dataloaders=VitData().test_dataloader())
 
 
@@ -276,7 +276,7 @@ def test_images_can_be_given(tmp_path: Path) -> None:
 
 
 def test_fewer_images_than_asked_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Asked for 64 calibration images, found 16"):
+    with pytest.raises(ConfigurationError, match="Requested 64 calibration images, but found 16"):
         quiet(tmp_path, igq(calibration_images=64)).test(VitModule(), VitData())
 
 
@@ -291,7 +291,9 @@ def test_networks_that_cannot_be_are_refused_before_anything_starts(tmp_path: Pa
 
     module = VitModule()
     module.extra = OddAttention()
-    with pytest.raises(UnsupportedModelError, match=r"extra is a .*OddAttention, an attention that is not known"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"extra is a .*OddAttention, an attention class that is not registered"
+    ):
         quiet(tmp_path, igq()).test(module, VitData())
     module = VitModule()
     module.backbone = nn.Linear(8, 8)
@@ -405,7 +407,9 @@ def test_of_several_images_of_an_item_the_first_counts(tmp_path: Path) -> None:
 
 
 def test_a_function_that_gives_no_images_is_told_what_it_gave(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"images=FUNCTION gave int64 \(4,\) for a tuple of int64 \(4,\), "):
+    with pytest.raises(
+        ConfigurationError, match=r"images=FUNCTION returned int64 \(4,\) for a tuple of int64 \(4,\), "
+    ):
         quiet(tmp_path, igq(images=lambda batch: batch[0])).test(Normalizing(), Pixels())
 
 

@@ -238,7 +238,7 @@ def test_groups_by_name_and_by_number() -> None:
 
 
 def test_groups_that_cannot_be_say_so() -> None:
-    with pytest.raises(ConfigurationError, match=r"groups of 'attn', which is no fully connected.*fc, head"):
+    with pytest.raises(ConfigurationError, match=r"groups has 'attn', which is not a fully connected.*fc, head"):
         model_bops(SHAPES, 4, 4, {"attn": 2})
     with pytest.raises(ConfigurationError, match=r"groups=5: expected 0 \(layer-wise\) .. 4"):
         model_bops(SHAPES, 4, 4, {"fc": 5})
@@ -247,7 +247,7 @@ def test_groups_that_cannot_be_say_so() -> None:
 
 
 def test_a_network_without_layers_is_an_error() -> None:
-    with pytest.raises(UnsupportedModelError, match="A forward of ReLU called no Linear"):
+    with pytest.raises(UnsupportedModelError, match="The forward of ReLU called no Linear"):
         measure_shapes(nn.ReLU(), torch.zeros(1, 2))
 
 

@@ -137,7 +137,7 @@ def test_what_one_rank_cannot_have_is_missing_on_all() -> None:
     first, second = on_ranks(2, job)
     assert first == second
     assert "IS" not in first[0]
-    assert "have no class logits" in first[1]["IS"]
+    assert "has no class logits" in first[1]["IS"]
 
 
 def test_an_error_comes_to_all_ranks() -> None:
@@ -178,11 +178,11 @@ def test_what_is_missing_is_named_once_with_its_reason() -> None:
     with pytest.warns(UserWarning, match="Not computed") as told:
         metrics.compute()
     said = " ".join(str(warning.message) for warning in told)
-    assert "FID (no real images: give real_images to update, call update_real, or set real_statistics)" in said
-    assert "IS (these features have no class logits" in said
-    assert "sFID2FP32 (these features have no spatial ones" in said
-    assert "CLIP (prompts were given and no CLIP model: set clip" in said
-    assert "24 images of 192 features are larger than they would be over many" in said
+    assert "FID (no real images: pass real_images to update, call update_real, or set real_statistics)" in said
+    assert "IS (this feature network has no class logits" in said
+    assert "sFID2FP32 (this feature network has no spatial features" in said
+    assert "CLIP (prompts were given without a CLIP model: set clip" in said
+    assert "24 images with 192 features are larger than over many" in said
     assert metrics.missing.keys() == {"FID", "sFID", "IS", "KID", "CLIP", "sFID2FP32"}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -201,8 +201,8 @@ def test_images_too_small_for_a_measure_lose_only_that() -> None:
     metrics = GenerationMetrics(nn.Flatten(), lpips_net=None, kid_subset_size=10)
     metrics.update(images, images, images)
     assert metrics.compute().keys() == {"FID", "FID2FP32", "PSNR"}
-    assert metrics.missing["SSIM"] == "images of 2 pixels have no window of 3"
-    assert metrics.missing["KID"] == "6 images, and it needs at least 10"
+    assert metrics.missing["SSIM"] == "images with a side of 2 pixels are smaller than the smallest window of 3"
+    assert metrics.missing["KID"] == "6 images, but at least 10 are needed"
 
 
 def test_reset_forgets_the_images() -> None:
@@ -219,15 +219,18 @@ def good(count: int = 2) -> Tensor:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"quantized_images": good()[0]}, r"quantized_images \(1, 4, 4\) torch.float32: expected float images"),
-        ({"float_images": (good() * 255).byte()}, r"float_images \(2, 1, 4, 4\) torch.uint8"),
+        (
+            {"quantized_images": good()[0]},
+            r"quantized_images have shape \(1, 4, 4\) and dtype torch.float32: expected float images",
+        ),
+        ({"float_images": (good() * 255).byte()}, r"float_images have shape \(2, 1, 4, 4\) and dtype torch.uint8"),
         ({"quantized_images": good().repeat(1, 2, 1, 1)}, r"expected float images \(n, 1 or 3, H, W\)"),
-        ({"quantized_images": good() * 2 - 1.5}, r"values in \[0, 1\]; a decoder's"),
-        ({"quantized_images": good() * torch.nan}, r"from nan to nan: expected values in \[0, 1\]"),
-        ({"float_images": good(3)}, r"\(2, 1, 4, 4\) and float_images \(3, 1, 4, 4\): expected the same number"),
+        ({"quantized_images": good() * 2 - 1.5}, r"expected \[0, 1\]; convert a decoder's"),
+        ({"quantized_images": good() * torch.nan}, r"from nan to nan: expected \[0, 1\]"),
+        ({"float_images": good(3)}, r"\(2, 1, 4, 4\) and float_images \(3, 1, 4, 4\): expected the same shape"),
         ({"prompts": ["one"]}, "1 prompts for 2 images"),
-        ({"ids": torch.arange(3)}, r"Rows for \[2, 3\] images in one batch: give one id for each image"),
-        ({"real_images": good() + 1}, "real_images from"),
+        ({"ids": torch.arange(3)}, r"Rows for \[2, 3\] images in one batch: pass one id per image"),
+        ({"real_images": good() + 1}, "real_images have values from"),
     ],
 )
 def test_arguments_that_cannot_be_right(arguments: dict[str, Any], message: str) -> None:
@@ -239,7 +242,7 @@ def test_arguments_that_cannot_be_right(arguments: dict[str, Any], message: str)
 def test_arguments_that_change_between_updates() -> None:
     metrics = metrics_of()
     metrics.update(good(), good(), ids=torch.arange(2))
-    with pytest.raises(ConfigurationError, match="Some batches have ids and others do not"):
+    with pytest.raises(ConfigurationError, match="Only some batches have ids"):
         metrics.update(good(), good())
 
 

@@ -70,7 +70,7 @@ def test_all_measures_of_the_data_with_inception(inception: Path) -> None:
     x, y, real = torch.rand(3, 3, 1, 8, 8)
     metrics = GenerationMetrics("inception", inception, lpips_net=None)
     metrics.update(x, y, real)
-    with pytest.warns(UserWarning, match="3 images of 2048 features"):
+    with pytest.warns(UserWarning, match="3 images with 2048 features"):
         found = metrics.compute()
     assert found.keys() == {"FID", "sFID", "IS", "KID", "FID2FP32", "sFID2FP32", "PSNR", "SSIM"}
     assert metrics.missing == {}
@@ -161,7 +161,7 @@ def test_features_are_float32_under_autocast() -> None:
 
 def test_modules_whose_output_is_no_row_of_numbers() -> None:
     with pytest.raises(
-        ConfigurationError, match=r"Identity gave pooled \(2, 3, 4, 4\) for 2 images: expected \(2, D\)"
+        ConfigurationError, match=r"Identity returned pooled of shape \(2, 3, 4, 4\) for 2 images, but expected \(2, D"
     ):
         rows_of(feature_network(nn.Identity()), torch.rand(2, 3, 4, 4))
     blown = nn.Sequential(nn.Flatten(), nn.Linear(48, 2))
@@ -172,14 +172,16 @@ def test_modules_whose_output_is_no_row_of_numbers() -> None:
 
 def test_names_and_files_that_do_not_exist(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigurationError, match="'resnet' is no registered feature extractor: write one of 'inception'"
+        ConfigurationError, match="'resnet' is not a registered feature extractor: write one of 'inception'"
     ):
         feature_network("resnet")
-    with pytest.raises(ConfigurationError, match=r"timm has no such model; timm.list_models\(\) names them"):
+    with pytest.raises(ConfigurationError, match=r"timm has no such model; timm.list_models\(\) lists them"):
         feature_network("timm:resnet51x")
-    with pytest.raises(ConfigurationError, match=r"there is no file '.*none.pth'"):
+    with pytest.raises(ConfigurationError, match=r"file '.*none.pth' does not exist"):
         feature_network("inception", tmp_path / "none.pth")
-    with pytest.raises(ConfigurationError, match="beside a module, Flatten: load them into it first"):
+    with pytest.raises(
+        ConfigurationError, match="cannot be combined with a module, Flatten: load the weights into the"
+    ):
         feature_network(nn.Flatten(), tmp_path)
 
 
@@ -198,7 +200,7 @@ def test_weights_that_cannot_be_fetched_cost_only_what_needs_them(monkeypatch: p
 
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", offline)
     with pytest.raises(
-        UnavailableError, match=r"weights of features 'inception-v3-compat' are neither here nor .*URLError"
+        UnavailableError, match=r"weights of features 'inception-v3-compat' are not available locally .*URLError"
     ):
         feature_network("inception")
     tries.clear()
@@ -207,7 +209,7 @@ def test_weights_that_cannot_be_fetched_cost_only_what_needs_them(monkeypatch: p
     for batch in images.split(2):
         metrics.update(batch, batch, batch)
     with pytest.warns(
-        UserWarning, match="Not computed: FID .the weights of features 'inception-v3-compat' are neither"
+        UserWarning, match="Not computed: FID .the weights of features 'inception-v3-compat' are not available locally"
     ):
         assert metrics.compute().keys() == {"PSNR", "SSIM"}
     assert metrics.missing.keys() == {"FID", "sFID", "IS", "KID", "FID2FP32", "sFID2FP32"}

@@ -74,10 +74,10 @@ def test_convolutions_start_with_the_variance_of_he() -> None:
 
 @pytest.mark.parametrize("depth", [2, 18, 21])
 def test_other_depths_are_refused(depth: int) -> None:
-    with pytest.raises(ConfigurationError, match=rf"6 n \+ 2 layers; found depth={depth}"):
+    with pytest.raises(ConfigurationError, match=rf"6 n \+ 2 layers, but found depth={depth}"):
         CIFARResNet(depth)
 
 
 def test_unknown_pooling_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="'avg' only"):
+    with pytest.raises(ConfigurationError, match="only global_pool='avg'"):
         CIFARResNet(20).reset_classifier(10, global_pool="max")

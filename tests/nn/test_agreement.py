@@ -38,7 +38,7 @@ def other_weights(rank: int, ranks: int) -> str:
         with torch.no_grad():
             # The same values in other places.
             net[0].weight.copy_(net[0].weight.flip(1))  # type: ignore[operator, union-attr]
-    with pytest.raises(QuantizationError, match="Seed all ranks alike") as error:
+    with pytest.raises(QuantizationError, match="Set the same seed on all ranks") as error:
         check_weights_agree(net)
     return str(error.value)
 
@@ -64,7 +64,7 @@ def other_ranges(rank: int, ranks: int) -> str:
     if rank == 1:
         net[2].weight_quantizer.scale.mul_(1.01)  # type: ignore[operator, union-attr]
     check_weights_agree(net)
-    with pytest.raises(QuantizationError, match="calibrate anew") as error:
+    with pytest.raises(QuantizationError, match="calibrate again") as error:
         check_quantizers_agree(net)
     return str(error.value)
 

@@ -166,7 +166,7 @@ def test_a_subclass_gets_the_form_of_the_class_it_is_of() -> None:
 
 def test_open_twice_and_close_of_a_closed_one_are_refused() -> None:
     module = swap_attention(nn.MultiheadAttention(4, 1))
-    with pytest.raises(ConfigurationError, match=r"MultiheadAttention is open already: .*restore_attention"):
+    with pytest.raises(ConfigurationError, match=r"MultiheadAttention is already open: .*restore_attention"):
         swap_attention(module)
     restore_attention(module)
     with pytest.raises(ConfigurationError, match="MultiheadAttention is not an opened attention"):
@@ -191,7 +191,7 @@ def test_an_opened_attention_that_is_not_known_any_more_says_so_when_loaded() ->
     register_attention(Direct)
     data = pickle.dumps(swap_attention(Direct()))
     del ATTENTIONS[Direct]
-    with pytest.raises(UnsupportedModelError, match=r"\.Direct, which is not known here: register it"):
+    with pytest.raises(UnsupportedModelError, match=r"\.Direct, since this class is not registered: register it"):
         pickle.loads(data)
 
 

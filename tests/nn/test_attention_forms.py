@@ -113,7 +113,7 @@ def test_windows_that_are_not_of_the_parents_images_are_refused() -> None:
     module, x = network("timm swin")
     attention = open_all(module)[0]
     module(x)
-    with pytest.raises(ConfigurationError, match="got 3 windows, the last batch of its parent was 2 images"):
+    with pytest.raises(ConfigurationError, match="got 3 windows, but the last batch of its parent had 2 images"):
         attention(torch.randn(3, 49, 12))
 
 
@@ -121,7 +121,9 @@ def test_a_windowed_attention_needs_its_parent() -> None:
     module, _ = network("timm swin")
     block = next(child for child in module.modules() if isinstance(child, swin_transformer.SwinTransformerBlock))
     for parent in (None, module):
-        with pytest.raises(ConfigurationError, match=r"WindowAttention gets windows.*parent=block.*found (None|Swin)"):
+        with pytest.raises(
+            ConfigurationError, match=r"WindowAttention takes windows.*parent=block.*found parent of type (None|Swin)"
+        ):
             swap_attention(block.attn, parent=parent)
         assert type(block.attn) is swin_transformer.WindowAttention
 

@@ -114,14 +114,14 @@ def saved(layer: nn.Module) -> Any:
 @pytest.mark.parametrize(
     ("layer", "why"),
     [
-        (OwnForward(2, 2), "OwnForward has a forward of its own"),
-        (OfOwnForward(2, 2), "OfOwnForward has a forward of its own"),
-        (OwnConvolution(2, 2, 3), "OwnConvolution has a forward of its own"),
-        (OwnCall(2, 2), "OwnCall has a forward of its own"),
-        (parametrizations.weight_norm(OwnForward(2, 2)), "OwnForward has a forward of its own"),
-        (nn.LazyLinear(2), "LazyLinear is uninitialised"),
+        (OwnForward(2, 2), "OwnForward has its own forward"),
+        (OfOwnForward(2, 2), "OfOwnForward has its own forward"),
+        (OwnConvolution(2, 2, 3), "OwnConvolution has its own forward"),
+        (OwnCall(2, 2), "OwnCall has its own forward"),
+        (parametrizations.weight_norm(OwnForward(2, 2)), "OwnForward has its own forward"),
+        (nn.LazyLinear(2), "LazyLinear is uninitialized"),
         (nn.ReLU(), "ReLU has no quantized form: expected one of Linear"),
-        (swap(nn.Linear(2, 2)), "Linear is quantized already"),
+        (swap(nn.Linear(2, 2)), "Linear is already quantized"),
     ],
 )
 def test_what_cannot_be_swapped_says_why(layer: nn.Module, why: str) -> None:
@@ -136,7 +136,7 @@ def test_a_forward_set_on_the_layer_would_hide_ours() -> None:
     network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     network[0].forward = lambda x: x  # type: ignore[method-assign]
     plan = plan_layers(network, FOUR, "same")
-    assert {layer.name: layer.note for layer in plan.layers} == {"0": "Linear has a forward of its own", "1": ""}
+    assert {layer.name: layer.note for layer in plan.layers} == {"0": "Linear has its own forward", "1": ""}
 
 
 # -- type(layer)(...) -----------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ def test_a_frozen_part_stays_in_float_and_moves_no_first_and_last(
     assert list(found.chosen) == ["trained.2"]
     assert {row.note for row in found.layers if row.name.startswith("trained")} == {"first layer", "", "last layer"}
     left = {row.note for row in found.layers if row.name.startswith("helper")}
-    assert left <= {f"frozen: no parameter of helper{part} trains" for part in ("", ".a", ".b")}
+    assert left <= {f"frozen: helper{part} has no trainable parameter" for part in ("", ".a", ".b")}
     assert left
 
 
@@ -84,7 +84,7 @@ def test_where_nothing_trains_all_is_planned() -> None:
 
 
 def test_a_head_that_alone_trains_says_how_to_take_the_rest() -> None:
-    with pytest.raises(UnsupportedModelError, match=r'All 1 layers.*include="\*" for the 3 layers that do not train'):
+    with pytest.raises(UnsupportedModelError, match=r'All 1 layers.*include="\*" to add the 3 frozen layers'):
         plan(module(backbone=frozen(net()), head=nn.Linear(3, 2)))
 
 
@@ -113,7 +113,7 @@ def test_a_copy_is_planned_as_its_original(wrapped: bool) -> None:
     name = "average.module" if wrapped else "average"
     found = plan(module(net=trained, average=average), first_and_last="same", exclude=["net.2", "net.4"])
     assert list(found.chosen) == ["net.0", f"{name}.0"]
-    assert notes(found)[f"{name}.4"] == "as net.4, which it copies"
+    assert notes(found)[f"{name}.4"] == "copy of net.4"
 
 
 def test_a_copy_that_is_excluded_stays_in_float() -> None:

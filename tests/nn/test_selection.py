@@ -80,7 +80,7 @@ def test_include_and_exclude_are_patterns_on_the_whole_name() -> None:
 def test_a_pattern_that_matches_nothing_names_near_ones(argument: str) -> None:
     arguments: dict[str, Any] = {argument: ["stem", "boddy.*"]}
     with pytest.raises(
-        ConfigurationError, match=rf"{argument}='boddy\.\*' matches none of the 4 layers. Near it: body"
+        ConfigurationError, match=rf"{argument}='boddy\.\*' matches none of the 4 layers. Close matches: body"
     ):
         plan_layers(Net(), FOUR, **arguments)
     with pytest.raises(ConfigurationError, match=f'{argument}="\\*'):
@@ -183,7 +183,7 @@ def test_a_complex_layer_alone_is_called_by_its_class() -> None:
 def test_an_uninitialised_layer_is_refused_with_what_to_do(lazy: type[nn.Module], first_and_last: Any) -> None:
     layer = lazy(4) if lazy is nn.LazyLinear else lazy(4, 3)
     network = nn.Sequential(layer, nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    with pytest.raises(UnsupportedModelError, match=r"0 is uninitialised.*run one forward pass"):
+    with pytest.raises(UnsupportedModelError, match=r"0 is uninitialized.*run one forward pass"):
         plan_layers(network, FOUR, first_and_last)
 
 
@@ -198,13 +198,13 @@ def test_a_lazy_layer_that_was_run_is_an_ordinary_one() -> None:
 def test_torchscript_is_refused_with_what_to_do(nested: bool) -> None:
     scripted = torch.jit.script(nn.Linear(2, 2))
     network = nn.Sequential(nn.Linear(2, 2), scripted) if nested else scripted
-    with pytest.raises(UnsupportedModelError, match=r"TorchScript module.*script it afterwards"):
+    with pytest.raises(UnsupportedModelError, match=r"TorchScript module.*quantize the original Python module"):
         plan_layers(network, FOUR)
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_left_out() -> None:
     plan = plan_layers(nn.Sequential(OwnForward(2, 2), nn.Linear(2, 2)), FOUR, "same")
-    assert notes(plan) == {"0": "OwnForward has a forward of its own"}
+    assert notes(plan) == {"0": "OwnForward has its own forward"}
 
 
 def test_parametrized_layers_and_subclasses_without_a_forward_are_chosen_as_what_they_are() -> None:
@@ -223,7 +223,7 @@ def test_multihead_attention_keeps_its_projection() -> None:
     network = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "attention_out": nn.Linear(4, 4)})
     plan = plan_layers(network, FOUR, "same")
     assert list(plan.chosen) == ["attention_out"]
-    assert notes(plan) == {"attention.out_proj": "MultiheadAttention uses its weight and never calls it"}
+    assert notes(plan) == {"attention.out_proj": "MultiheadAttention uses its weight without calling it"}
 
 
 def test_multihead_attention_alone_says_why_nothing_is_left() -> None:

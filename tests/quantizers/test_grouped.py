@@ -121,12 +121,14 @@ def test_windows_of_an_image_stand_together(make: Callable[[], InstanceQuantizer
     together = quantizer(x.view(2, 12, 5)).view(6, 4, 5)
     assert torch.equal(quantizer(x), together)
     quantizer.instances = 4
-    with pytest.raises(ConfigurationError, match=r"needs \(images, tokens, channels\), found \(6, 4, 5\) of 4 images"):
+    with pytest.raises(
+        ConfigurationError, match=r"expects \(images, tokens, channels\), but found \(6, 4, 5\) for 4 images"
+    ):
         quantizer(x)
 
 
 def test_a_row_alone_needs_another_quantizer() -> None:
-    with pytest.raises(ConfigurationError, match="takes a FixedQuantizer"):
+    with pytest.raises(ConfigurationError, match="use a FixedQuantizer"):
         grouped()(torch.zeros(3, 5))
 
 

@@ -61,7 +61,9 @@ def test_the_group_of_a_batch_is_that_of_its_items(timesteps: list[int]) -> None
 
 @pytest.mark.parametrize("starts", [(1, 2), (5, 5), (900, 400, 401)])
 def test_starts_that_do_not_fall_are_refused(starts: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigurationError, match=r"starts=\(.*expected falling timesteps, for example \(951,"):
+    with pytest.raises(
+        ConfigurationError, match=r"starts=\(.*expected strictly decreasing timesteps, for example \(951,"
+    ):
         TimestepQuantizer(4, starts)
 
 
@@ -87,7 +89,7 @@ def test_rows_of_heads_take_the_timestep_of_their_image() -> None:
 
 
 def test_rows_that_no_timestep_belongs_to_are_refused() -> None:
-    with pytest.raises(QuantizationError, match=r"tensor of 3 rows .* called with 2 different timesteps: call it with"):
+    with pytest.raises(QuantizationError, match=r"tensor has 3 rows.* called with 2 different timesteps: call it with"):
         ranged().at(torch.tensor([950, 20]))(normal(3, 4))
 
 
@@ -115,7 +117,7 @@ def test_initialise_searches_each_part_alone() -> None:
 
 
 def test_several_groups_ask_for_a_timestep_and_one_does_not() -> None:
-    with pytest.raises(QuantizationError, match=r"call the denoiser itself with its timestep .*='shared'"):
+    with pytest.raises(QuantizationError, match=r"call the denoiser itself with its timestep, .*='shared'"):
         ranged()(normal(2, 3))
     assert torch.equal(ranged(starts=(700,))(normal(2, 3)), plain(normal(2, 3), 0))
 

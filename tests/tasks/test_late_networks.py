@@ -146,7 +146,7 @@ def test_without_layers_it_is_said_when_nothing_more_comes() -> None:
         def setup(self, stage: str) -> None:
             pass
 
-    with pytest.raises(UnsupportedModelError, match="where setup or configure_model builds them, call it first"):
+    with pytest.raises(UnsupportedModelError, match="if setup or configure_model creates them, call it first"):
         GradientQuantization().plan(Empty())
     with pytest.raises(UnsupportedModelError, match="has no Conv and no Linear"):
         run(GradientQuantization()).fit(Empty())

@@ -110,7 +110,7 @@ def test_a_folder_that_may_not_be_listed_is_read_and_written(tmp_path: Path, mon
 def test_files_that_come_while_a_folder_is_written_are_kept(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write(folder, "old")
-    with pytest.raises(ConfigurationError, match=r"model holds thesis\.txt, which saving would overwrite"):
+    with pytest.raises(ConfigurationError, match=r"model contains thesis\.txt, which saving would overwrite"):
         write(folder, "new", lambda: (folder / "thesis.txt").write_text("important"))
     assert (folder / "thesis.txt").read_text() == "important"
     assert (folder / "weights").read_text() == "old"
@@ -126,7 +126,7 @@ def test_files_of_somebody_else_are_refused_before_anything_is_written(other: st
     else:
         (folder / other).parent.mkdir(exist_ok=True)
         (folder / other).touch()
-    with pytest.raises(ConfigurationError, match=f"model holds {other.split('/')[0]}.*one that save wrote"):
+    with pytest.raises(ConfigurationError, match=f"model contains {other.split('/')[0]}.*one that save wrote"):
         write(folder, "new")
     assert (folder / other).exists()
     assert (folder / "weights").read_text() == "old"
@@ -156,7 +156,7 @@ def test_what_comes_into_a_folder_that_was_moved_aside_is_kept_and_said(
         unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", late)
-    with pytest.warns(UserWarning, match=r"model\..*\.old is left of a folder that save replaced"):
+    with pytest.warns(UserWarning, match=r"model\..*\.old remains of a folder that save replaced"):
         write(folder, "new")
     assert (folder / "weights").read_text() == "new"
     assert (left(folder, "old") / "thesis.txt").exists()
@@ -183,13 +183,13 @@ def test_an_empty_folder_that_others_stand_in_is_not_replaced(
     else:
         monkeypatch.chdir(tmp_path)
     before = tmp_path.stat().st_ino
-    with pytest.raises(ConfigurationError, match=r"cannot be replaced: give a folder in it"):
+    with pytest.raises(ConfigurationError, match=r"cannot be replaced: write a folder inside it"):
         write(tmp_path, "new")
     assert tmp_path.stat().st_ino == before
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "model").write_text("important")
-    with pytest.raises(ConfigurationError, match="model is a file: give a new folder"):
+    with pytest.raises(ConfigurationError, match="model is a file: write a new folder"):
         write(tmp_path / "model", "new")
     assert (tmp_path / "model").read_text() == "important"

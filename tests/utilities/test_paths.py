@@ -133,7 +133,7 @@ def test_a_name_or_an_address_is_left_as_it_is(home: Path) -> None:
 def test_what_the_trainer_has_is_not_expanded_again() -> None:
     # CSVLogger("~") writes to a folder of that name.
     assert trainer_path("~/logs") == Path.cwd() / "~/logs"
-    with pytest.raises(ConfigurationError, match="is an address"):
+    with pytest.raises(ConfigurationError, match="is a URL"):
         cache_folder(trainer(default_root_dir="memory://x"), None, "igq_vit")
 
 
@@ -268,7 +268,7 @@ def test_a_calibration_that_cannot_be_kept_is_refused_before_its_first_step(
     for package in ("igq_vit.calibration", "accuquant.calibration"):
         monkeypatch.setattr(f"lightning_quant.{package}.Calibration.step", lambda *_: pytest.fail("a step"))
     run = trainer(callback, default_root_dir=tmp_path / "file" if root == "default_root_dir" else tmp_path)
-    with pytest.raises(ConfigurationError, match=r"is a file, and .* cannot be a folder"):
+    with pytest.raises(ConfigurationError, match=r"is a file, so .* cannot be a folder"):
         run.test(module(), data())
 
 
