@@ -586,7 +586,7 @@ def test_a_float_transformer_is_tested_quantized_with_the_callback(
         ]
     )
     assert "test/acc" in capsys.readouterr().out
-    assert "3 bit, channels in 2 groups an image" in caplog.text
+    assert "3 bit, channels in 2 groups per image" in caplog.text
 
 
 SMALL = {

@@ -1,4 +1,4 @@
-"""Method 3: vision transformers whose activation channels are regrouped for each image."""
+"""IGQ-ViT (method 3): post-training quantization of vision transformers with per-image groups of channels."""
 
 from lightning_quant.igq_vit.callback import IGQViT
 from lightning_quant.igq_vit.module import IGQViTModule

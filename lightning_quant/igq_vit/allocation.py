@@ -1,4 +1,4 @@
-"""How many groups each layer gets: the integer program over measured perturbations and a budget.
+"""Allocation of groups to layers: an integer program over measured perturbations and a budget.
 
 Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
 """
@@ -19,9 +19,9 @@ from lightning_quant.errors import ConfigurationError, QuantizationError
 CANDIDATES = (1, 2, 4, 6, 8, 10, 12, 14, 16, 20, 24)
 # A divergence is not negative, but the sum that computes it in FP32 may be.
 ROUNDING = 1e-6
-# HiGHS stops at an absolute gap of 1e-6, which SciPy cannot set: objectives are brought to this size before.
+# HiGHS stops at an absolute gap of 1e-6, which SciPy cannot change: objectives are scaled to this size first.
 _OBJECTIVE = 1e3
-# And costs to less than this, where its tolerance of 1e-6 is far above the rounding of the sums.
+# Costs are scaled below this, where its tolerance of 1e-6 is far above the rounding of the sums.
 _LARGEST_COST = 1e6
 
 Table = Sequence[Mapping[int, float]]
@@ -33,12 +33,12 @@ class BudgetPoint:
     """The best allocation for the budget of one uniform number of groups.
 
     Attributes:
-        groups: the uniform number of groups that sets the budget.
-        budget: what it costs (BOPs, or groups).
-        used: what the allocation costs, at most the budget.
-        omega: sum of the perturbations of the allocation.
-        uniform_omega: sum of the perturbations with ``groups`` groups in every layer.
-        choice: groups of each layer.
+        groups: Uniform number of groups, whose cost is the budget.
+        budget: Budget in BOPs, or in groups.
+        used: Cost of the allocation, at most the budget.
+        omega: Sum of the perturbations of the allocation.
+        uniform_omega: Sum of the perturbations with ``groups`` groups in every layer.
+        choice: Number of groups of each layer.
     """
 
     groups: int
@@ -50,14 +50,14 @@ class BudgetPoint:
 
 
 def candidates(limit: int, also: int | None = None) -> tuple[int, ...]:
-    """Numbers of groups to choose from, ascending.
+    """Return the numbers of groups to choose from, ascending.
 
     Args:
-        limit: the most a layer can have, its number of channels.
-        also: the target average, which is always among them where the limit permits.
+        limit: Maximum number of groups of a layer, which is its number of channels.
+        also: Target average, which is always a candidate unless it exceeds the limit.
 
     Raises:
-        ConfigurationError: a limit or a target below 1.
+        ConfigurationError: Limit or target below 1.
 
     Example:
         >>> candidates(8, also=3)
@@ -65,15 +65,15 @@ def candidates(limit: int, also: int | None = None) -> tuple[int, ...]:
     """
     if limit < 1 or (also is not None and also < 1):
         raise ConfigurationError(f"candidates({limit}, also={also}): expected numbers of at least 1.")
-    known = {*CANDIDATES, *(() if also is None else (also,))}
-    return tuple(sorted(groups for groups in known if groups <= limit))
+    numbers = {*CANDIDATES, *(() if also is None else (also,))}
+    return tuple(sorted(groups for groups in numbers if groups <= limit))
 
 
 def uniform(cost: Costs, groups: int) -> list[int]:
-    """The same number of groups in every layer, or the most that a layer with fewer candidates has.
+    """Return the same number of groups for every layer, or the next smaller candidate of a layer that lacks it.
 
     Raises:
-        ConfigurationError: a layer all of whose candidates are above it.
+        ConfigurationError: A layer has only larger candidates.
 
     Example:
         >>> uniform([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
@@ -82,13 +82,13 @@ def uniform(cost: Costs, groups: int) -> list[int]:
     smallest = [min(layer) for layer in cost]
     if smallest and groups < max(smallest):
         raise ConfigurationError(
-            f"groups={groups} is below the fewest of a layer: give groups={max(smallest)} or more."
+            f"groups={groups} is below the smallest candidate of a layer: write groups={max(smallest)} or more."
         )
     return [max(candidate for candidate in layer if candidate <= groups) for layer in cost]
 
 
 def budget_at(cost: Costs, groups: int) -> int:
-    """Cost of the same number of groups in every layer, see :func:`uniform`.
+    """Return the cost of the same number of groups in every layer, see :func:`uniform`.
 
     Example:
         >>> budget_at([{1: 10, 8: 20}, {1: 10, 2: 12}], 8)
@@ -98,22 +98,22 @@ def budget_at(cost: Costs, groups: int) -> int:
 
 
 def allocate(omega: Table, cost: Costs, budget: int) -> list[int]:
-    """Numbers of groups that minimize the sum of the perturbations at a cost of at most ``budget``.
+    """Choose the numbers of groups that minimize the sum of the perturbations at a cost of at most ``budget``.
 
-    Exact and deterministic: an integer program, solved by HiGHS to a gap of zero, whose answer is checked in integers.
-    Of two candidates of a layer that are equally good at the same cost the one with fewer groups is taken.
+    The result is exact and deterministic: HiGHS solves an integer program to a gap of zero, and the solution is checked
+    in integers. If two candidates of a layer have the same perturbation and cost, the one with fewer groups is chosen.
 
     Args:
-        omega: for each layer the perturbation by number of groups (a mean KL divergence).
-        cost: for each layer what they cost, for the same numbers of groups: BOPs, or the numbers themselves.
-        budget: most that all layers may cost together.
+        omega: Perturbations of each layer (mean KL divergences), keyed by number of groups.
+        cost: Costs of each layer with the same keys: BOPs, or the numbers of groups themselves.
+        budget: Maximum total cost of all layers.
 
     Returns:
-        The number of groups of each layer.
+        Number of groups of each layer.
 
     Raises:
-        ConfigurationError: tables that do not fit each other, or a budget below that of the cheapest choice.
-        QuantizationError: a perturbation that is NaN, infinite or negative beyond rounding.
+        ConfigurationError: Tables that do not match, or a budget below the cost of the cheapest choice.
+        QuantizationError: Perturbation that is NaN, infinite, or negative beyond rounding.
 
     Example:
         >>> allocate([{1: 9.0, 8: 1.0}, {1: 3.0, 8: 2.0}], [{1: 1, 8: 8}, {1: 1, 8: 8}], budget=9)
@@ -123,19 +123,19 @@ def allocate(omega: Table, cost: Costs, budget: int) -> list[int]:
     least = sum(min(layer.values()) for layer in cost)
     if budget < least:
         raise ConfigurationError(
-            f"budget={budget} cannot be met: the cheapest number of groups in every one of {len(cost)} layers costs"
-            f" {least} together. Give budget={least} or more, or more groups (softmax_groups) on average."
+            f"budget={budget} cannot be met: the cheapest numbers of groups of the {len(cost)} layers cost {least} in"
+            f" total. Write budget={least} or more, or a larger average of groups (softmax_groups)."
         )
-    kept = [_undominated(*tables) for tables in zip(omega, cost, strict=True)]
-    return _solve(omega, cost, kept, budget - least)
+    undominated = [_undominated(*tables) for tables in zip(omega, cost, strict=True)]
+    return _solve(omega, cost, undominated, budget - least)
 
 
 def budget_curve(omega: Table, cost: Costs) -> list[BudgetPoint]:
-    """The best allocation for the budget of each uniform number of groups, ascending.
+    """Compute the best allocation for the budget of each uniform number of groups, in ascending order.
 
     Raises:
-        ConfigurationError: see :func:`allocate`.
-        QuantizationError: see :func:`allocate`.
+        ConfigurationError: See :func:`allocate`.
+        QuantizationError: See :func:`allocate`.
 
     Example:
         >>> omega, cost = [{1: 9.0, 2: 1.0, 3: 0.5}, {1: 3.0, 2: 2.0, 3: 2.0}], [{1: 1, 2: 2, 3: 3}] * 2
@@ -160,7 +160,7 @@ def _total(cost: Costs, choice: Sequence[int]) -> int:
 def _checked(omega: Table, cost: Costs) -> list[dict[int, float]]:
     if len(omega) != len(cost) or not cost:
         raise ConfigurationError(
-            f"omega has {len(omega)} layers and cost {len(cost)}: expected the same layers, at least one."
+            f"omega has {len(omega)} layers and cost {len(cost)}: expected the same number, at least one."
         )
     for index, (perturbations, costs) in enumerate(zip(omega, cost, strict=True)):
         if perturbations.keys() != costs.keys() or not costs:
@@ -171,52 +171,52 @@ def _checked(omega: Table, cost: Costs) -> list[dict[int, float]]:
         for groups, value in perturbations.items():
             if not -ROUNDING <= value < math.inf:
                 raise QuantizationError(
-                    f"Layer {index}: the perturbation with {groups} groups is {value}, expected a finite number that"
-                    " is not negative: look for NaN in the activations of this layer and in the float logits."
+                    f"Layer {index}: the perturbation with {groups} groups is {value}, expected a finite, non-negative"
+                    " number. Check the activations of this layer and the float logits for NaN."
                 )
     return [{groups: max(0.0, float(value)) for groups, value in layer.items()} for layer in omega]
 
 
 def _undominated(omega: Mapping[int, float], cost: Mapping[int, int]) -> list[int]:
-    """Candidates, cheapest first, each of which is better than every cheaper one: of equals, that of fewest groups."""
-    kept: list[int] = []
+    """Drop the candidates that a cheaper one matches or beats; ties keep the fewest groups. Return cheapest first."""
+    undominated: list[int] = []
     for groups in sorted(cost, key=lambda groups: (cost[groups], omega[groups], groups)):
-        if not kept or omega[groups] < omega[kept[-1]]:
-            kept.append(groups)
-    return kept
+        if not undominated or omega[groups] < omega[undominated[-1]]:
+            undominated.append(groups)
+    return undominated
 
 
-def _solve(omega: Table, cost: Costs, kept: Sequence[Sequence[int]], slack: int) -> list[int]:
-    """Of one candidate kept in each layer, the best ones that together cost at most ``slack`` above the cheapest."""
-    flat = [groups for layer in kept for groups in layer]
-    above = [layer[g] - layer[chosen[0]] for layer, chosen in zip(cost, kept, strict=True) for g in chosen]
-    worse = [layer[g] - layer[chosen[-1]] for layer, chosen in zip(omega, kept, strict=True) for g in chosen]
-    objective = np.array(worse) * (_OBJECTIVE / (max(worse) or 1.0))
-    layers = np.repeat(np.arange(len(kept)), [len(chosen) for chosen in kept])
+def _solve(omega: Table, cost: Costs, options: Sequence[Sequence[int]], slack: int) -> list[int]:
+    """Choose the best option of each layer, at a total cost of at most ``slack`` above that of the cheapest ones."""
+    flat = [groups for layer in options for groups in layer]
+    extra_cost = [layer[g] - layer[choices[0]] for layer, choices in zip(cost, options, strict=True) for g in choices]
+    loss = [layer[g] - layer[choices[-1]] for layer, choices in zip(omega, options, strict=True) for g in choices]
+    objective = np.array(loss) * (_OBJECTIVE / (max(loss) or 1.0))
+    layers = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
     one_each = csr_matrix((np.ones(len(flat)), (layers, np.arange(len(flat)))))
-    # Costs of the layers of a network have large factors in common: without them they are small integers again.
-    unit = max(math.gcd(*above), max(above) / _LARGEST_COST) or 1
-    within = np.array([above], dtype=np.float64) / unit
-    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(within, ub=slack / unit)]
+    # The costs of a network's layers share large factors. Without them they are small integers.
+    unit = max(math.gcd(*extra_cost), max(extra_cost) / _LARGEST_COST) or 1
+    cost_row = np.array([extra_cost], dtype=np.float64) / unit
+    constraints = [LinearConstraint(one_each, 1, 1), LinearConstraint(cost_row, ub=slack / unit)]
     while True:
         chosen = _binary_program(objective, constraints)
-        if sum(above[index] for index in chosen) <= slack:
+        if sum(extra_cost[index] for index in chosen) <= slack:
             return [flat[index] for index in chosen]
-        # Within the solver's tolerance, but too expensive by the exact costs: this one choice is excluded.
+        # Within the solver's tolerance, but over the budget in exact costs: exclude this one choice.
         constraints.append(
-            LinearConstraint(np.isin(np.arange(len(flat)), chosen)[None].astype(float), ub=len(kept) - 1)
+            LinearConstraint(np.isin(np.arange(len(flat)), chosen)[None].astype(float), ub=len(options) - 1)
         )
 
 
 def _binary_program(objective: NDArray[np.float64], constraints: Sequence[LinearConstraint]) -> NDArray[np.int64]:
-    """Indices of the variables that are 1 in the optimum."""
-    answer = milp(
+    """Solve the binary program, and return the indices of the variables that are 1."""
+    solution = milp(
         objective,
         integrality=np.ones_like(objective),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": 0.0},
     )
-    if answer.status != 0:
-        raise QuantizationError(f"HiGHS did not solve the allocation of groups: {answer.message}")
-    return np.flatnonzero(answer.x > 0.5)
+    if solution.status != 0:
+        raise QuantizationError(f"HiGHS did not solve the allocation of groups: {solution.message}")
+    return np.flatnonzero(solution.x > 0.5)

@@ -1,4 +1,4 @@
-"""A calibration as steps, any of which may be the last of a process: quantizers, perturbations, allocation."""
+"""Stepwise calibration that can be interrupted after any step: quantizers, perturbations, allocation."""
 
 from __future__ import annotations
 
@@ -28,21 +28,22 @@ from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.base import quantizer_of_state
 
 INPUT, SOFTMAX = "input_quantizer", "softmax_quantizer"
-# Forward passes' worth of replays, beside the 12 or so of the estimates: 60 together.
+# Cost limit of all replays, in forward passes; about 60 together with the 12 or so of the estimates.
 REPLAYED_PASSES = 44
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a calibration works on.
+    """Network, plan and images of a calibration.
 
     Attributes:
-        network: attentions opened and layers swapped.
-        plan: what to quantize.
-        run: forward of the network, which lets gradients through where groups are allocated.
-        inputs: calibration images of this rank.
-        posteriors: from its outputs to log-probabilities (items, classes).
-        images: fingerprint of the calibration images of all ranks, where states of other images are to be refused.
+        network: Network with swapped attentions and layers.
+        plan: Plan of what to quantize.
+        run: Forward of the network. Gradients should flow through it if groups are allocated.
+        inputs: Calibration images of this rank.
+        posteriors: Function from outputs to log-probabilities (items, classes).
+        images: Fingerprint of the calibration images of all ranks, by which states from other images are refused; empty
+            if it does not matter.
     """
 
     network: nn.Module
@@ -53,22 +54,24 @@ class Source:
     images: str = ""
 
     def forward(self) -> Any:
-        """Outputs of all calibration images of this rank."""
+        """Run the network on all calibration images of this rank, without gradients."""
         with torch.no_grad():
             return self.run(self.inputs)
 
 
 class Calibration:
-    """Calibrates a network step by step: all quantizers, estimates, perturbations of a layer each, then the groups.
+    """Stepwise calibration: all quantizers, estimates of perturbations, one layer's perturbations per step, the groups.
 
     Args:
-        source: network, plan and images.
+        source: Network, plan and images.
 
     Attributes:
-        candidates: quantizers of each slot, by number of groups.
-        estimates: of the perturbations; those of a slot are empty where the network has no gradients.
-        omega: the perturbations that were measured: all where there are no estimates, else those that may matter.
-        groups: that were allocated.
+        candidates: Quantizers of each slot, keyed by number of groups.
+        estimates: Estimated perturbations of each slot, keyed by number of groups; empty if the network has no
+            gradients.
+        omega: Measured perturbations of each slot, keyed by number of groups: all of them without estimates, otherwise
+            those that may change the allocation.
+        groups: Allocated number of groups of each slot.
 
     Example:
         >>> import timm
@@ -97,7 +100,7 @@ class Calibration:
 
     @property
     def allocated(self) -> list[Slot]:
-        """The slots whose groups are chosen under the budget, in order."""
+        """Slots whose number of groups is chosen under the budget, in order."""
         if not self.source.plan.settings.allocates:
             return []
         inputs = [(name, INPUT) for name in self.source.plan.names("grouped")]
@@ -105,27 +108,27 @@ class Calibration:
 
     @property
     def total(self) -> int:
-        """How many steps there are."""
+        """Total number of steps."""
         return 1 + (len(self.allocated) + 2 if self.allocated else 0)
 
     @property
     def done(self) -> int:
-        """How many steps are done."""
+        """Number of completed steps."""
         return bool(self.candidates) + bool(self.estimates) + len(self.omega) + bool(self.allocated and self.groups)
 
     @property
     def finished(self) -> bool:
-        """Whether nothing is left to do."""
+        """Whether all steps are done."""
         return self.done == self.total
 
     def step(self, advance: Advance = lambda name: None) -> str:
-        """Do the next step.
+        """Run the next step.
 
         Args:
-            advance: called with the name of each module that the first step is done with.
+            advance: Function that the first step calls with the name of each module that it has finished.
 
         Returns:
-            what was done, in a few words.
+            Description of the step in a few words.
         """
         with evaluating(self.source.network):
             if not self.candidates:
@@ -143,19 +146,22 @@ class Calibration:
             return "allocation"
 
     def replay(self) -> None:
-        """Call the network on the images that it was calibrated on."""
+        """Run the network on its calibration images."""
         self.source.forward()
 
     def _estimate(self) -> None:
         source, candidates = self.source, {slot: self.candidates[slot] for slot in self.allocated}
         with emptied(source.network, filled_slots(source.network)):
-            found = estimated_perturbations(source.network, source.run, source.inputs, candidates, source.posteriors)
-        if not found:
-            rank_zero_warn(
-                "The log-probabilities have no gradient, so that the perturbations of all numbers of groups are"
-                " measured, which takes several times longer: let run and log_posteriors of IGQViT pass gradients."
+            estimates = estimated_perturbations(
+                source.network, source.run, source.inputs, candidates, source.posteriors
             )
-        self.estimates = {slot: found.get(slot, {}) for slot in candidates}
+        if not estimates:
+            rank_zero_warn(
+                "The log-probabilities have no gradient, so the perturbations of all numbers of groups have to be"
+                " measured, which takes several times longer. Let gradients flow through run and log_posteriors of"
+                " IGQViT."
+            )
+        self.estimates = {slot: estimates.get(slot, {}) for slot in candidates}
 
     def _perturb(self, slot: Slot) -> dict[int, float]:
         source = self.source
@@ -168,7 +174,7 @@ class Calibration:
             return perturbations(self._replay, reference, slot, chosen, source.posteriors)
 
     def _shortlisted(self, replay: Replay) -> dict[Slot, list[int]]:
-        """The numbers of groups to measure, of each slot: all where there are no estimates."""
+        """Choose the numbers of groups to measure for each slot; all of them without estimates."""
         if not all(self.estimates.values()):
             return {slot: list(self.candidates[slot]) for slot in self.allocated}
         gains = []
@@ -186,7 +192,7 @@ class Calibration:
         check_quantizers_agree(self.source.network)
 
     def _problems(self) -> Iterator[tuple[list[Slot], list[dict[int, int]], int]]:
-        """The slots of each kind that there are, their costs, and the budget of all."""
+        """Yield the slots of each kind, their costs and their budget; kinds without slots are skipped."""
         settings = self.source.plan.settings
         for kind, target in ((INPUT, settings.groups), (SOFTMAX, settings.row_groups)):
             slots, costs = self.costs(kind)
@@ -196,7 +202,7 @@ class Calibration:
                 yield slots, costs, budget_at(costs, target)
 
     def costs(self, kind: str) -> tuple[list[Slot], list[dict[int, int]]]:
-        """The slots of a kind, and what each number of groups costs there: BOPs for inputs, 1 a group for softmax."""
+        """Return the slots of a kind and their costs by number of groups: BOPs for inputs, groups for softmax."""
         slots = [slot for slot in self.allocated if slot[1] == kind]
         if kind == SOFTMAX:
             return slots, [{groups: groups for groups in self.candidates[slot]} for slot in slots]
@@ -206,19 +212,21 @@ class Calibration:
     # -- state ----------------------------------------------------------------------------------------------------
 
     def record(self) -> dict[str, Tensor]:
-        """What a report shows: the plan, ``estimate/``, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
+        """Return the record for the report: plan, ``estimate/``, ``omega/``, ``cost/`` and ``groups/`` of each slot."""
         plan = self.source.plan
-        found = begin_record(self.done, self.total, plan, plan.settings.as_dict())
+        record = begin_record(self.done, self.total, plan, plan.settings.as_dict())
         for kind, tables in ((ESTIMATE, self.estimates), (OMEGA, self.omega)):
-            found.update({f"{kind}{name}.{slot}": table(values) for (name, slot), values in tables.items()})
+            record.update({f"{kind}{name}.{slot}": table(values) for (name, slot), values in tables.items()})
         for slots, costs in map(self.costs, (INPUT, SOFTMAX) if self.omega else ()):
-            found.update({f"{COST}{name}.{slot}": table(each) for (name, slot), each in zip(slots, costs, strict=True)})
+            record.update(
+                {f"{COST}{name}.{slot}": table(by_groups) for (name, slot), by_groups in zip(slots, costs, strict=True)}
+            )
         for (name, slot), groups in self.groups.items():
-            found[f"{GROUPS}{name}.{slot}"] = torch.tensor(groups)
-        return found
+            record[f"{GROUPS}{name}.{slot}"] = torch.tensor(groups)
+        return record
 
     def state_dict(self) -> dict[str, Tensor]:
-        """All that was computed, as tensors by flat names."""
+        """Return all that was computed, as tensors with flat names."""
         state = {f"fingerprint/{self.fingerprint()}": torch.tensor(True), **self.record()}
         for name, quantizer in quantizers_of(self.source.network):
             state.update(_write(f"filled/{name}", quantizer))
@@ -228,15 +236,15 @@ class Calibration:
         return state
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a state.
+        """Resume from a state.
 
         Raises:
-            CheckpointError: of another network, other settings or other images.
+            CheckpointError: State of another network, other settings or other images.
         """
         if f"fingerprint/{self.fingerprint()}" not in state:
             raise CheckpointError(
-                "The calibration that is to be continued was of another network, other settings or other images:"
-                " calibrate anew, without ckpt_path or with another cache_dir."
+                "The calibration to resume belongs to another network, other settings or other images: calibrate again,"
+                " without ckpt_path or with another cache_dir."
             )
         for key, quantizer in _read(state, "filled/").items():
             fill(self.source.network, {_slot(key): quantizer})
@@ -245,17 +253,17 @@ class Calibration:
             self.candidates.setdefault(_slot(path), {})[int(groups)] = quantizer
         self.candidates = {slot: dict(sorted(quantizers.items())) for slot, quantizers in self.candidates.items()}
         estimates, omega, chosen = tables_of(state, ESTIMATE), tables_of(state, OMEGA), groups_of(state)
-        # A file may give names back in another order than that of the network.
+        # A file may return names in another order than the network's.
         paths = {slot: f"{slot[0]}.{slot[1]}" for slot in self.allocated}
         self.estimates = {slot: estimates[path] for slot, path in paths.items() if path in estimates}
         self.omega = {slot: omega[path] for slot, path in paths.items() if path in omega}
         self.groups = {slot: chosen[path] for slot, path in paths.items() if path in chosen}
         if self.omega and not self.estimates:
-            # Of a version that measured all.
+            # Written by a version that measured all perturbations.
             self.estimates = {slot: {} for slot in self.allocated}
 
     def fingerprint(self) -> str:
-        """Hash of the settings, of what is quantized, and of the images."""
+        """Hash the settings, the quantized modules and the images."""
         rows = [(row.name, row.kind, row.role) for row in self.source.plan.rows]
         parts = (sorted(self.source.plan.settings.as_dict().items()), rows, self.source.images)
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
@@ -267,12 +275,12 @@ def _slot(path: str) -> Slot:
 
 
 def _write(prefix: str, quantizer: Quantizer) -> dict[str, Tensor]:
-    # Copies: one quantizer may stand in a slot and among the candidates, and a file holds no tensor twice.
+    # Copies, because a quantizer may be both in a slot and a candidate, and a file cannot hold a tensor twice.
     return {f"{prefix}/{key}": value.detach().clone() for key, value in quantizer.state_dict().items()}
 
 
 def _read(state: Mapping[str, Tensor], prefix: str) -> dict[str, Quantizer]:
-    """Quantizers by path, of keys ``prefix path / buffer``."""
+    """Rebuild quantizers, keyed by path, from entries named ``{prefix}{path}/{buffer}``."""
     parts: dict[str, dict[str, Tensor]] = {}
     for key, value in state.items():
         if key.startswith(prefix):

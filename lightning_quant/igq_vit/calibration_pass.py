@@ -1,7 +1,7 @@
-"""One pass over the calibration images in which each layer gets its quantizers as its input arrives.
+"""Calibration pass, in which each layer gets its quantizers as its input arrives.
 
-All images of a rank go through the network as one batch. A layer's hook sees the input of all of them, already
-quantized upstream, fits the quantizers, and lets the layer run with them: in order, in the cost of one pass.
+All images of a rank pass through the network as one batch. The hook of a layer sees its input for all images, already
+quantized upstream, fits the quantizers, and lets the layer run with them. All layers are fitted in order in one pass.
 """
 
 from __future__ import annotations
@@ -48,41 +48,42 @@ def calibrate(
     """Fit all quantizers and put them in their slots.
 
     Args:
-        network: attentions opened and layers swapped, all slots empty.
-        plan: what to quantize.
-        forward: runs the network on the calibration images of this rank, once.
-        advance: called with the name of each module that is done.
+        network: Network with swapped attentions and layers, all slots empty.
+        plan: Plan of what to quantize.
+        forward: Function that runs the network once on the calibration images of this rank.
+        advance: Function that is called with the name of each finished module.
 
     Returns:
-        for each input and softmax, the quantizers by number of groups; those of ``settings.groups`` are in the slots.
+        Quantizers of each input, operand and softmax, keyed by number of groups. Those of ``settings.groups`` and
+        ``settings.row_groups`` are in the slots.
 
     Raises:
         QuantizationError: NaN or infinite activations.
     """
-    found: dict[Slot, Candidates] = {}
+    candidates_of: dict[Slot, Candidates] = {}
     pending: dict[Slot, Quantizer] = {}
     with torch.no_grad():
         norms = None
         if plan.settings.scheme == "repq":
             norms = Reparameterization(network, plan.names("grouped", "one token"), forward)
-        with _Pass(network, plan, found, pending, advance, norms).hooks():
+        with _Pass(network, plan, candidates_of, pending, advance, norms).hooks():
             forward()
         if norms is not None:
             with emptied(network, filled_slots(network)):
                 norms.check()
     fill(network, pending)
-    return found
+    return candidates_of
 
 
 def filled_slots(network: nn.Module) -> list[Slot]:
-    """The slots of a network that have a quantizer."""
+    """Return the slots of a network that hold a quantizer."""
     paths = [name.rpartition(".") for name, _ in quantizers_of(network)]
     return [(name, slot) for name, _, slot in paths]
 
 
 @contextmanager
 def emptied(network: nn.Module, slots: Iterable[Slot]) -> Iterator[None]:
-    """The network in float: these slots empty within this context."""
+    """Empty these slots within the context, which puts the network in float."""
     quantizers = {(name, slot): getattr(network.get_submodule(name), slot) for name, slot in slots}
     try:
         fill(network, dict.fromkeys(quantizers))
@@ -92,25 +93,25 @@ def emptied(network: nn.Module, slots: Iterable[Slot]) -> Iterator[None]:
 
 
 def fill(network: nn.Module, quantizers: Mapping[Slot, Quantizer | None]) -> None:
-    """Put quantizers in the slots of modules; None empties a slot."""
+    """Put quantizers into the slots of modules; None empties a slot."""
     for (name, slot), quantizer in quantizers.items():
         setattr(network.get_submodule(name), slot, quantizer)
 
 
 class _Pass:
-    """The state of one calibration pass."""
+    """State of one calibration pass."""
 
     def __init__(
         self,
         network: nn.Module,
         plan: VitPlan,
-        found: dict[Slot, Candidates],
+        candidates_of: dict[Slot, Candidates],
         pending: dict[Slot, Quantizer],
         advance: Advance,
         norms: Reparameterization | None,
     ) -> None:
-        self.network, self.plan, self.found, self.pending, self.advance = network, plan, found, pending, advance
-        self.norms = norms
+        self.network, self.plan, self.candidates_of, self.pending = network, plan, candidates_of, pending
+        self.advance, self.norms = advance, norms
 
     @property
     def settings(self) -> Settings:
@@ -133,9 +134,9 @@ class _Pass:
                 handle.remove()
             for name in attentions:
                 self._attention(name).observer = None
-            for quantizer in (q for quantizers in self.found.values() for q in quantizers.values()):
+            for quantizer in (q for quantizers in self.candidates_of.values() for q in quantizers.values()):
                 if isinstance(quantizer, InstanceQuantizer):
-                    # The number of this pass; windowed attention says it anew in each forward.
+                    # It was the number in this pass. Windowed attention sets it in each forward.
                     quantizer.instances = None
 
     def _attention(self, name: str) -> QuantizedAttention:
@@ -201,12 +202,12 @@ class _Pass:
         return list(candidates(limit, also=groups)) if self.settings.allocates else [groups]
 
     def _put(self, slot: Slot, quantizers: Candidates, images: int | None = None) -> None:
-        if slot in self.found:
+        if slot in self.candidates_of:
             raise QuantizationError(
-                f"{slot[0]} is called more than once in one forward, or is shared: leave it in float with"
+                f"{slot[0]} is called more than once per forward, or is shared: leave it in float with"
                 f" exclude=[{slot[0]!r}]."
             )
-        self.found[slot] = quantizers
+        self.candidates_of[slot] = quantizers
         default = self.settings.groups if slot[1] == "input_quantizer" else self.settings.row_groups
         chosen = quantizers.get(default, next(iter(quantizers.values())))
         if isinstance(chosen, InstanceQuantizer):
@@ -235,10 +236,10 @@ def _hook(
 
 
 def check_finite(x: Tensor, name: str) -> None:
-    """Raise on all ranks where any has NaN or Inf in the input of a module."""
+    """Raise an error on all ranks if the input of a module is NaN or infinite on any of them."""
     bad = all_reduce_sum((~x.isfinite()).sum())
     if int(bad):
         raise QuantizationError(
-            f"{int(bad)} values that go into {name} are NaN or infinite: ranges cannot be fitted. Look at the images"
-            " and at the weights of the layers before it; under 16-mixed precision try bf16-mixed or 32-true."
+            f"{int(bad)} values that go into {name} are NaN or infinite, so no range can be fitted. Check the images"
+            " and the weights of the layers before it; with 16-mixed precision try bf16-mixed or 32-true."
         )

@@ -1,4 +1,4 @@
-"""IGQ-ViT as a Lightning callback: what is evaluated is calibrated first."""
+"""IGQ-ViT as a Lightning callback that calibrates before the first evaluation."""
 
 from __future__ import annotations
 
@@ -33,46 +33,52 @@ from lightning_quant.utilities.distributed import gather, on_all_ranks
 from lightning_quant.utilities.hashing import fingerprint
 from lightning_quant.utilities.paths import user_path
 
-# One image alone takes longer than its share of a batch.
+# A single image takes longer than its share of a batch.
 TIMED_IMAGES = 8
 
 
 class IGQViT(CalibratingCallback):
-    """Evaluate a vision transformer quantized, its activation channels regrouped for each image.
+    """Callback that quantizes a vision transformer for evaluation, with channel groups chosen for each image.
 
-    Before the first ``validate``, ``test`` or ``predict`` it calibrates on unlabelled images of the user's own train
-    split; ``fit`` stays in float. Products are simulated in floating point.
+    It calibrates before the first ``validate``, ``test`` or ``predict``, on unlabeled images of the user's train split.
+    ``fit`` runs in float. Products are simulated in floating point.
 
     Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
 
     Args:
-        weight_bits: 2..16, of all weights, one range for each output channel.
-        activation_bits: 2..16, of the inputs of fully connected layers, of Q, K, V and of the softmax.
-        groups: quantizers that the channels of an input are divided among, or their average with ``allocate``.
-        softmax_groups: of the rows of a softmax; None takes ``groups``.
-        allocate: find the number of groups of each layer under the budget of bit operations of ``groups`` everywhere;
-            False, the same number in every layer, calibrates several times faster.
-        budget: another budget, in giga bit operations of all that is quantized, an image.
-        calibration_images: how many, over all ranks.
-        literal_zero_point: clip zero points to the codes as the paper writes it, which moves ranges of one sign to 0.
-        scheme: "igq", or to compare with: "layer_wise", "per_token", "repq" (a range for each channel after a
-            LayerNorm, reparameterized), "upper_bound" (each channel and row of each image its own).
-        group_ranges: range of a group: "mean" of its channels' (the paper), "envelope" of them, or "searched" between
-            both for the least error.
-        layer_range: where one range serves a whole tensor: "percentile", by least error, or "min_max".
-        sequential: calibrate each layer on inputs that are already quantized upstream; False on float inputs.
-        exclude: Fnmatch patterns of the names of modules to leave in float, with all below them.
-        seed: of the draw of calibration images.
-        calibration_data: Dataset or DataLoader with batches as the Trainer's, or images (N, C, H, W) as the network
-            takes them, in place of the Trainer's train split.
-        images: Function from a batch, as the module's steps get it, to its images (N, C, H, W). None asks the module:
-            what its own step passes to its network is the image.
-        cache_dir: folder of the state of calibrations, by which a stopped one goes on and a finished one is not
-            repeated; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
+        weight_bits: Bit-width of the weights, 2 to 16; one range per output channel.
+        activation_bits: Bit-width of the inputs of fully connected layers, of query, key and value, and of the softmax,
+            2 to 16.
+        groups: Number of groups, each with its own quantizer, that the channels of a layer's input are divided into;
+            their average over the layers with ``allocate``.
+        softmax_groups: Number of groups of the rows of a softmax; None takes ``groups``.
+        allocate: Whether to choose the number of groups of each layer, within the bit operations that ``groups``
+            everywhere would cost. False uses ``groups`` in every layer and calibrates several times faster.
+        budget: Budget in giga bit operations per image over all quantized modules, in place of that of ``groups``.
+        calibration_images: Number of calibration images over all ranks.
+        literal_zero_point: Whether to clip zero points to the codes, as in the paper, which moves ranges of one sign
+            to 0.
+        scheme: Quantization scheme: "igq", or one of the baselines "layer_wise", "per_token", "repq" (one range per
+            channel after a LayerNorm, reparameterized) and "upper_bound" (one range per channel and per softmax row of
+            each image).
+        group_ranges: Range of a group: the "mean" of its channels' ranges (the paper), their "envelope", or one
+            "searched" in between for the smallest error.
+        layer_range: Range of a tensor with a single range: the "percentile" with the smallest error, or "min_max".
+        sequential: Whether to calibrate each layer on inputs that are already quantized upstream; False uses float
+            inputs.
+        exclude: Fnmatch patterns of the names of modules to leave in float, with all submodules.
+        seed: Seed for sampling the calibration images.
+        calibration_data: Dataset or DataLoader with batches like the Trainer's, or images (N, C, H, W) as the network
+            takes them, to use instead of the Trainer's train split.
+        images: Function that returns the images (N, C, H, W) of a batch, as the module's steps get it. None takes what
+            the module's own step passes to its network.
+        cache_dir: Folder of the calibration states, from which an interrupted calibration resumes and a finished one is
+            reused; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
 
     Raises:
-        ConfigurationError: an argument out of its range; for layers and images when the Trainer starts.
-        UnsupportedModelError: a network without attention, or with one that is not known.
+        ConfigurationError: Argument out of range; one that does not fit the layers or the images is refused when the
+            Trainer starts.
+        UnsupportedModelError: Network without attention, or with an unknown one; refused when the Trainer starts.
 
     Example:
         >>> callback = IGQViT(4, 4, groups=8)
@@ -101,7 +107,7 @@ class IGQViT(CalibratingCallback):
         seed: int = 0,
         calibration_data: CalibrationData | None = None,
         cache_dir: str | Path | None = None,
-        # Of any result: in a config file a function without annotations is refused else.
+        # Any: config files would otherwise refuse a function without annotations.
         images: Callable[[Any], Any] | None = None,
     ) -> None:
         arguments = locals()
@@ -115,67 +121,70 @@ class IGQViT(CalibratingCallback):
     # -- override points ------------------------------------------------------------------------------------------
 
     def run(self, pl_module: pl.LightningModule, images: Tensor) -> Any:
-        """The forward that is calibrated, of images (n, C, H, W): the module's, or that of the part its step calls."""
+        """Run the forward to calibrate on images (n, C, H, W): the module's, or that of the part its step calls."""
         return pl_module.get_submodule(self._network)(images)
 
     def log_posteriors(self, outputs: Any) -> Tensor:
-        """Log-probabilities (items, classes) of what :meth:`run` returns, for ``allocate``; gradients make it fast."""
+        """Return log-probabilities (items, classes) of the outputs of :meth:`run`, for ``allocate``.
+
+        Calibration is several times faster if gradients flow through them.
+        """
         return log_posteriors(outputs)
 
     # -- calibration ------------------------------------------------------------------------------------------------
 
     def check(self, pl_module: pl.LightningModule) -> None:
-        """Refuse attentions that are not known."""
+        """Raise an error if the module has no attention, or an unknown one."""
         check_attentions(pl_module, self.settings.exclude)
 
     def compared(self, pl_module: pl.LightningModule) -> Iterable[tuple[str, object, object]]:
-        """Compare scheme, bits and groups."""
+        """Yield scheme, bit-widths and groups, each as in the module and as in the settings."""
         return compared(pl_module, self.settings)
 
     @torch.no_grad()
     def calibrate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """All steps that are left."""
+        """Run all remaining steps without gradients."""
         super().calibrate(trainer, pl_module)
 
     def start_calibration(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Calibration:
-        """Draw the images and prepare the module."""
+        """Sample the images and prepare the module."""
         source = partial(from_trainer, trainer, pl_module, self.calibration_data)
-        asked = StepImages(trainer, pl_module, [name for name, _ in find_attentions(pl_module)])
-        images = self.draw(trainer, source, asked)
-        self._network = asked.network
+        step_images = StepImages(trainer, pl_module, [name for name, _ in find_attentions(pl_module)])
+        images = self.draw(trainer, source, step_images)
+        self._network = step_images.network
         return self.start(trainer, pl_module, images)
 
     def units(self, calibration: Calibration) -> int:
-        """The modules of the first step, and the steps after it."""
+        """Count the modules of the first step and the steps after it."""
         return units(calibration)
 
     def summarize(self, calibration: Calibration, seconds: float | None = None) -> str:
-        """Groups and bit operations."""
+        """Summarize groups and bit operations."""
         return summarize(calibration, seconds)
 
     def draw(
         self, trainer: pl.Trainer, source: Callable[[], CalibrationSource], guess: Callable[[Any], Tensor] | None = None
     ) -> Tensor:
-        """This rank's calibration images, as soon as all ranks have theirs.
+        """Return this rank's calibration images, once all ranks have theirs.
 
         Args:
-            trainer: Of the run.
-            source: Finds where they come from.
-            guess: From a batch to its images, where the callback has no ``images``; None looks where data sets
-                commonly have them.
+            trainer: Trainer of the run.
+            source: Function that returns the source of the images.
+            guess: Function that returns the images of a batch if the callback has no ``images``; None looks where data
+                sets commonly have them.
         """
         count, seed = self.settings.calibration_images, self.settings.seed
 
-        def own() -> Tensor:
+        def rank_images() -> Tensor:
             rank, ranks = trainer.global_rank, trainer.world_size
             return calibration_images(source(), count, seed, rank, ranks, self.images or guess)
 
-        return on_all_ranks(own, trainer.strategy.root_device, "draw their calibration images")
+        return on_all_ranks(rank_images, trainer.strategy.root_device, "draw their calibration images")
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
-        """Prepare the module and print plan and estimate; ``images`` are this rank's."""
+        """Prepare the module, print plan and estimate, and return the calibration on this rank's ``images``."""
         check_weights_agree(pl_module)
-        found = images_hash(images, pl_module.device)
+        digest = images_hash(images, pl_module.device)
         images = images.to(pl_module.device)
         context = trainer.precision_plugin.forward_context
 
@@ -183,45 +192,45 @@ class IGQViT(CalibratingCallback):
             with context():
                 return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
 
-        few = images[:TIMED_IMAGES]
+        timed = images[:TIMED_IMAGES]
         training = pl_module.training
         pl_module.eval()
         with torch.no_grad():
             plan = prepare(pl_module, self.settings, images[:1], forward)
             begin = time.perf_counter()
-            forward(few)
-            seconds = (time.perf_counter() - begin) / len(few)
-        # With the layers that are new.
+            forward(timed)
+            seconds = (time.perf_counter() - begin) / len(timed)
+        # Also sets the mode of the new layers.
         pl_module.train(training)
         rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
-        return Calibration(Source(pl_module, plan, forward, images, self.log_posteriors, found))
+        return Calibration(Source(pl_module, plan, forward, images, self.log_posteriors, digest))
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
-        """Where the calibration is written to, and taken from."""
+        """Return the file that the calibration is saved to and resumed from."""
         return state_file(trainer, self.cache_dir, calibration)
 
 
 def state_file(trainer: pl.Trainer, folder: Path | None, calibration: Calibration) -> StateFile:
-    """The file of a prepared calibration.
+    """Return the state file of a prepared calibration.
 
     Args:
-        trainer: says which rank writes and where.
-        folder: None is ``igq_vit`` in ``default_root_dir``.
-        calibration: to save and load.
+        trainer: Trainer of the run, whose first rank writes.
+        folder: Folder of the file; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
+        calibration: Calibration to save and load.
     """
     source = calibration.source
-    # "repq" changes weights, and has one step: there is nothing to go on from.
+    # "repq" changes weights and has a single step: there is nothing to resume from.
     active = source.plan.settings.scheme != "repq"
     parts = calibration.fingerprint(), weights_hash(source.network)
     return StateFile(trainer, folder, "igq_vit", *parts, active=active)
 
 
 def images_hash(images: Tensor, device: torch.device) -> str:
-    """SHA-256 over the calibration images of all ranks, the same however they are divided.
+    """Hash the calibration images of all ranks with SHA-256, independent of how ranks share them.
 
     Args:
-        images: this rank's.
-        device: where ranks exchange tensors.
+        images: Images of this rank.
+        device: Device on which ranks exchange tensors.
     """
-    own = torch.tensor([list(bytes.fromhex(fingerprint(image))) for image in images], device=device)
-    return hashlib.sha256(repr(sorted(gather(own).tolist())).encode()).hexdigest()
+    digests = torch.tensor([list(bytes.fromhex(fingerprint(image))) for image in images], device=device)
+    return hashlib.sha256(repr(sorted(gather(digests).tolist())).encode()).hexdigest()

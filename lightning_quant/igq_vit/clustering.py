@@ -10,18 +10,18 @@ from torch import Tensor
 from lightning_quant.errors import ConfigurationError
 
 MOST_ITERATIONS = 50
-# Where the objective falls by less than this share an iteration, further ones only move single points.
+# Once the objective falls by less than this share per iteration, only single points still move.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Clustering:
-    """Centres, and how they were found.
+    """Result of k-means.
 
     Attributes:
-        centres: (groups, dimensions) FP64, in ascending order of their width.
-        assignment: (points,) index of the centre of each point.
-        objective: sum of squared distances before each iteration and at the end; never rises.
+        centres: Centers (groups, dimensions), FP64, in ascending order of width.
+        assignment: Index of the center of each point, (points,).
+        objective: Sum of squared distances before each iteration and at the end; it never rises.
     """
 
     centres: Tensor
@@ -30,17 +30,17 @@ class Clustering:
 
 
 def kmeans(points: Tensor, groups: int) -> Clustering:
-    """Centres that minimize the sum of squared distances to the nearest one, by Lloyd's algorithm; deterministic.
+    """Cluster points with Lloyd's algorithm, which minimizes the sum of squared distances to the nearest center.
 
-    Starts from buckets of equal count in the order of the width (last minus first coordinate); a group that has
-    lost all its points is seeded anew with the point that is farthest from its centre.
+    The result is deterministic. The algorithm starts from buckets of equal count in the order of width (last minus
+    first coordinate). A group that loses all its points is seeded again with the point farthest from its center.
 
     Args:
-        points: (points, dimensions): (min, max) of channels, or (max,) of rows.
-        groups: 1 .. points.
+        points: Points (points, dimensions): (min, max) of channels, or (max,) of rows.
+        groups: Number of groups, 1 to the number of points.
 
     Raises:
-        ConfigurationError: more groups than points, or none.
+        ConfigurationError: More groups than points, or none.
 
     Example:
         >>> kmeans(torch.tensor([[0.0, 1.0], [0.0, 1.2], [-5.0, 5.0], [-5.2, 5.0]]), 2).centres
@@ -48,10 +48,10 @@ def kmeans(points: Tensor, groups: int) -> Clustering:
                 [-5.1000,  5.0000]], dtype=torch.float64)
     """
     if not 1 <= groups <= len(points):
-        raise ConfigurationError(f"groups={groups}: expected 1 .. {len(points)}, the number of points to group.")
+        raise ConfigurationError(f"groups={groups}: expected 1 to {len(points)}, the number of points to group.")
     points = points.double()
-    given = _order(points)
-    points = points[given]
+    permutation = _order(points)
+    points = points[permutation]
     centres = torch.stack([bucket.mean(dim=0) for bucket in points.tensor_split(groups)])
     assignment, distance = _nearest(points, centres)
     objective = [float(distance.sum())]
@@ -62,19 +62,19 @@ def kmeans(points: Tensor, groups: int) -> Clustering:
         if objective[-2] - objective[-1] <= TOLERANCE * objective[-2]:
             break
     order = width(centres).argsort(stable=True)
-    return Clustering(centres[order], order.argsort()[assignment[given.argsort()]], tuple(objective))
+    return Clustering(centres[order], order.argsort()[assignment[permutation.argsort()]], tuple(objective))
 
 
 def width(points: Tensor) -> Tensor:
-    """Max minus min of (min, max), or the maximum itself of (max,)."""
+    """Return max minus min of points (min, max), or the maximum itself of points (max,)."""
     return points[:, -1] - points[:, 0] if points.shape[1] > 1 else points[:, 0]
 
 
 def _order(points: Tensor) -> Tensor:
-    """Ascending by width, those of equal width by their coordinates.
+    """Sort points by width, and points of equal width by their coordinates.
 
-    Quantized upstream, many channels have the same width: by width alone the centres would depend on the order in
-    which ranks bring their points.
+    With inputs quantized upstream, many channels have the same width. Sorted by width alone, the centers would depend
+    on the order in which ranks contribute their points.
     """
     order = torch.arange(len(points), device=points.device)
     for key in (*points.unbind(dim=1), width(points)):
@@ -83,7 +83,7 @@ def _order(points: Tensor) -> Tensor:
 
 
 def _nearest(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    # Without the squares of the points, which are the same for all centres: one product, several times faster.
+    # The squares of the points are the same for all centers. Without them it is one product, several times faster.
     assignment = torch.addmm(centres.square().sum(dim=1), points, centres.T, alpha=-2).argmin(dim=1)
     return assignment, (points - centres[assignment]).square().sum(dim=1)
 

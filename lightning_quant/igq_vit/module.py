@@ -19,25 +19,25 @@ from lightning_quant.tasks import ImageClassifier
 
 
 class IGQViTModule(CalibratingModule, ImageClassifier):
-    """A vision transformer of timm or torchvision whose ``fit`` calibrates it; then it validates, tests and predicts.
+    """Vision transformer of timm or torchvision whose ``fit`` calibrates it, ready to validate, test and predict.
 
-    Each training step is one step of the calibration: all quantizers first, then estimates of all perturbations, then
-    the perturbations of a layer each, then the allocation of groups. Lightning's progress bar, checkpoints and
-    ``ckpt_path=`` work as in a training; a checkpoint holds the calibration so far, and the quantized network.
+    Each training step is one step of the calibration: first all quantizers, then the estimates of all perturbations,
+    then the perturbations of one layer per step, then the allocation of groups. Lightning's progress bar, checkpoints
+    and ``ckpt_path=`` work as in training. A checkpoint holds the calibration so far and the quantized network.
 
     Source: Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024 (arXiv 2404.00928).
 
     Args:
-        model: as :class:`lightning_quant.ImageClassifier`, like the next four.
-        num_classes: width of the classifier.
-        pretrained: start from published weights (a download).
-        checkpoint_path: start from a local file of float weights.
-        model_kwargs: further arguments of the network.
-        quantization: the arguments of the calibration, as the callback's or as a mapping of them.
+        model: Network, or its name, as for :class:`lightning_quant.ImageClassifier`.
+        num_classes: Number of classes.
+        pretrained: Whether to start from published weights, which are downloaded.
+        checkpoint_path: Path of a local file of float weights to start from.
+        model_kwargs: Further arguments of the network.
+        quantization: Callback that holds the arguments of the calibration, or a mapping of these arguments.
 
     Raises:
-        ConfigurationError: see :class:`lightning_quant.ImageClassifier` and :class:`lightning_quant.IGQViT`.
-        UnsupportedModelError: a network without attention, or with one that is not known.
+        ConfigurationError: See :class:`lightning_quant.ImageClassifier` and :class:`lightning_quant.IGQViT`.
+        UnsupportedModelError: Network without attention, or with an unknown one.
 
     Example:
         >>> module = IGQViTModule("vit_tiny_patch16_224", 10, quantization=IGQViT(4, 4, groups=8))
@@ -63,20 +63,21 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
         self.quantization = IGQViT(**quantization) if isinstance(quantization, Mapping) else quantization or IGQViT()
         settings = self.quantization.settings
         # Without the arguments of training, which this class does not have.
-        kept = {key: self.hparams[key] for key in ("model", "num_classes", "model_kwargs") if key in self.hparams}
+        names = ("model", "num_classes", "model_kwargs")
+        network_arguments = {name: self.hparams[name] for name in names if name in self.hparams}
         self.hparams.clear()
-        self.hparams.update(kept, quantization=settings.as_dict())
+        self.hparams.update(network_arguments, quantization=settings.as_dict())
         self._hparams_initial = dict(self.hparams)
         check_attentions(self.network, settings.exclude)
 
     def start_calibration(self) -> Calibration:
-        """Draw the images and prepare the network."""
+        """Sample the images and prepare the network."""
         datamodule = getattr(self.trainer, "datamodule", None)
         data = self.quantization.calibration_data
         if datamodule is None and data is None:
             raise ConfigurationError(
-                "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or give"
-                " IGQViT(calibration_data=...)."
+                "IGQViTModule calibrates on images of a datamodule: call trainer.fit(module, datamodule=...), or write"
+                " quantization=IGQViT(calibration_data=...)."
             )
         images = self.quantization.draw(
             self.trainer, lambda: with_hooks(calibration_source(data, datamodule), datamodule, self)
@@ -84,16 +85,16 @@ class IGQViTModule(CalibratingModule, ImageClassifier):
         return self.quantization.start(self.trainer, self, images)
 
     def state_file(self, calibration: Calibration) -> StateFile:
-        """As the callback's."""
+        """Return the state file of the callback."""
         return self.quantization.state_file(self.trainer, calibration)
 
     def after_step(self, calibration: Calibration) -> None:
-        """Show the least divergence of a layer that was perturbed."""
+        """Log the smallest divergence of the layer that the last step perturbed."""
         if calibration.omega and not calibration.groups:
             (name, slot), last = next(reversed(calibration.omega.items()))
-            known = combined(calibration.estimates[name, slot], last)
-            self.log("calibration/kl", min(known.values()), prog_bar=True)
+            divergences = combined(calibration.estimates[name, slot], last)
+            self.log("calibration/kl", min(divergences.values()), prog_bar=True)
 
     def summarize(self, calibration: Calibration) -> str:
-        """Groups and bit operations."""
+        """Summarize groups and bit operations."""
         return self.quantization.summarize(calibration)

@@ -1,4 +1,4 @@
-"""How much the posteriors move when the activation of one layer alone is quantized, by number of groups."""
+"""Perturbation of the posteriors when the activation of one layer alone is quantized, by number of groups."""
 
 from __future__ import annotations
 
@@ -19,53 +19,53 @@ from lightning_quant.utilities.distributed import all_reduce_sum
 
 
 def log_posteriors(outputs: Any) -> Tensor:
-    """Log-probabilities of the classes, (items, classes) FP64, of what a classifier or a segmenter returns.
+    """Compute the log-probabilities of the classes, (items, classes) in FP64, of a classifier or a segmentation model.
 
     Args:
-        outputs: logits (images, classes) or (images, classes, height, width), or a mapping or a named tuple that
-            has them as ``logits`` or ``out``.
+        outputs: Logits (images, classes) or (images, classes, height, width), or a mapping or an object that holds them
+            as ``logits`` or ``out``.
 
     Raises:
-        ConfigurationError: anything else.
+        ConfigurationError: Outputs of any other form.
 
     Example:
         >>> log_posteriors(torch.zeros(2, 4)).exp().tolist()[0]
         [0.25, 0.25, 0.25, 0.25]
     """
     for name in ("logits", "out"):
-        found = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
-        outputs = outputs if found is None else found
+        logits = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
+        outputs = outputs if logits is None else logits
     if not isinstance(outputs, Tensor) or outputs.dim() not in (2, 4) or outputs.shape[1] < 2:
         shape = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
         raise ConfigurationError(
-            f"Groups are allocated by the posteriors of classes, expected logits (images, classes[, height, width]),"
-            f" found {shape}: write allocate=False, or override IGQViT.log_posteriors."
+            "The allocation of groups needs class posteriors: expected logits (images, classes[, height, width]),"
+            f" found {shape}. Write allocate=False, or override IGQViT.log_posteriors."
         )
     return outputs.double().log_softmax(dim=1).movedim(1, -1).flatten(0, -2)
 
 
 def divergence(reference: Tensor, changed: Tensor) -> float:
-    """Mean over the items of all ranks of KL(reference || changed), of log-probabilities (items, classes)."""
+    """Compute KL(reference || changed) of log-probabilities (items, classes), averaged over the items of all ranks."""
     total = F.kl_div(changed, reference, log_target=True, reduction="sum")
     both = all_reduce_sum(torch.stack([total, total.new_tensor(len(reference))]))
     return float(both[0] / both[1])
 
 
 class Replay:
-    """Runs a network again, from the first block on that a change can reach.
+    """Repeated runs of a network that start at the first block that a change can reach.
 
-    Blocks are the elements of its ``nn.Sequential`` and ``nn.ModuleList``. Their outputs are kept from one pass in
-    float; a later pass takes those of the blocks that end before the changed module starts.
+    Blocks are the elements of the network's ``nn.Sequential`` and ``nn.ModuleList``. Their outputs are kept from one
+    float pass, and a later pass reuses those of the blocks that end before the changed module starts.
 
     Args:
-        network: in float, all slots empty.
-        forward: runs it on the calibration images.
-        names: modules that will be changed.
+        network: Network in float, all slots empty.
+        forward: Function that runs the network on the calibration images.
+        names: Names of the modules that will be changed.
     """
 
     def __init__(self, network: nn.Module, forward: Callable[[], Any], names: Sequence[str]) -> None:
         self.network, self.forward, self.names = network, forward, tuple(names)
-        self.kept: dict[str, Any] = {}
+        self.block_outputs: dict[str, Any] = {}
         self._start: dict[str, int] = {}
         self._end: dict[str, int] = {}
         self._clock = 0
@@ -97,8 +97,8 @@ class Replay:
         def hook(module: nn.Module, args: Any) -> None:
             self._clock += 1
             if name in self._start:
-                # Called twice: which output a later pass needs is not known.
-                self.kept.pop(name, None)
+                # Called twice: it is unknown which output a later pass needs.
+                self.block_outputs.pop(name, None)
                 self._end[name] = 1 << 62
             self._start.setdefault(name, self._clock)
 
@@ -110,32 +110,32 @@ class Replay:
             if name not in self._end:
                 self._end[name] = self._clock
                 if keep:
-                    self.kept[name] = output
+                    self.block_outputs[name] = output
 
         return hook
 
     def share(self, name: str) -> float:
-        """Share of the modules given that :meth:`run` calls again."""
-        done = tuple(f"{block}." for block in self._before(name))
-        return sum(not other.startswith(done) for other in self.names) / len(self.names)
+        """Return the share of ``names`` that :meth:`run` calls again."""
+        reused = tuple(f"{block}." for block in self._before(name))
+        return sum(not other.startswith(reused) for other in self.names) / len(self.names)
 
     def _before(self, name: str) -> list[str]:
-        """Recorded blocks that end before a module starts."""
+        """Return the recorded blocks that end before a module starts."""
         start = self._start.get(name, 0)
-        return [block for block in self.kept if self._end[block] < start]
+        return [block for block in self.block_outputs if self._end[block] < start]
 
     def run(self, name: str) -> Any:
-        """Outputs of the network with the module ``name`` as it is now and all before it as recorded."""
+        """Run the network with the module ``name`` as it is now and all blocks before it as recorded."""
         with ExitStack() as stack, torch.no_grad():
             for block in self._before(name):
-                forward = _returning(self.kept[block])
+                forward = _returning(self.block_outputs[block])
                 stack.enter_context(mock.patch.object(self.network.get_submodule(block), "forward", forward))
             return self.forward()
 
 
 def _returning(output: Any) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        # A copy, since what follows may work in place.
+        # A copy, since later modules may change it in place.
         return tree_map_only(Tensor, torch.clone, output)
 
     return forward
@@ -144,20 +144,23 @@ def _returning(output: Any) -> Callable[..., Any]:
 def perturbations(
     replay: Replay, reference: Tensor, slot: Slot, quantizers: Candidates, posteriors: Callable[[Any], Tensor]
 ) -> dict[int, float]:
-    """Omega of one layer: the divergence of the posteriors with only its activation quantized, by number of groups.
+    """Measure Omega of one layer: the divergence of the posteriors when only its activation is quantized.
 
     Args:
-        replay: of the network in float.
-        reference: log-probabilities of the float network.
-        slot: name of the module and of the slot.
-        quantizers: by number of groups.
-        posteriors: from outputs to log-probabilities.
+        replay: Replay of the network in float.
+        reference: Log-probabilities of the float network.
+        slot: Name of the module and of the slot.
+        quantizers: Quantizers of the slot, keyed by number of groups.
+        posteriors: Function from outputs to log-probabilities.
+
+    Returns:
+        Mean KL divergences, keyed by number of groups.
     """
-    found = {}
+    omega = {}
     try:
         for groups, quantizer in quantizers.items():
             fill(replay.network, {slot: quantizer})
-            found[groups] = divergence(reference, posteriors(replay.run(slot[0])))
+            omega[groups] = divergence(reference, posteriors(replay.run(slot[0])))
     finally:
         fill(replay.network, {slot: None})
-    return found
+    return omega

@@ -1,4 +1,4 @@
-"""What a calibration will quantize, tensor by tensor, and what not and why: shown before it starts."""
+"""Plan of a calibration, printed before it starts: what is quantized, what stays in float, and why."""
 
 from __future__ import annotations
 
@@ -25,24 +25,24 @@ from lightning_quant.utilities.table import Tabled
 
 Role = Literal["grouped", "one token", "patch", "attention", "float"]
 _INPUTS = {
-    "igq": "{a} bit, channels in {groups} groups an image",
+    "igq": "{a} bit, channels in {groups} groups per image",
     "layer_wise": "{a} bit layer-wise",
-    "repq": "{a} bit layer-wise, after LayerNorm reparameterized",
-    "per_token": "{a} bit, each token its own",
-    "upper_bound": "{a} bit, each channel of each image its own",
+    "repq": "{a} bit layer-wise, reparameterized after LayerNorm",
+    "per_token": "{a} bit per token",
+    "upper_bound": "{a} bit per channel of each image",
 }
 _SOFTMAX = {
     "igq": "{a} bit, rows in {rows} groups",
     "layer_wise": "{a} bit layer-wise",
     "repq": "{a} bit log sqrt 2",
-    "per_token": "{a} bit, each row its own",
-    "upper_bound": "{a} bit, each row its own",
+    "per_token": "{a} bit per row",
+    "upper_bound": "{a} bit per row",
 }
 
 
 @dataclass(frozen=True)
 class PlannedModule:
-    """One row: a layer or an attention, its part in the method, and why it is left in float where it is."""
+    """Row of the plan: a layer or an attention, its role in the method, and a note if it is left in float."""
 
     name: str
     kind: str
@@ -53,7 +53,7 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class VitPlan(Tabled):
-    """All layers and attentions of a network. Prints as a table."""
+    """Plan for all layers and attentions of a network. Prints as a table."""
 
     heads: ClassVar[tuple[str, ...]] = ("module", "kind", "weight", "input or operands", "note")
 
@@ -61,46 +61,46 @@ class VitPlan(Tabled):
     settings: Settings
 
     def names(self, *roles: Role) -> list[str]:
-        """Names of the modules of these roles, in the order of registration."""
+        """Return the names of the modules with these roles, in the order of registration."""
         return [row.name for row in self.rows if row.role in roles]
 
     def shape(self, name: str) -> LayerShape:
-        """Sizes of a module that the forward calls."""
-        found = next(row.shape for row in self.rows if row.name == name)
-        assert found is not None
-        return found
+        """Return the sizes of a module that the forward calls."""
+        shape = next(row.shape for row in self.rows if row.name == name)
+        assert shape is not None
+        return shape
 
     def softmax_rows(self, name: str) -> int:
-        """Rows of a softmax in one head of all calibration images."""
+        """Count the rows of a softmax in one head, over all calibration images."""
         shape = self.shape(name)
         return shape.tokens * shape.windows * self.settings.calibration_images
 
     def bops(self, groups: Mapping[str, int] | int) -> ModelBops:
-        """Bit operations of one image in what is quantized, for groups by layer or the same for all."""
+        """Count the bit operations per image in all quantized modules, with groups by layer or the same for all."""
         shapes = [row.shape for row in self.rows if row.shape is not None and row.role != "float"]
         return model_bops(shapes, self.settings.weight_bits, self.settings.activation_bits, groups, PATCH_BITS)
 
     def layer_bops(self, name: str, groups: int) -> int:
-        """Bit operations of one image in one fully connected layer."""
+        """Count the bit operations per image in one fully connected layer."""
         shape, s = self.shape(name), self.settings
         sizes = (shape.tokens, shape.in_features, shape.out_features)
         return fully_connected_bops(*sizes, s.weight_bits, s.activation_bits, groups)
 
     def input_budget(self) -> int:
-        """What the grouped layers may cost together, of ``settings.budget``."""
+        """Return the part of ``settings.budget`` that is left for the grouped layers, in bit operations."""
         assert self.settings.budget is not None
         return int(self.settings.budget * 1e9) - self._rest()
 
     def _rest(self) -> int:
-        """Bit operations in all but the grouped layers."""
+        """Count the bit operations per image in all but the grouped layers."""
         return self.bops(0).total - sum(self.layer_bops(name, 0) for name in self.names("grouped"))
 
     def least(self) -> int:
-        """Bit operations of an image with one group everywhere."""
+        """Count the bit operations per image with one group everywhere."""
         return self._rest() + sum(self.layer_bops(name, 1) for name in self.names("grouped"))
 
     def summary(self) -> str:
-        """One sentence on what is quantized."""
+        """Summarize what is quantized."""
         layers, attentions = len(self.names("grouped", "one token", "patch")), len(self.names("attention"))
         floats = len(self.names("float"))
         return (
@@ -110,7 +110,7 @@ class VitPlan(Tabled):
         )
 
     def cells(self) -> Iterator[tuple[str, ...]]:
-        """A row for each layer and attention."""
+        """Yield the cells of each layer and attention."""
         for row in self.rows:
             weight = "" if row.role in ("attention", "float") else f"{self.settings.weight_bits} bit"
             yield row.name, row.kind, weight, self._input(row), row.note
@@ -135,57 +135,59 @@ class VitPlan(Tabled):
 def plan_vit(
     network: nn.Module, shapes: Sequence[LayerShape], settings: Settings, independent: Collection[str] = ()
 ) -> VitPlan:
-    """Give each layer and each attention its part.
+    """Assign a role to each layer and each attention.
 
     Args:
-        network: its attentions opened.
-        shapes: of the layers that a forward calls, from :func:`lightning_quant.metrics.measure_shapes`.
-        settings: which scheme, how many groups, what to leave out.
-        independent: names of the layers whose input is the same for all images.
+        network: Network with swapped attentions.
+        shapes: Shapes of the layers that a forward calls, from :func:`lightning_quant.metrics.measure_shapes`.
+        settings: Settings of the calibration.
+        independent: Names of the layers whose input is the same for all images.
 
     Raises:
-        UnsupportedModelError: no layer to quantize.
-        ConfigurationError: more groups than a layer has channels; a pattern of ``exclude`` that matches nothing.
+        UnsupportedModelError: No layer is left to quantize.
+        ConfigurationError: More groups than a layer has channels or a softmax has rows, a budget below the cost of one
+            group per layer, or a pattern of ``exclude`` that matches nothing.
     """
-    known = {shape.name: shape for shape in shapes}
+    shape_of = {shape.name: shape for shape in shapes}
     bits = Bits(settings.weight_bits, settings.activation_bits)
     opened = dict(swapped_attentions(network))
     order = [name for name, _ in network.named_modules()]
-    # Also of those that are left in float.
+    # Including attentions that are left in float.
     first_attention = min((order.index(name) for name, _ in find_attentions(network)), default=len(order))
     rows = []
     for layer in plan_layers(network, bits, "same", exclude=_left_out(network, settings.exclude)).layers:
-        shape, note = known.get(layer.name), layer.note
+        shape, note = shape_of.get(layer.name), layer.note
         if not note and shape is None:
             note = "not called by the forward"
         if not note and layer.name in independent:
             note = "does not depend on the image: position bias stays in float"
         if not note and "Conv" in layer.kind and order.index(layer.name) > first_attention:
-            note = "convolution behind the patch embedding: not part of the method"
+            note = "convolution after the patch embedding: not part of the method"
         rows.append(PlannedModule(layer.name, layer.kind, _role(shape, note), shape, note))
     for name in opened:
-        called = name in known
+        called = name in shape_of
         role: Role = "attention" if called else "float"
         note = "" if called else "not called by the forward"
         kind = opened[name].float_class.__name__
-        rows.append(PlannedModule(name, kind, role, known.get(name), note))
+        rows.append(PlannedModule(name, kind, role, shape_of.get(name), note))
     plan = VitPlan(tuple(sorted(rows, key=lambda row: order.index(row.name))), settings)
     if not plan.names("grouped", "one token"):
         raise UnsupportedModelError(
-            f"No fully connected layer of {type(network).__name__} is left to quantize: take patterns out of exclude."
+            f"No fully connected layer of {type(network).__name__} is left to quantize: remove patterns from exclude."
         )
     _check_groups(plan)
     if settings.budget is not None and plan.least() > settings.budget * 1e9:
         least, usual = plan.least() / 1e9, plan.bops(settings.groups).total / 1e9
         raise ConfigurationError(
-            f"budget={settings.budget} giga bit operations, but one group in every layer needs {least:.4g} already:"
-            f" write budget={least * 1.001:.4g} or more ({settings.groups} groups everywhere are {usual:.4g})."
+            f"budget={settings.budget} giga bit operations is too small: one group in every layer already needs"
+            f" {least:.4g}. Write budget={least * 1.001:.4g} or more ({settings.groups} groups everywhere need"
+            f" {usual:.4g})."
         )
     return plan
 
 
 def _left_out(network: nn.Module, exclude: Sequence[str]) -> list[str] | None:
-    """Names of the layers that the patterns leave in float; a pattern may match attentions alone."""
+    """Find the layers that the patterns leave in float; a pattern may also match attentions alone."""
     layers = [name for name, module in network.named_modules() if isinstance(module, tuple(LAYERS))]
     check_patterns(list(exclude), "exclude", [*layers, *(name for name, _ in find_attentions(network))])
     return [name for name in layers if matches(name, exclude)] or None
@@ -213,13 +215,13 @@ def _check_groups(plan: VitPlan) -> None:
         rows = plan.softmax_rows(name)
         if plan.settings.row_groups > rows:
             raise ConfigurationError(
-                f"softmax_groups={plan.settings.row_groups}, but the softmax of {name} has {rows} rows in a head of all"
-                f" calibration images: write softmax_groups={rows} or less."
+                f"softmax_groups={plan.settings.row_groups}, but the softmax of {name} has {rows} rows per head, over"
+                f" all calibration images: write softmax_groups={rows} or less."
             )
 
 
-# By which quantizers a scheme is told, the first that is found: the upper bound has rows of their own too.
-_TELLS: dict[type[Quantizer], Scheme] = {
+# Scheme by quantizer class. The first class present decides, since the upper bound also has one range per row.
+_SCHEME_OF: dict[type[Quantizer], Scheme] = {
     GroupQuantizer: "igq",
     RowGroupQuantizer: "igq",
     ChannelQuantizer: "upper_bound",
@@ -229,20 +231,23 @@ _TELLS: dict[type[Quantizer], Scheme] = {
 
 
 def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, object, object]]:
-    """Compare what the quantizers of a calibrated module tell with settings; how ranges were found they do not tell.
+    """Compare the quantizers of a calibrated module with settings, as far as quantizers reveal them.
+
+    Quantizers do not reveal how their ranges were found.
 
     Yields:
         Name of a setting, its value in the module, and its value in the settings.
     """
     slots = [(name.rpartition(".")[2], quantizer) for name, quantizer in quantizers_of(module)]
     kinds = {type(quantizer) for _, quantizer in slots}
-    yield "scheme", next((scheme for kind, scheme in _TELLS.items() if kind in kinds), "layer_wise"), settings.scheme
+    scheme = next((name for kind, name in _SCHEME_OF.items() if kind in kinds), "layer_wise")
+    yield "scheme", scheme, settings.scheme
     weights = {quantizer.bits for slot, quantizer in slots if slot == "weight_quantizer"}
     yield "weight_bits", _one(weights, settings.weight_bits), settings.weight_bits
-    # Of the patch embedding, whatever the others have.
-    others = {quantizer.bits for slot, quantizer in slots if slot != "weight_quantizer"}
-    others = others - {PATCH_BITS} or others
-    yield "activation_bits", _one(others, settings.activation_bits), settings.activation_bits
+    # The patch embedding has PATCH_BITS whatever the settings.
+    inputs = {quantizer.bits for slot, quantizer in slots if slot != "weight_quantizer"}
+    inputs = inputs - {PATCH_BITS} or inputs
+    yield "activation_bits", _one(inputs, settings.activation_bits), settings.activation_bits
     if not settings.allocates:
         channels = {quantizer.groups for _, quantizer in slots if isinstance(quantizer, GroupQuantizer)}
         yield "groups", _one(channels, settings.groups), settings.groups
@@ -250,6 +255,6 @@ def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, objec
         yield "softmax_groups", _one(rows, settings.row_groups), settings.row_groups
 
 
-def _one(found: set[int], expected: int) -> int | list[int]:
-    """The value where there is one, the expected where there is none."""
-    return found.pop() if len(found) == 1 else sorted(found) or expected
+def _one(values: set[int], expected: int) -> int | list[int]:
+    """Return the only value, the sorted values if there are several, or the expected one if there are none."""
+    return values.pop() if len(values) == 1 else sorted(values) or expected

@@ -1,4 +1,4 @@
-"""From a float network to one whose quantizers are still missing."""
+"""Preparation of a float network for calibration, with empty quantizer slots."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from lightning_quant.nn.attention_check import check_attentions
 
 
 def prepare(network: nn.Module, settings: Settings, image: Tensor, run: Callable[[Tensor], object]) -> VitPlan:
-    """Open the attentions and swap the layers of a network, all quantizers still missing: a float network.
+    """Swap the attentions and layers of a network, with all quantizer slots empty, so that it still runs in float.
 
     Args:
-        network: in float, or quantized before, which is undone.
-        settings: what to quantize.
-        image: (1, C, H, W), to measure shapes.
-        run: the forward of the network.
+        network: Network in float. A quantized one is put back to float first.
+        settings: Settings of the calibration.
+        image: Image (1, C, H, W) to measure shapes with.
+        run: Forward of the network.
 
     Raises:
-        UnsupportedModelError, ConfigurationError: see :func:`plan_vit` and ``check_attentions``; the network is then
-            as it was.
+        UnsupportedModelError: See :func:`plan_vit` and ``check_attentions``. The network is then back in float.
+        ConfigurationError: See :func:`plan_vit`. The network is then back in float.
     """
     strip(network)
     try:

@@ -1,7 +1,7 @@
-"""RepQ-style reparameterization: a quantizer for each channel after a LayerNorm, turned into one for the layer.
+"""RepQ-style reparameterization: channel-wise quantization after a LayerNorm, converted to layer-wise.
 
 Source: Li et al., "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision Transformers", ICCV 2023
-(arXiv 2212.08254), equations 5 to 9. A baseline; written from the equations.
+(arXiv 2212.08254), equations 5 to 9. A baseline, implemented from the equations.
 """
 
 from __future__ import annotations
@@ -19,30 +19,32 @@ from lightning_quant.igq_vit.settings import Settings
 from lightning_quant.quantizers import FixedQuantizer
 from lightning_quant.utilities.distributed import gather
 
-# A channel whose values differ by less than this share of their size is a constant: its own step would be noise.
+# A channel whose values differ by less than this share of their size is constant: its step size would be noise.
 CONSTANT = 1e-4
-# Of the largest output: more than rounding moves it, less than a norm whose output goes to two places.
+# Share of the largest output: above the effect of rounding, below that of a norm whose output has two consumers.
 TOLERANCE = 1e-3
 
 
 class Reparameterization:
-    """Moves the differences between channels after a LayerNorm into the norm and the one layer behind it.
+    """Reparameterization that absorbs differences between channels after a LayerNorm into the norm and the next layer.
 
-    The network stays the same function in float: the norm's affine part and the layer's weight change together.
+    The network computes the same function in float, since the norm's affine parameters and the layer's weight change
+    together.
 
     Args:
-        network: in float.
-        names: of its fully connected layers that are quantized.
-        forward: runs it on the calibration images; once here, to find the norm before each layer.
+        network: Network in float.
+        names: Names of its fully connected layers that are quantized.
+        forward: Function that runs the network on the calibration images. The constructor calls it once to find the
+            norm before each layer.
     """
 
     def __init__(self, network: nn.Module, names: Sequence[str], forward: Callable[[], object]) -> None:
         self.network, self.forward = network, forward
         self.norms: dict[str, nn.LayerNorm] = {}
         self._changed: dict[Tensor, Tensor] = {}
-        self._outputs = self._look(names)
+        self._outputs = self._find_norms(names)
 
-    def _look(self, names: Sequence[str]) -> list[Tensor]:
+    def _find_norms(self, names: Sequence[str]) -> list[Tensor]:
         last: list[tuple[nn.LayerNorm, Tensor]] = []
         users: dict[nn.LayerNorm, list[str]] = {}
         calls: dict[nn.LayerNorm, int] = {}
@@ -69,25 +71,25 @@ class Reparameterization:
         finally:
             for handle in handles:
                 handle.remove()
-        for norm, found in users.items():
-            alone = len(found) == 1 and calls[norm] == 1
-            own = self.network.get_submodule(found[0])._parameters if alone else {}
-            # A weight that derives from others cannot be changed.
-            if own.get("weight") is not None and own.get("bias") is not None:
-                self.norms[found[0]] = norm
+        for norm, layers in users.items():
+            single = len(layers) == 1 and calls[norm] == 1
+            parameters = self.network.get_submodule(layers[0])._parameters if single else {}
+            # A weight that is computed from others cannot be changed.
+            if parameters.get("weight") is not None and parameters.get("bias") is not None:
+                self.norms[layers[0]] = norm
         return outputs
 
     def apply(self, name: str, layer: nn.Linear, x: Tensor, settings: Settings) -> tuple[Tensor, FixedQuantizer | None]:
-        """Reparameterize a layer where the output of a LayerNorm goes to it alone.
+        """Reparameterize a layer if it is the only consumer of a LayerNorm's output.
 
         Args:
-            name: of the layer.
-            layer: its weight and bias change, and the norm's.
-            x: (..., channels), the input of this rank.
-            settings: bits.
+            name: Name of the layer.
+            layer: Layer whose weight and bias change, together with the norm's.
+            x: Input (..., channels) of this rank.
+            settings: Settings with the bit-width.
 
         Returns:
-            the input as the changed norm gives it, and its quantizer; ``x`` and None where no norm is before it.
+            Input as the changed norm computes it, and its quantizer; ``x`` and None if there is no such norm.
         """
         if name not in self.norms:
             return x, None
@@ -99,7 +101,7 @@ class Reparameterization:
             scale, zero_point = scales[varies].mean(), zero_points[varies].mean().round()
         else:
             scale, zero_point = scales.mean(), torch.zeros_like(scales[0])
-        # A constant is moved to the value of the lowest code.
+        # A constant channel moves to the value of the lowest code.
         ratio = torch.where(varies, scales / scale, 1.0)
         shift = torch.where(varies, scales * (zero_points - zero_point), -low - scale * zero_point)
         self._change(self.norms[name], layer, ratio, shift)
@@ -118,23 +120,23 @@ class Reparameterization:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare the network, in float again, with what it was; undo all changes where it is another function.
+        """Check that the network, in float, still computes the same outputs; undo all changes if it does not.
 
         Raises:
-            UnsupportedModelError: where the output of a norm goes elsewhere too, to a residual or to padded windows.
+            UnsupportedModelError: Output of a norm that has another consumer, such as a residual or padded windows.
         """
         for before, after in zip(self._outputs, _tensors(self.forward()), strict=True):
             if float((before - after).abs().max()) > TOLERANCE * float(before.abs().max()):
                 for parameter, value in self._changed.items():
                     parameter.copy_(value)
                 raise UnsupportedModelError(
-                    "scheme='repq' changes each LayerNorm together with the layer behind it, but in this network the"
-                    " output of a LayerNorm goes elsewhere too: write another scheme. The weights are as they were."
+                    "scheme='repq' changes each LayerNorm together with the layer after it, but in this network the"
+                    " output of a LayerNorm has another consumer: write another scheme. The weights are restored."
                 )
 
 
 def _sums(x: Tensor) -> Tensor:
-    """(2, channels), by which an output is recognized when its tokens have been moved into windows."""
+    """Compute sums (2, channels) that identify an output even after its tokens were moved into windows."""
     rows = x.detach().flatten(0, -2).double()
     return torch.stack([rows.sum(dim=0), rows.abs().sum(dim=0)])
 

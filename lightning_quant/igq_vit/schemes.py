@@ -1,4 +1,4 @@
-"""What each scheme does with the input of a fully connected layer and with a softmax: IGQ, its baselines, its bound."""
+"""Quantization schemes for inputs of fully connected layers and for softmax: IGQ, its baselines, its upper bound."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_quant.quantizers import FixedQuantizer, Quantizer
 from lightning_quant.quantizers.dynamic import ChannelQuantizer, LogQuantizer, TokenQuantizer
 
 PATCH_BITS = 8
-# Per cent of the values left out at each end, to choose from by the least error.
+# Percentages of the values left out at each end, of which the one with the smallest error is chosen.
 ACTIVATION_TAILS = (0.1, 0.01, 0.001)
 WEIGHT_TAILS = (0.0, 0.01, 0.05, 0.1, 0.5, 1.0, 2.0)
-# By the square, 6 bits clip the few large entries of Q and K by which rows attend: the cube halves the KL divergence of
-# DINOv2-small at 6 bits and leaves that at 4 bits (benchmarks/igq_dinov2.py).
+# With the squared error, 6 bits clip the few large entries of Q and K that decide the attention. The cube halves the KL
+# divergence of DINOv2-small at 6 bits and does not change it at 4 bits (benchmarks/igq_dinov2.py).
 OPERAND_POWER = 3
-# The key of a quantizer that has no groups.
+# Key of a quantizer without groups.
 UNGROUPED = 0
 Candidates = dict[int, Quantizer]
 
@@ -28,7 +28,7 @@ Candidates = dict[int, Quantizer]
 def fixed(
     low: Tensor, high: Tensor, bits: int, axis: int | None = None, clip_zero_point: bool = False
 ) -> FixedQuantizer:
-    """A quantizer of given bounds, 0-dim or one for each index of ``axis``; the zero point may be no code."""
+    """Create a quantizer with given bounds, 0-dim or one per index of ``axis``; the zero point need not be a code."""
     quantizer = FixedQuantizer(bits, symmetric=False, axis=axis).to(low.device)
     quantizer.scale, quantizer.zero_point = affine_parameters(low.float(), high.float(), bits, clip_zero_point)
     quantizer.ready = True
@@ -36,19 +36,22 @@ def fixed(
 
 
 def layer_wise(x: Tensor, bits: int, settings: Settings, images: int, power: int = 2) -> FixedQuantizer:
-    """One quantizer for a whole tensor of so many images, of the least mean ``power`` of the errors."""
+    """Fit one quantizer to a tensor of ``images`` images, by the smallest mean ``power`` of the absolute errors."""
     tails = (0.0,) if settings.layer_range == "min_max" else ACTIVATION_TAILS
     return fixed(*layer_wise_range(x, bits, tails, images, power), bits, clip_zero_point=settings.literal_zero_point)
 
 
 def fit_input(x: Tensor, weight: Tensor, settings: Settings, sizes: Sequence[int]) -> Candidates:
-    """Quantizers of the input of a fully connected layer, by number of groups.
+    """Fit quantizers to the input of a fully connected layer.
 
     Args:
-        x: (images, tokens, channels), the calibration images of this rank.
-        weight: (out, channels) of the layer.
-        settings: scheme, bits, and how ranges are found.
-        sizes: numbers of groups to fit.
+        x: Input (images, tokens, channels) for the calibration images of this rank.
+        weight: Weight (out, channels) of the layer.
+        settings: Settings of the calibration.
+        sizes: Numbers of groups to fit.
+
+    Returns:
+        Quantizers, keyed by number of groups.
     """
     bits = settings.activation_bits
     match settings.scheme:
@@ -68,7 +71,7 @@ def fit_input(x: Tensor, weight: Tensor, settings: Settings, sizes: Sequence[int
 
 
 def fit_softmax(attention: Tensor, settings: Settings, sizes: Sequence[int], images: int) -> Candidates:
-    """Quantizers of the softmax (images x windows, heads, rows, keys) of so many images, by number of groups."""
+    """Fit quantizers, keyed by number of groups, to a softmax (images x windows, heads, rows, keys)."""
     bits = settings.activation_bits
     match settings.scheme:
         case "igq":

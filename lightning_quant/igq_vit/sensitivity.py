@@ -1,7 +1,7 @@
-"""How much the posteriors move when one activation is quantized, for all layers at once: to second order.
+"""Second-order estimate of how much quantizing one activation moves the posteriors, for all layers at once.
 
 A small change d of an activation moves the posteriors p by KL = 1/2 sum_c p_c (d . grad log p_c)^2. The gradients do
-not depend on d: one forward and a few backward passes serve all layers and all numbers of groups.
+not depend on d, so one forward pass and a few backward passes serve all layers and all numbers of groups.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from lightning_quant.quantizers import Quantizer
 from lightning_quant.quantizers.grouped import InstanceQuantizer
 from lightning_quant.utilities.distributed import all_reduce_sum
 
-# Backward passes. One for each of the likeliest classes of an image, the last for all other classes together.
+# Number of backward passes: one for each of the most likely classes of an image, the last for all other classes.
 PROBES = 8
-# Activations and gradients are held for so many images at a time as have about this many values, 0.5 GB.
+# Limit on the values of activations and gradients held at a time, about 0.5 GB, which sets the images per batch.
 HELD_VALUES = 2**27
 
 
 class Tap(InstanceQuantizer):
-    """The identity in a slot, which remembers the tensor, as one that has a gradient.
+    """Identity in a slot that records its input as a tensor with a gradient.
 
     Attributes:
-        seen: of the last forward.
+        recorded: Input of the last forward.
     """
 
-    seen: Tensor
+    recorded: Tensor
 
     def __init__(self) -> None:
         super().__init__(bits=16)
         self.ready = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """A view, whose gradient is of this slot alone where several layers have the same input."""
+        """Return a view, whose gradient belongs to this slot alone even if several layers share the input."""
         x = x if x.requires_grad else x.detach().requires_grad_()
-        self.seen = x.view_as(x)
-        return self.seen
+        self.recorded = x.view_as(x)
+        return self.recorded
 
 
 def estimated_perturbations(
@@ -52,17 +52,17 @@ def estimated_perturbations(
     candidates: Mapping[Slot, Candidates],
     posteriors: Callable[[Any], Tensor],
 ) -> dict[Slot, dict[int, float]]:
-    """Estimate Omega of all layers, by number of groups.
+    """Estimate Omega of all layers for each number of groups.
 
     Args:
         network: Network in float, all slots empty.
-        run: Forward of the network, which lets gradients through.
+        run: Forward of the network that gradients flow through.
         images: Calibration images of this rank (n, C, H, W).
-        candidates: Quantizers by number of groups, of each slot.
+        candidates: Quantizers of each slot, keyed by number of groups.
         posteriors: Function from outputs to log-probabilities (items, classes).
 
     Returns:
-        Mean divergences over the items of all ranks; nothing where the log-probabilities have no gradient.
+        Divergences averaged over the items of all ranks; empty if the log-probabilities have no gradient.
     """
     sums = torch.zeros(1 + sum(map(len, candidates.values())), dtype=torch.float64, device=images.device)
     size = 1
@@ -75,9 +75,9 @@ def estimated_perturbations(
                 return {}
             sums[0] += len(log_p)
             sums[1:] += (
-                torch.stack([square for each in _squares(log_p, len(part), taps, candidates) for square in each]) / 2
+                torch.stack([square for row in _squares(log_p, len(part), taps, candidates) for square in row]) / 2
             )
-            values = sum(tap.seen.numel() for tap in taps.values()) // len(part)
+            values = sum(tap.recorded.numel() for tap in taps.values()) // len(part)
             size = max(1, HELD_VALUES // (values * (PROBES + 1)))
     count, *totals = all_reduce_sum(sums).tolist()
     means = (total / count for total in totals)
@@ -97,12 +97,12 @@ def _tapped(network: nn.Module, slots: Iterable[Slot]) -> Iterator[dict[Slot, Ta
 def _squares(
     log_p: Tensor, images: int, taps: Mapping[Slot, Tap], candidates: Mapping[Slot, Candidates]
 ) -> Iterator[list[Tensor]]:
-    """Of each slot, by candidate: the sum over probes and images of the squared change of the probed sums."""
+    """Yield, for each slot, the squared changes of the probed sums, summed over probes and images, per candidate."""
     probes = _probes(log_p.detach(), images)
-    seen = [tap.seen for tap in taps.values()]
-    passes = [torch.autograd.grad(log_p, seen, probe, retain_graph=True, materialize_grads=True) for probe in probes]
+    inputs = [tap.recorded for tap in taps.values()]
+    passes = [torch.autograd.grad(log_p, inputs, probe, retain_graph=True, materialize_grads=True) for probe in probes]
     for (slot, tap), gradients in zip(taps.items(), zip(*passes, strict=True), strict=True):
-        gradient = torch.stack([each.float().reshape(images, -1) for each in gradients])
+        gradient = torch.stack([by_probe.float().reshape(images, -1) for by_probe in gradients])
         yield [
             torch.einsum("pin,in->pi", gradient, _change(quantizer, tap, images)).double().square().sum()
             for quantizer in candidates[slot].values()
@@ -110,8 +110,8 @@ def _squares(
 
 
 def _change(quantizer: Quantizer, tap: Tap, images: int) -> Tensor:
-    """By which a quantizer moves the tensor that a tap has seen, (images, values)."""
-    x = tap.seen.detach()
+    """Compute the change (images, values) that a quantizer makes to a recorded input."""
+    x = tap.recorded.detach()
     if isinstance(quantizer, InstanceQuantizer):
         quantizer.instances = tap.instances
     try:
@@ -123,17 +123,18 @@ def _change(quantizer: Quantizer, tap: Tap, images: int) -> Tensor:
 
 
 def _probes(log_p: Tensor, images: int) -> Tensor:
-    """Weights z (probes, items, classes) with sum z z^T = diag(p) of each item: its likeliest classes, then the others.
+    """Create weights z (probes, items, classes) for which the mean of sum z z^T is diag(p) of each item.
 
-    Signs keep the others apart, and the items of an image, in the mean. They are the same for each image, so that
-    nothing depends on how images are divided.
+    Each of the most likely classes of an item has a probe of its own, and the last probe holds all others. Random signs
+    separate these classes, and the items of an image, in the mean. They are the same for every image, so that the
+    result does not depend on how images are batched.
     """
     items, classes = log_p.shape
     count, places = min(PROBES, classes), -(-items // images)
     generator = torch.Generator().manual_seed(0)
     of_items, of_classes = (torch.randint(2, (count, n), generator=generator) * 2 - 1 for n in (places, classes))
     signs = of_items[:, torch.arange(items) % places, None] * of_classes[:, None]
-    # The rank of each class in its item; all beyond the last probe are in it.
+    # Rank of each class in its item. Classes beyond the last probe belong to it.
     rank = log_p.argsort(dim=1, descending=True, stable=True).argsort(dim=1).clamp_max(count - 1)
     probed = rank == torch.arange(count, device=log_p.device)[:, None, None]
     return probed * signs.to(log_p) * (log_p / 2).exp()

@@ -1,4 +1,4 @@
-"""What can be chosen about a calibration, checked before anything starts."""
+"""Settings of a calibration, checked before it starts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ LayerRange = Literal["percentile", "min_max"]
 
 @dataclass(frozen=True)
 class Settings:
-    """Arguments of :class:`lightning_quant.IGQViT` that decide what the quantized network computes.
+    """Arguments of :class:`lightning_quant.IGQViT` that determine what the quantized network computes.
 
     Raises:
-        ConfigurationError: one that is out of range.
+        ConfigurationError: Argument out of range.
     """
 
     weight_bits: int = 4
@@ -45,23 +45,23 @@ class Settings:
                 raise ConfigurationError(f"{name}={value!r}: expected a whole number of at least 1.")
         if self.budget is not None and not self.allocates:
             raise ConfigurationError(
-                f"budget={self.budget}: a budget is divided among layers, write allocate=True and scheme='igq' too."
+                f"budget={self.budget} is distributed over layers: write allocate=True and scheme='igq' too."
             )
         for name, allowed in (("scheme", Scheme), ("group_ranges", GroupRanges), ("layer_range", LayerRange)):
             if getattr(self, name) not in get_args(allowed):
-                known = ", ".join(map(repr, get_args(allowed)))
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {known}.")
+                choices = ", ".join(map(repr, get_args(allowed)))
+                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {choices}.")
 
     @property
     def row_groups(self) -> int:
-        """Groups of the rows of a softmax."""
+        """Number of groups of the rows of a softmax."""
         return self.groups if self.softmax_groups is None else self.softmax_groups
 
     @property
     def allocates(self) -> bool:
-        """Whether groups are distributed over layers; only groups can be."""
+        """Whether the number of groups is chosen for each layer; only scheme "igq" has groups."""
         return self.allocate and self.scheme == "igq"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values, for fingerprints and JSON."""
+        """Return plain values, for fingerprints and JSON."""
         return asdict(self) | {"exclude": list(self.exclude)}

@@ -1,4 +1,4 @@
-"""Which perturbations are worth a replay of the network, by their estimates: those that may change the allocation."""
+"""Shortlist of the perturbations to measure by replay: those that may change the allocation, by their estimates."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from scipy.stats import norm
 
 from lightning_quant.igq_vit.allocation import Costs, Table
 
-# Relative error of an estimate, which is of second order.
+# Relative error of a second-order estimate.
 SPREAD = 0.2
 
 
 def expected_gains(estimates: Table, cost: Costs, budget: int) -> list[dict[int, float]]:
-    """How much lower the sum of the perturbations is expected to get if a candidate is measured, for each layer.
+    """Compute the expected decrease of the sum of perturbations from measuring each candidate of each layer.
 
-    A candidate that would cost too much for what it gains by its estimate is the better one only if the estimates are
-    wrong: the expected improvement over the layer's best, at the price of the budget.
+    It is the expected improvement over the layer's best candidate, at the price of the budget: a candidate that is too
+    expensive for its estimated gain can still win if the estimates are wrong.
 
     Args:
-        estimates: Perturbation by number of groups, for each layer.
-        cost: Costs of the same numbers of groups.
-        budget: Most that all layers may cost together.
+        estimates: Perturbations of each layer, keyed by number of groups.
+        cost: Costs of each layer with the same keys.
+        budget: Maximum total cost of all layers.
 
     Example:
         >>> (gains,) = expected_gains([{1: 1.0, 2: 0.9, 4: 0.1}], [{1: 1, 2: 2, 4: 4}], budget=4)
@@ -42,19 +42,19 @@ def expected_gains(estimates: Table, cost: Costs, budget: int) -> list[dict[int,
 
 
 def shortlist(gains: Sequence[Mapping[int, float]], passes: Sequence[float], limit: float) -> list[list[int]]:
-    """Candidates of each layer to measure: those that gain most for their passes, until these reach a limit.
+    """Select the candidates to measure: those with the largest gain per pass, until the passes reach a limit.
 
     Args:
-        gains: From :func:`expected_gains`.
-        passes: Share of the network that a measurement runs, for each layer.
-        limit: Most that all measurements may take together.
+        gains: Expected gains from :func:`expected_gains`.
+        passes: Cost of a measurement in each layer, as a share of a forward pass.
+        limit: Maximum number of forward passes of all measurements.
 
     Example:
         >>> shortlist([{1: 0.0, 8: 0.3}, {1: 0.1, 8: 0.2}], passes=[1.0, 0.5], limit=2.0)
         [[8], [1, 8]]
     """
     ordered = sorted(
-        (-gain / passes[layer], layer, groups) for layer, each in enumerate(gains) for groups, gain in each.items()
+        (-gain / passes[layer], layer, groups) for layer, table in enumerate(gains) for groups, gain in table.items()
     )
     chosen: list[list[int]] = [[] for _ in gains]
     for _, layer, groups in ordered:
@@ -62,11 +62,11 @@ def shortlist(gains: Sequence[Mapping[int, float]], passes: Sequence[float], lim
         if limit < 0:
             break
         chosen[layer].append(groups)
-    return [sorted(each) for each in chosen]
+    return [sorted(groups) for groups in chosen]
 
 
 def combined(estimates: Mapping[int, float], measured: Mapping[int, float]) -> dict[int, float]:
-    """What is known of a layer: what was measured, the rest estimated in proportion to it.
+    """Merge measured perturbations of a layer with estimates of the others, rescaled to match the measurements.
 
     Example:
         >>> combined({1: 4.0, 8: 2.0}, {8: 1.0})
@@ -80,19 +80,19 @@ def combined(estimates: Mapping[int, float], measured: Mapping[int, float]) -> d
 
 
 def _price(estimates: Table, cost: Costs, budget: int) -> float:
-    """Perturbation that a unit of cost is worth: the least at which the layers, each for itself, keep the budget."""
+    """Find the smallest price per unit of cost at which the independent choices of all layers fit the budget."""
 
-    def kept(price: float) -> bool:
+    def within_budget(price: float) -> bool:
         layers = zip(estimates, cost, strict=True)
         return sum(costs[_cheapest(omega, costs, price)] for omega, costs in layers) <= budget
 
     low, high = 0.0, max(max(omega.values()) for omega in estimates) or 1.0
-    if kept(low):
+    if within_budget(low):
         return low
-    # A unit of cost is at least 1: no layer pays more than all of its perturbation for it.
+    # Costs are integers, so no layer pays a price above the largest perturbation for one more unit.
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if kept(middle) else (middle, high)
+        low, high = (low, middle) if within_budget(middle) else (middle, high)
     return high
 
 

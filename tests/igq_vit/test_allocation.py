@@ -171,7 +171,7 @@ def test_an_average_over_softmax_layers() -> None:
 def test_a_budget_that_cannot_be_met_says_which_could() -> None:
     cost = [{2: 20, 4: 40}, {1: 5, 2: 9}]
     omega = [dict.fromkeys(layer, 1.0) for layer in cost]
-    with pytest.raises(ConfigurationError, match=r"budget=24 cannot be met.*2 layers.*Give budget=25 or more"):
+    with pytest.raises(ConfigurationError, match=r"budget=24 cannot be met.*2 layers.*Write budget=25 or more"):
         allocate(omega, cost, 24)
     assert allocate(omega, cost, 25) == [2, 1]
 
@@ -211,5 +211,5 @@ def test_uniform_in_layers_of_few_channels() -> None:
     cost = [{g: g for g in candidates(limit, also=8)} for limit in (3, 8, 64)]
     assert uniform(cost, 8) == [2, 8, 8]
     assert budget_at(cost, 8) == 18
-    with pytest.raises(ConfigurationError, match="give groups=4 or more"):
+    with pytest.raises(ConfigurationError, match="write groups=4 or more"):
         uniform([{4: 1}, {1: 1}], 2)

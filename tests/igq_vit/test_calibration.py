@@ -83,7 +83,7 @@ def test_a_budget_in_bit_operations_is_kept() -> None:
     found = finished(calibration(vit(), images(8), budget=budget))
     chosen = {name: groups for (name, slot), groups in found.groups.items() if slot == INPUT}
     assert plan.bops(chosen).total <= budget * 1e9
-    with pytest.raises(ConfigurationError, match=r"one group in every layer needs .* already: write budget="):
+    with pytest.raises(ConfigurationError, match=r"one group in every layer already needs .*\. Write budget="):
         calibration(vit(), images(8), budget=1e-6)
 
 
@@ -113,7 +113,7 @@ def test_stopped_after_any_step_it_goes_on_to_the_same_network(stop: int) -> Non
 def test_a_state_of_other_settings_is_refused() -> None:
     first = calibration(vit(), images(4))
     first.step()
-    with pytest.raises(CheckpointError, match="calibrate anew"):
+    with pytest.raises(CheckpointError, match="calibrate again"):
         calibration(vit(), images(4), weight_bits=6).load_state_dict(first.state_dict())
 
 
@@ -122,7 +122,7 @@ def test_a_state_of_other_images_is_refused() -> None:
     first.source = replace(first.source, images="1")
     second.source = replace(second.source, images="2")
     first.step()
-    with pytest.raises(CheckpointError, match="or other images: calibrate anew"):
+    with pytest.raises(CheckpointError, match="or other images: calibrate again"):
         second.load_state_dict(first.state_dict())
 
 
@@ -177,7 +177,7 @@ def test_what_does_not_fit_the_network_is_refused_and_leaves_it_alone(settings: 
         ({"scheme": "other"}, "scheme='other': expected one of 'igq'"),
         ({"groups": 0}, "groups=0: expected a whole number of at least 1"),
         ({"weight_bits": 1}, "weight_bits=1"),
-        ({"allocate": False, "budget": 3.0}, "budget=3.0: a budget is divided among layers"),
+        ({"allocate": False, "budget": 3.0}, "budget=3.0 is distributed over layers: write allocate=True"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

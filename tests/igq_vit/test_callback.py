@@ -331,7 +331,7 @@ def test_what_a_user_reads_first_is_the_plan(tmp_path: Path, caplog: pytest.LogC
     assert "layer-wise (one token)" in text
     assert "forward passes" in text
     assert "Groups of channels:" in text
-    assert "% to layer-wise" in text
+    assert "% relative to layer-wise" in text
 
 
 class Normalizing(VitModule):

@@ -104,5 +104,5 @@ def test_maxima_of_rows_are_points_of_one_dimension() -> None:
 
 @pytest.mark.parametrize("groups", [0, 8])
 def test_more_groups_than_points_are_refused(groups: int) -> None:
-    with pytest.raises(ConfigurationError, match=rf"groups={groups}: expected 1 .. 7"):
+    with pytest.raises(ConfigurationError, match=rf"groups={groups}: expected 1 to 7"):
         kmeans(channels(7, 0), groups)

@@ -114,7 +114,7 @@ def test_other_images_than_a_checkpoint_began_with_are_refused(tmp_path: Path) -
         module(), data()
     )
     other = module(calibration_data=torch.zeros(8, 1, 8, 8))
-    with pytest.raises(CheckpointError, match="or other images: calibrate anew"):
+    with pytest.raises(CheckpointError, match="or other images: calibrate again"):
         quiet(tmp_path).fit(other, data(), ckpt_path=str(tmp_path / "one.ckpt"))
 
 

@@ -62,7 +62,7 @@ def test_posteriors_of_what_tasks_return() -> None:
     assert pixels.shape == (32, 3)
     assert torch.allclose(pixels.exp().sum(1), torch.ones(32, dtype=torch.float64))
     assert torch.allclose(pixels[5], logits[0, :, 1, 1].log_softmax(0))
-    with pytest.raises(ConfigurationError, match=r"found \(2, 1\): write allocate=False"):
+    with pytest.raises(ConfigurationError, match=r"found \(2, 1\)\. Write allocate=False"):
         log_posteriors(torch.zeros(2, 1))
 
 
@@ -76,7 +76,7 @@ class Output(NamedTuple):
 def test_posteriors_of_tuples_with_names() -> None:
     logits = torch.randn(3, 4)
     assert torch.equal(log_posteriors(Output(logits, torch.zeros(1))), log_posteriors(logits))
-    with pytest.raises(ConfigurationError, match="found tuple: write allocate=False, or override"):
+    with pytest.raises(ConfigurationError, match=r"found tuple\. Write allocate=False, or override"):
         log_posteriors((logits, logits))
 
 

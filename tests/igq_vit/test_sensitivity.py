@@ -116,6 +116,6 @@ def test_layers_with_the_same_input_are_told_apart() -> None:
     x = torch.randn(2, 6, requires_grad=True)
     network.taps = nn.ModuleDict({name: sensitivity.Tap() for name in network.taps})
     total = network(x).sum()
-    gradients = torch.autograd.grad(total, [tap.seen for tap in network.taps.values()])
+    gradients = torch.autograd.grad(total, [tap.recorded for tap in network.taps.values()])
     assert torch.allclose(gradients[0], network.first.weight.sum(0).expand(2, 6))
     assert torch.allclose(gradients[1], -network.second.weight.sum(0).expand(2, 6))

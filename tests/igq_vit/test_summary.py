@@ -14,9 +14,9 @@ def said(**settings: bool) -> str:
 
 def test_the_estimate_says_what_allocation_costs_and_how_to_do_without() -> None:
     without, allocated = said(allocate=False), said()
-    assert "about 15 forward passes of them, 2 min, and about" in without
+    assert "about 15 forward passes over them, 2 min, and about" in without
     assert "allocate" not in without
-    found = re.search(r"about (\d+) forward passes of them, .* \(allocate=False: 15, 2 min\)", allocated)
+    found = re.search(r"about (\d+) forward passes over them, .* \(allocate=False: 15, 2 min\)", allocated)
     assert found is not None
     # Fitting each number of groups, and at most 60 passes for the perturbations.
     assert 70 < int(found[1]) <= 70 + 60
