@@ -71,10 +71,10 @@ class BriefIGQViT(IGQViT):
 
 
 class BriefAccuQuant(AccuQuant):
-    """One update, from four trajectories of six steps."""
+    """One update, from four trajectories of four steps."""
 
     def __init__(self, *args: Any, **settings: Any) -> None:
-        few = {"steps": 6, "window": 2, "updates": 1, "batch_size": 2, "trajectories": 4, "held_out": 2}
+        few = {"steps": 4, "window": 2, "updates": 1, "batch_size": 2, "trajectories": 4, "held_out": 2}
         super().__init__(*args[:2], **{**settings, **few})
 
 
@@ -123,11 +123,17 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[s
     monkeypatch.setitem(sys.modules, "page", page)
     kinds = dict(KINDS)
     pl.seed_everything(0, verbose=False)
+    yield vars(page)
+    KINDS.clear()
+    KINDS.update(kinds)
 
+
+@pytest.fixture
+def reader(newcomer: dict[str, Any]) -> dict[str, Any]:
+    """The names of a reader with modules and data, whose folder holds what the commands of the pages leave."""
     module, data = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1}), DigitsDataModule(64)
     trained = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
-    # Leaves the pipeline digits_ddim.
-    generating = ImageDiffusion(tiny_unet(**UNET), pipeline="digits_ddim")
+    generating = ImageDiffusion(tiny_unet(**UNET).train(), pipeline="digits_ddim")
     BriefTrainer().fit(generating, DigitsDataModule(64, mean=(0.5,), std=(0.5,)))
     runs = (("last.ckpt", trained, [GradientQuantization()]), ("digits_vit/last.ckpt", digits_vit(3), []))
     for path, network, callbacks in runs:
