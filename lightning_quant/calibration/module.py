@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -13,15 +13,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_quant.calibration.record import STEPS, Record, StepwiseCalibration
+from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.calibration.steps import Anchor, step_loader
 from lightning_quant.errors import QuantizationError
 from lightning_quant.nn.modes import eager_execution
 from lightning_quant.nn.structure import is_quantized, mark, quantized_layers, rebuild
 from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.utilities.autocast import full_precision
-
-if TYPE_CHECKING:
-    from lightning_quant.calibration.state_file import StateFile
 
 
 class CalibratingModule(pl.LightningModule):

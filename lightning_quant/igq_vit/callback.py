@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,7 +9,6 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_quant.calibration.callback import CalibratingCallback
@@ -20,21 +17,16 @@ from lightning_quant.calibration.images import calibration_images
 from lightning_quant.calibration.settings import settings_of_arguments
 from lightning_quant.calibration.state_file import StateFile
 from lightning_quant.calibration.step_images import StepImages
-from lightning_quant.igq_vit.calibration import Calibration, Source
+from lightning_quant.igq_vit.calibration import Calibration
 from lightning_quant.igq_vit.perturbation import log_posteriors
 from lightning_quant.igq_vit.plan import compared
-from lightning_quant.igq_vit.preparation import prepare
+from lightning_quant.igq_vit.preparation import start
 from lightning_quant.igq_vit.settings import GroupRanges, LayerRange, Scheme, Settings
-from lightning_quant.igq_vit.summary import estimate, summarize, units
-from lightning_quant.nn.agreement import check_weights_agree
+from lightning_quant.igq_vit.summary import summarize, units
 from lightning_quant.nn.attention_check import check_attentions, find_attentions
 from lightning_quant.nn.structure import weights_hash
-from lightning_quant.utilities.distributed import gather, on_all_ranks
-from lightning_quant.utilities.hashing import fingerprint
+from lightning_quant.utilities.distributed import on_all_ranks
 from lightning_quant.utilities.paths import user_path
-
-# A single image takes longer than its share of a batch.
-TIMED_IMAGES = 8
 
 
 class IGQViT(CalibratingCallback):
@@ -183,54 +175,18 @@ class IGQViT(CalibratingCallback):
 
     def start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, images: Tensor) -> Calibration:
         """Prepare the module, print plan and estimate, and return the calibration on this rank's ``images``."""
-        check_weights_agree(pl_module)
-        digest = images_hash(images, pl_module.device)
-        images = images.to(pl_module.device)
         context = trainer.precision_plugin.forward_context
 
         def forward(batch: Tensor) -> Any:
             with context():
                 return self.run(pl_module, trainer.precision_plugin.convert_input(batch))
 
-        timed = images[:TIMED_IMAGES]
-        training = pl_module.training
-        pl_module.eval()
-        with torch.no_grad():
-            plan = prepare(pl_module, self.settings, images[:1], forward)
-            begin = time.perf_counter()
-            forward(timed)
-            seconds = (time.perf_counter() - begin) / len(timed)
-        # Also sets the mode of the new layers.
-        pl_module.train(training)
-        rank_zero_info(f"{plan}\n{estimate(plan, seconds, len(images))}")
-        return Calibration(Source(pl_module, plan, forward, images, self.log_posteriors, digest))
+        return start(pl_module, self.settings, images, forward, self.log_posteriors)
 
     def state_file(self, trainer: pl.Trainer, calibration: Calibration) -> StateFile:
         """Return the file that the calibration is saved to and resumed from."""
-        return state_file(trainer, self.cache_dir, calibration)
-
-
-def state_file(trainer: pl.Trainer, folder: Path | None, calibration: Calibration) -> StateFile:
-    """Return the state file of a prepared calibration.
-
-    Args:
-        trainer: Trainer of the run, whose first rank writes.
-        folder: Folder of the file; None is ``igq_vit`` in the Trainer's ``default_root_dir``.
-        calibration: Calibration to save and load.
-    """
-    source = calibration.source
-    # "repq" changes weights and has a single step: there is nothing to resume from.
-    active = source.plan.settings.scheme != "repq"
-    parts = calibration.fingerprint(), weights_hash(source.network)
-    return StateFile(trainer, folder, "igq_vit", *parts, active=active)
-
-
-def images_hash(images: Tensor, device: torch.device) -> str:
-    """Hash the calibration images of all ranks with SHA-256, independent of how ranks share them.
-
-    Args:
-        images: Images of this rank.
-        device: Device on which ranks exchange tensors.
-    """
-    digests = torch.tensor([list(bytes.fromhex(fingerprint(image))) for image in images], device=device)
-    return hashlib.sha256(repr(sorted(gather(digests).tolist())).encode()).hexdigest()
+        source = calibration.source
+        # "repq" changes weights and has a single step: there is nothing to resume from.
+        active = self.settings.scheme != "repq"
+        parts = calibration.fingerprint(), weights_hash(source.network)
+        return StateFile(trainer, self.cache_dir, "igq_vit", *parts, active=active)

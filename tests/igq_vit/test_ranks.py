@@ -13,7 +13,7 @@ from torch import Tensor
 from helpers.processes import on_ranks
 from helpers.vits import VitData, VitModule, calibration, finished, images, quiet, swin, vit
 from lightning_quant import DigitsDataModule, IGQViT, IGQViTModule
-from lightning_quant.igq_vit.callback import images_hash
+from lightning_quant.igq_vit.preparation import images_hash
 from lightning_quant.igq_vit.ranges import gram_matrix, layer_wise_range, tail_bounds
 from lightning_quant.utilities.distributed import gather
 
