@@ -74,7 +74,7 @@ def test_a_calibration_that_is_not_finished_is_not_tested(tmp_path: Path) -> Non
     found = module()
     quiet(tmp_path, every, enable_checkpointing=True).fit(found, data())
     for stop in (1, 11):
-        with pytest.raises(QuantizationError, match=rf"stopped after step {stop} of 13, .*: go on with trainer.fit"):
+        with pytest.raises(QuantizationError, match=rf"stopped after step {stop} of 13, .*: continue with trainer.fit"):
             quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / f"step={stop}.ckpt"))
     quiet(tmp_path).test(found, data(), ckpt_path=str(tmp_path / "step=13.ckpt"), verbose=False)
 
