@@ -201,9 +201,9 @@ class AccuQuantModule(CalibratingModule):
         quantized = self.generate(batch)
         self.metrics.update(quantized, reference, prompts=self.conditions.texts(batch), ids=batch)
         empty = {"float": reference[:0].cpu(), "quantized": quantized[:0].cpu()}
-        shown = self.generation_report.setdefault("images", empty)
+        samples = self.generation_report.setdefault("images", empty)
         for name, images in (("float", reference), ("quantized", quantized)):
-            shown[name] = torch.cat([shown[name], images.cpu()])[:SHOWN]
+            samples[name] = torch.cat([samples[name], images.cpu()])[:SHOWN]
 
     def on_test_epoch_end(self) -> None:
         """Log all metrics over all ranks."""

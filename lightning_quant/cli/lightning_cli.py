@@ -69,8 +69,8 @@ class Parser(LightningArgumentParser):
         parsers = (parser, *_subparsers(parser))
         options = [action.dest for candidate in parsers for action in candidate._actions]
         bases = (LightningModule, LightningDataModule, Callback, IntervalStrategy, Optimizer, LRScheduler)
-        ours = [name for name in lightning_quant.__all__ if isclass(vars(lightning_quant).get(name))]
-        classes = [*ours, *(cls.__name__ for base in bases for cls in _subclasses(base))]
+        public = [name for name in lightning_quant.__all__ if isclass(vars(lightning_quant).get(name))]
+        classes = [*public, *(cls.__name__ for base in bases for cls in _subclasses(base))]
         sys.stderr.write(f"lightning-quant: {explain(message, classes, options)}\n")
         self.exit(2)
 

@@ -122,10 +122,12 @@ def mismatch(model: nn.Module, build: Mapping[str, Any], settings: bool = False)
         rebuild(other, model.state_dict(), opened=[name for name, _ in swapped_attentions(model)])
     except (QuantizationError, TypeError, ValueError) as error:
         return str(error)
-    ours, theirs = dict(_shapes(model)), dict(_shapes(other))
-    for name in sorted(ours.keys() | theirs.keys()):
-        if ours.get(name) != theirs.get(name):
-            return f"{name} is {ours.get(name, 'missing')} in the model, {theirs.get(name, 'missing')} in the built one"
+    shapes, built = dict(_shapes(model)), dict(_shapes(other))
+    for name in sorted(shapes.keys() | built.keys()):
+        if shapes.get(name) != built.get(name):
+            return (
+                f"{name} is {shapes.get(name, 'missing')} in the model, {built.get(name, 'missing')} in the built one"
+            )
     return _other_settings(model, other) if settings else ""
 
 
@@ -148,9 +150,9 @@ def _shapes(model: nn.Module) -> Iterator[tuple[str, object]]:
 
 def _other_settings(model: nn.Module, other: nn.Module) -> str:
     """Return the first module whose class or plain attributes differ."""
-    theirs = dict(other.named_modules(remove_duplicate=False))
+    built_modules = dict(other.named_modules(remove_duplicate=False))
     for name, module in model.named_modules(remove_duplicate=False):
-        built = theirs.pop(name, None)
+        built = built_modules.pop(name, None)
         # Parametrizations give each module a class of its own.
         if built is None or type_before_parametrizations(built) is not type_before_parametrizations(module):
             return f"{name} is a {type(module).__name__}, in the built one a {type(built).__name__}"
@@ -159,7 +161,7 @@ def _other_settings(model: nn.Module, other: nn.Module) -> str:
                 value = vars(built)[key]
                 if not key.startswith("_") and _is_plain(value) and _as_json(vars(module).get(key)) != _as_json(value):
                     return f"{name}.{key} is {vars(module).get(key)}, in the built one {value}"
-    return f"{next(iter(theirs))} is missing" if theirs else ""
+    return f"{next(iter(built_modules))} is missing" if built_modules else ""
 
 
 def _is_plain(value: object) -> bool:

@@ -51,10 +51,10 @@ def written_files(folder: Path) -> tuple[str, ...]:
         ()
     """
     try:
-        ours = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["format"] == FORMAT
+        is_artifact = json.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))["format"] == FORMAT
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return ()
-    return (TENSORS, DESCRIPTION) if ours else ()
+    return (TENSORS, DESCRIPTION) if is_artifact else ()
 
 
 WRITER = Writer("save_quantized", written_files, DESCRIPTION)

@@ -38,7 +38,7 @@ def test_only_full_back_propagation_keeps_the_graphs_of_a_window() -> None:
 def test_block_reconstruction_has_its_time_where_there_is_any() -> None:
     assert "iterations on each block" not in said()
     hours = 50 * BLOCK_BATCH / 4 * BACKWARD * SECONDS / 3600
-    assert f"there yet; 50 iterations on each block, {hours:.1f} h; 600 updates" in said(reconstruction=50)
+    assert f"exist already; 50 iterations on each block, {hours:.1f} h; 600 updates" in said(reconstruction=50)
 
 
 def test_ranks_share_the_time() -> None:
