@@ -15,7 +15,7 @@ from lightning_quant.utilities.distributed import all_reduce_max, several_ranks
 
 T = TypeVar("T")
 
-# Relative tolerances of FP64 sums: of identical bits, which devices may add in a different order, and of results.
+# Relative tolerances of FP64 sums: of identical bits, which devices may add in a different order, and of the ranges.
 SAME_BITS, SAME_RANGES = 1e-9, 1e-4
 
 

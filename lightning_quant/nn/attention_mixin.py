@@ -62,6 +62,8 @@ class QuantizedAttention(QuantizedModule):
     ) -> Tensor:
         """Compute softmax(scale q k^T + mask) v with the four quantizers.
 
+        The arguments correspond to those of ``F.scaled_dot_product_attention``.
+
         Args:
             query: Query, [B, heads, N, d].
             key: Key, [B, heads, M, d].

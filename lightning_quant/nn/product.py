@@ -158,25 +158,26 @@ class _QuantizedProduct(torch.autograd.Function):
         if recipe.weight is not None:
             weights = Codes(weight_codes, weight_scale, recipe.weight.grid)
         grad_x = grad_weight = grad_bias = grad_input_range = grad_weight_range = None
-        inputs = input_inner = None
+        inputs = input_inner = weight_inner = product_inner = None
         if needs_x or learns_input:
             grad_x, input_inner, inputs = _input_gradient(ctx, output, weights, saved_input, input_scale)
+            grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
         if needs_weight:
             inputs = inputs or _codes_of_input(ctx, saved_input, input_scale)
             grad_weight = _weight_gradient(ctx, output, inputs, weight)
-            product_inner = inner(grad_weight, real(weights)) if learns_input or learns_weight else None
+            if learns_input or learns_weight:
+                product_inner = inner(grad_weight, real(weights))
             if recipe.weight is not None:
                 grad_weight, weight_inner, _ = quantized_backward(
                     grad_weight, weight, weight_scale, recipe.weight.grid, packed=False
                 )
                 grad_weight = grad_weight.to(weight.dtype)
-            if learns_input:
-                grad_input_range = (product_inner - input_inner) / recipe.input.range
-            if learns_weight:
-                grad_weight_range = (product_inner - weight_inner) / recipe.weight.range
+        if learns_input:
+            grad_input_range = _range_gradient(recipe.input, product_inner, input_inner)
+        if learns_weight:
+            grad_weight_range = _range_gradient(recipe.weight, product_inner, weight_inner)
         if needs_bias:
             grad_bias = _bias_gradient(output, recipe.product.channel_axis).to(bias.dtype)
-        grad_x = grad_x.to(ctx.x_dtype) if needs_x else None
         return grad_x, grad_weight, grad_bias, grad_input_range, grad_weight_range, None, None, None
 
 
@@ -209,6 +210,16 @@ def _bias_gradient(output: Codes, channel_axis: int) -> Tensor:
     # An unbatched vector needs no sum, and an empty list of axes would mean all of them.
     total = values.sum(axes, dtype=torch.float32) if axes else values.float().clone()
     return scaled(total, output.scale)
+
+
+def _range_gradient(
+    quantizer: LearnedQuantizer | None, product_inner: Tensor | None, real_inner: Tensor | None
+) -> Tensor:
+    """Compute dL/drange from ``sum(dWq * Wq)`` and ``sum(dX * X)`` or ``sum(dW * W)``, see the module's docstring."""
+    assert quantizer is not None
+    assert product_inner is not None
+    assert real_inner is not None
+    return (product_inner - real_inner) / quantizer.range
 
 
 def _save_input(x: Tensor, codes: Codes, keeps_output: bool) -> tuple[Tensor, bool]:
