@@ -375,7 +375,7 @@ def test_analyze_writes_a_report_of_what_was_not_trained_yet(elsewhere: Path, ca
         ]
     )
     assert (elsewhere / "plan" / "quantization_report.html").is_file()
-    assert "Quantized, the outputs move by" in caplog.text
+    assert "Quantization moves the outputs by" in caplog.text
     assert f"Report: {elsewhere}/plan/quantization_report.html" in caplog.text
 
 
@@ -537,7 +537,7 @@ def test_what_was_trained_quantized_is_compared_with_the_float_checkpoint_that_i
 
 def test_in_float_there_is_nothing_to_compare(capsys: pytest.CaptureFixture[str]) -> None:
     said = mistake(capsys, "test", *QUICKSTART, *QUIET, "--quantization=null", "--compare_float", code=1)
-    assert "is in float, and there is nothing to compare" in said
+    assert "is in float, so there is nothing to compare" in said
 
 
 def test_quantization_may_be_of_evaluation() -> None:

@@ -1,4 +1,4 @@
-"""Analysis of a quantized module on its own test data, from Python and from the command line."""
+"""Analysis of a quantized module on its test data, from Python and from the command line."""
 
 from __future__ import annotations
 
@@ -37,25 +37,29 @@ def analyze(
 ) -> Analysis:
     """Test a module quantized and in float, measure it layer by layer, and write ``quantization_report.html``.
 
-    A module with ranges is taken as it is, one of a checkpoint as that says. Otherwise the callback of a method among
-    the Trainer's says how it would be quantized: IGQViT and AccuQuant calibrate; for GradientQuantization, which learns
-    its ranges, they are set by the first test batch.
+    A module that already has ranges is tested as it is, and a checkpoint determines how its module is quantized.
+    Otherwise a callback of the Trainer quantizes the module: IGQViT and AccuQuant calibrate it, and
+    GradientQuantization, which learns its ranges in training, initializes them from the first test batch.
 
     Args:
-        module: quantized, or to be quantized by a callback of the Trainer or by the checkpoint.
-        datamodule: DataModule of the test data, one or several DataLoaders, or a list of batches; None where the module
-            has its own.
-        folder: for the report; None takes the logger's, without logger the trainer's ``default_root_dir``.
-        ckpt_path: of a quantized run.
-        sensitivity: whether layers are measured one by one.
-        images: rows of batches that they are measured on at least.
-        trainer: None makes one without logger and checkpoints.
-        float_ckpt_path: Checkpoint of the float network to compare with. None takes the weights without their
-            quantizers; a network that was trained quantized is compared with none.
+        module: Module that is quantized, or that a callback of the Trainer or the checkpoint quantizes.
+        datamodule: DataModule of the test data, one or several DataLoaders, or a list of batches; None if the module
+            has its own data.
+        folder: Folder of the report. None takes the logger's folder, or the Trainer's ``default_root_dir`` without a
+            logger.
+        ckpt_path: Checkpoint of a quantized run.
+        sensitivity: Whether to measure the layers one by one.
+        images: Minimum number of recorded batch rows to measure the layers on.
+        trainer: Trainer to test with; None creates one without logger and checkpoints.
+        float_ckpt_path: Checkpoint of the float network to compare with. None takes the quantized network's weights
+            without quantizers, except for a network that was trained quantized, which is then not compared.
+
+    Returns:
+        Figures of the layers and of the network.
 
     Raises:
-        QuantizationError: nothing that is quantized, or could be.
-        ConfigurationError: data that cannot be read twice, or is not in batches; a folder that cannot be written to.
+        QuantizationError: Nothing in the module is quantized.
+        ConfigurationError: Data that cannot be read twice or is not in batches, or a folder that cannot be written to.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -64,68 +68,68 @@ def analyze(
         >>> quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         >>> trainer = pl.Trainer(callbacks=[GradientQuantization()], accelerator="cpu", limit_test_batches=1, **quiet)
         >>> with TemporaryDirectory() as folder:
-        ...     found = analyze(module, DigitsDataModule(), folder, sensitivity=False, trainer=trainer)
-        >>> len(found.layers)
+        ...     analysis = analyze(module, DigitsDataModule(), folder, sensitivity=False, trainer=trainer)
+        >>> len(analysis.layers)
         18
     """
     data = None if datamodule is None else _readable(datamodule)
     ckpt_path = None if ckpt_path is None else local_path(ckpt_path)
     run = trainer or pl.Trainer(logger=False, enable_checkpointing=False)
     report = QuantizationReport(folder, sensitivity, images, float_ckpt_path=float_ckpt_path)
-    others: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
-    ours = next((each for each in others if isinstance(each, GradientQuantization)), None)
-    planned = ours is not None and ckpt_path is None and not any(q.ready for _, q in quantizers_of(module))
+    callbacks: list[pl.Callback] = run.callbacks  # type: ignore[attr-defined]  # the Trainer sets it elsewhere
+    training = next((callback for callback in callbacks if isinstance(callback, GradientQuantization)), None)
+    untrained = ckpt_path is None and not any(q.ready for _, q in quantizers_of(module))
     with ExitStack() as stack:
-        if ours is not None and planned:
-            stack.enter_context(_without(others, ours))
+        if training is not None and untrained:
+            stack.enter_context(_without(callbacks, training))
             if not is_quantized(module):
-                quantize_layers(module, ours.plan(module).chosen, ours.interval)
-            rank_zero_info("Not trained yet: ranges are those of the first test batch, as a training would begin.")
-            others.append(_Start())
+                quantize_layers(module, training.plan(module).chosen, training.interval)
+            rank_zero_info("Not trained yet: the first test batch initializes the ranges, as at the start of training.")
+            callbacks.append(_Start())
             report.starts_in_float = True
-        others.append(report)
+        callbacks.append(report)
         try:
-            run.test(module, data, ckpt_path=ckpt_path, verbose=False, **_unpickled(ckpt_path))
+            run.test(module, data, ckpt_path=ckpt_path, verbose=False, **_weights_only(ckpt_path))
         finally:
-            others[:] = [each for each in others if not isinstance(each, _Start)]
-            others.remove(report)
+            callbacks[:] = [callback for callback in callbacks if not isinstance(callback, _Start)]
+            callbacks.remove(report)
     if report.report is None:
         raise QuantizationError(
             f"Nothing in {type(module).__name__} is quantized: add GradientQuantization, IGQViT or AccuQuant to the"
-            " Trainer's callbacks, or give ckpt_path= of a quantized run."
+            " Trainer's callbacks, or write ckpt_path= with the checkpoint of a quantized run."
         )
-    plain = report.starts_in_float or not trained_quantized(module) or float_ckpt_path is not None
-    if plain and not (isinstance(module, CalibratingModule) and module.own_batches):
+    has_float = report.starts_in_float or not trained_quantized(module) or float_ckpt_path is not None
+    if has_float and not (isinstance(module, CalibratingModule) and module.own_batches):
         metrics = float_metrics(run, module, "test", float_ckpt_path, dataloaders=data)
         write_report(report.written[0].parent, with_float(report.report, metrics))
-    rank_zero_info(f"{_in_short(report.report.analysis)}\nReport: {report.written[0]}")
+    rank_zero_info(f"{_summarize(report.report.analysis)}\nReport: {report.written[0]}")
     return report.report.analysis
 
 
 def _readable(data: TestData) -> TestData:
-    """What Lightning takes, and can take a second time, in float."""
+    """Return data that Lightning can read twice, quantized and in float."""
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         raise ConfigurationError(
-            f"The test data is a {type(data).__name__}, which has no batches: give DataLoader(dataset, batch_size=32)."
+            f"The test data is a {type(data).__name__}, which has no batches: write DataLoader(dataset, batch_size=32)."
         )
     if isinstance(data, Iterator) or not isinstance(data, pl.LightningDataModule | Iterable):
         raise ConfigurationError(
-            f"The test data is a {type(data).__name__}, which cannot be read twice, quantized and in float: give a"
-            " DataLoader, a DataModule or a list of batches."
+            f"The test data is a {type(data).__name__}, which cannot be read twice, quantized and in float: pass"
+            " a DataLoader, a DataModule or a list of batches."
         )
-    if isinstance(data, list | tuple) and not any(isinstance(each, DataLoader) for each in data):
-        # Of a list Lightning takes each element for a loader.
+    if isinstance(data, list | tuple) and not any(isinstance(item, DataLoader) for item in data):
+        # Lightning would take each element of a list for a loader.
         batches: DataLoader[Any] = DataLoader(data, batch_size=None)  # type: ignore[arg-type]
         return batches
     return data
 
 
 class _Start(pl.Callback):
-    """Lets quantizers begin with the first batch, as they do in a training."""
+    """Callback that initializes quantizers from the first test batch, as at the start of training."""
 
     def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
         for _, layer in quantized_layers(pl_module):
-            # Of linear layers and convolutions it changes nothing else.
+            # It changes nothing else in linear layers and convolutions.
             layer.training = True
 
     def on_test_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
@@ -133,27 +137,28 @@ class _Start(pl.Callback):
             layer.training = False
 
 
-def _in_short(analysis: Analysis) -> str:
-    """What a terminal shows of it."""
-    said = "" if analysis.error is None else f"Quantized, the outputs move by {analysis.error:.1%} of their norm."
+def _summarize(analysis: Analysis) -> str:
+    """Summarize an analysis for the terminal."""
+    summary = "" if analysis.error is None else f"Quantization moves the outputs by {analysis.error:.1%} of their norm."
     if analysis.agreement is not None:
-        said += f" {analysis.agreement:.1%} keep their class."
+        summary += f" {analysis.agreement:.1%} keep their class."
     worst = [layer for layer in worst_layers(analysis, 3) if layer.cost is not None]
     if worst:
-        how = "without its quantizers" if worst[0].only_quantized is None else "alone"
-        said += f" Most by {', '.join(f'{layer.name} ({layer.cost:.1%} {how})' for layer in worst)}."
-    return said or f"{len(analysis.layers)} quantized layers."
+        condition = "without its quantizers" if worst[0].only_quantized is None else "alone"
+        costs = ", ".join(f"{layer.name} ({layer.cost:.1%} {condition})" for layer in worst)
+        summary += f" The most sensitive layers are {costs}."
+    return summary or f"{len(analysis.layers)} quantized layers."
 
 
 @contextmanager
 def _without(callbacks: list[pl.Callback], callback: pl.Callback) -> Iterator[None]:
-    at = callbacks.index(callback)
+    index = callbacks.index(callback)
     callbacks.remove(callback)
     try:
         yield
     finally:
-        callbacks.insert(at, callback)
+        callbacks.insert(index, callback)
 
 
-def _unpickled(ckpt_path: str | None) -> dict[str, Any]:
+def _weights_only(ckpt_path: str | None) -> dict[str, Any]:
     return {} if ckpt_path is None else {"weights_only": True}

@@ -1,4 +1,4 @@
-"""What a validation or a test logs with the quantized network, and with the float one."""
+"""Comparison of the metrics that a validation or a test logs with the quantized and with the float network."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ Verb = Literal["validate", "test"]
 
 @dataclass(frozen=True)
 class Comparison(Tabled):
-    """Metrics of the float and of the quantized network, side by side. Prints as a table.
+    """Metrics of the float and the quantized network, side by side. Prints as a table.
 
     Attributes:
-        metrics: Float and quantized value by the name that the module logs.
+        metrics: Float and quantized value, keyed by the name that the module logs.
 
     Example:
         >>> print(Comparison({"test/acc": (0.975, 0.95)}))
@@ -41,12 +41,12 @@ class Comparison(Tabled):
     metrics: Mapping[str, tuple[float, float]]
 
     def cells(self) -> Iterable[tuple[str, ...]]:
-        """A row for each metric."""
-        for name, (plain, quantized) in self.metrics.items():
-            yield name, f"{plain:.4g}", f"{quantized:.4g}", f"{quantized - plain:+.4g}"
+        """Yield the cells of each metric."""
+        for name, (unquantized, quantized) in self.metrics.items():
+            yield name, f"{unquantized:.4g}", f"{quantized:.4g}", f"{quantized - unquantized:+.4g}"
 
     def summary(self) -> str:
-        """One sentence."""
+        """Count the metrics in one sentence."""
         return f"{len(self.metrics)} metric{'s' * (len(self.metrics) != 1)}, in float and quantized."
 
 
@@ -58,41 +58,43 @@ def compare(
     float_ckpt_path: str | None = None,
     **data: Any,
 ) -> Comparison:
-    """Evaluate in float what a trainer has evaluated quantized.
+    """Repeat in float an evaluation that a Trainer has run with the quantized network.
 
     Args:
         trainer: Trainer of the quantized evaluation.
-        module: Module in its quantized form.
-        quantized: What ``trainer.validate`` or ``trainer.test`` returned.
+        module: Quantized module.
+        quantized: Metrics that ``trainer.validate`` or ``trainer.test`` returned.
         verb: Evaluation to repeat.
-        float_ckpt_path: Checkpoint of the float network; needed for one that was trained quantized.
-        data: ``datamodule=`` or ``dataloaders=`` of the evaluation.
+        float_ckpt_path: Checkpoint of the float network; required if the network was trained quantized.
+        data: Data of the evaluation, as ``datamodule=`` or ``dataloaders=``.
 
     Raises:
-        ConfigurationError: A module in float, one whose own test compares, or one that was trained quantized and has no
-            ``float_ckpt_path``.
-        CheckpointError: A checkpoint of another network, or of a quantized one.
+        ConfigurationError: Module that is in float, whose own test already compares, or that was trained quantized and
+            has no ``float_ckpt_path``.
+        CheckpointError: Checkpoint of another network, or of a quantized one.
     """
     check_comparable(module, float_ckpt_path)
-    found = float_metrics(trainer, module, verb, float_ckpt_path, **data)
-    metrics = {name: value for each in quantized for name, value in each.items()}
-    return Comparison({name: (found[name], float(value)) for name, value in metrics.items() if name in found})
+    reference = float_metrics(trainer, module, verb, float_ckpt_path, **data)
+    metrics = {name: value for results in quantized for name, value in results.items()}
+    return Comparison({name: (reference[name], float(value)) for name, value in metrics.items() if name in reference})
 
 
 def check_comparable(module: pl.LightningModule, float_ckpt_path: str | None = None) -> None:
-    """Refuse to evaluate in float what has no float form; see :func:`compare`."""
+    """Raise an error if a module has no float form to evaluate, see :func:`compare`."""
     name = type(module).__name__
     if not is_quantized(module):
         raise ConfigurationError(
-            f"{name} is in float, and there is nothing to compare: write --quantization IGQViT, or another method, or"
-            " --ckpt_path of a quantized run."
+            f"{name} is in float, so there is nothing to compare: write --quantization IGQViT, or another method, or"
+            " --ckpt_path with the checkpoint of a quantized run."
         )
     if isinstance(module, CalibratingModule) and module.own_batches:
-        raise ConfigurationError(f"The test of {name} compares with the float network already: leave it out.")
+        raise ConfigurationError(
+            f"The test of {name} already compares with the float network: leave out the comparison."
+        )
     if float_ckpt_path is None and trained_quantized(module):
         raise ConfigurationError(
-            f"{name} was trained with its quantizers, and its weights without them are no float network: name the"
-            " checkpoint of a float training, --float_ckpt_path FLOAT.ckpt."
+            f"{name} was trained with its quantizers, so its weights without them are not those of a float network:"
+            " write the checkpoint of a float training, --float_ckpt_path FLOAT.ckpt."
         )
 
 
@@ -103,67 +105,67 @@ def float_metrics(
     float_ckpt_path: str | None = None,
     **data: Any,
 ) -> dict[str, float]:
-    """What an evaluation logs in float; loggers and the callbacks of this package take no part."""
+    """Run an evaluation in float and return its metrics, without loggers and callbacks of this package."""
     with ExitStack() as stack:
         stack.enter_context(_alone(trainer))
         if isinstance(module, CalibratingModule):
-            # It refuses a network without quantizers.
+            # It would refuse a network without quantizers.
             stack.enter_context(_unchecked(module))
         stack.enter_context(float_network(module, module, float_ckpt_path))
-        found = getattr(trainer, verb)(module, verbose=False, **data)
-    return {name: value for each in found for name, value in each.items()}
+        results = getattr(trainer, verb)(module, verbose=False, **data)
+    return {name: value for metrics in results for name, value in metrics.items()}
 
 
 class Comparable(pl.Callback):
-    """Refuse, before the first batch, a network that cannot be compared with a float one; see :func:`compare`.
+    """Callback that refuses, before the first batch, a network without a float form, see :func:`compare`.
 
     Args:
-        float_ckpt_path: Checkpoint of the float network; None takes the weights of the quantized one.
+        float_ckpt_path: Checkpoint of the float network; None takes the weights of the quantized network.
     """
 
     def __init__(self, float_ckpt_path: str | None = None) -> None:
         self.float_ckpt_path = float_ckpt_path
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a checkpoint that cannot be read."""
+        """Raise an error if the float checkpoint cannot be read."""
         if self.float_ckpt_path is not None:
             read_float_state(self.float_ckpt_path)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, after the callbacks that calibrate."""
+        """Raise an error if there is no float form, after the callbacks that calibrate."""
         check_comparable(pl_module, self.float_ckpt_path)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse, after the callbacks that calibrate."""
+        """Raise an error if there is no float form, after the callbacks that calibrate."""
         check_comparable(pl_module, self.float_ckpt_path)
 
 
 @contextmanager
 def float_network(module: nn.Module, network: nn.Module, float_ckpt_path: str | None = None) -> Iterator[None]:
-    """Hold a network in float for a while, with the weights of a float checkpoint where one is given.
+    """Put a network in float within the context, with the weights of a float checkpoint if one is given.
 
     Args:
         module: Module whose state dict the checkpoint holds.
         network: Module itself, or the part of it that is quantized.
-        float_ckpt_path: Checkpoint of Lightning, or a file of tensors (.safetensors, .pth).
+        float_ckpt_path: Lightning checkpoint, or a file of tensors (.safetensors, .pth).
     """
     with in_float(network):
         if float_ckpt_path is None:
             yield
             return
-        own = {key: value.clone() for key, value in module.state_dict().items()}
+        original = {key: value.clone() for key, value in module.state_dict().items()}
         try:
             _load(module, float_ckpt_path)
             yield
         finally:
-            module.load_state_dict(own)
+            module.load_state_dict(original)
 
 
 def read_float_state(path: str) -> dict[str, Tensor]:
-    """State dict in a file.
+    """Read the state dict of a float network from a file.
 
     Raises:
-        CheckpointError: A file that is not there, cannot be read, or is of a quantized network.
+        CheckpointError: File that does not exist, cannot be read, or belongs to a quantized network.
     """
     try:
         file = user_path(path)
@@ -173,7 +175,7 @@ def read_float_state(path: str) -> dict[str, Tensor]:
     state = state.get("state_dict", state)
     if any(key.endswith("_quantizer._extra_state") for key in state):
         raise CheckpointError(
-            f"float_ckpt_path={path!r} is of a quantized network: name the checkpoint of the float training."
+            f"float_ckpt_path={path!r} belongs to a quantized network: write the checkpoint of the float training."
         )
     return dict(state)
 
@@ -184,15 +186,15 @@ def _load(module: nn.Module, path: str) -> None:
     except RuntimeError as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"float_ckpt_path={path!r} is of another network: {error}") from error
+        raise CheckpointError(f"float_ckpt_path={path!r} belongs to another network: {error}") from error
 
 
 @contextmanager
 def _alone(trainer: pl.Trainer) -> Iterator[None]:
-    """A trainer without its loggers and without callbacks of this package."""
-    run: Any = trainer  # makes both elsewhere
+    """Remove loggers and callbacks of this package from a Trainer within the context."""
+    run: Any = trainer  # the Trainer sets both elsewhere
     callbacks, loggers = run.callbacks, run.loggers
-    run.callbacks, run.loggers = [each for each in callbacks if not _ours(each)], []
+    run.callbacks, run.loggers = [callback for callback in callbacks if not _ours(callback)], []
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""The content of the report of a run: what its page and its JSON twin say."""
+"""Content of the report of a run, for the page and its JSON twin."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from lightning_quant.utilities.text import byte_size, large_number, listed
 
 @dataclass(frozen=True)
 class Run:
-    """A run that is over, and what was measured of it.
+    """Finished run and its measurements.
 
     Attributes:
         trainer: Trainer of the run.
         pl_module: Module of the run.
-        section: Section of its method.
-        recorder: Calls of the quantized network.
+        section: Section of the method.
+        recorder: Recorder with calls of the quantized network.
         root: Name of the quantized network in the module.
         analysis: Figures of the layers.
         stage: Name of the run on the page, such as "test".
-        seconds: Time that it took.
-        float_metrics: Metrics of the float network by the names that the module logs.
-        float_ckpt_path: Checkpoint of the float network, where one was named.
+        seconds: Duration of the run.
+        float_metrics: Metrics of the float network, keyed by the names that the module logs.
+        float_ckpt_path: Checkpoint of the float network, or None.
     """
 
     trainer: pl.Trainer
@@ -55,17 +55,17 @@ class Run:
         return self.pl_module.get_submodule(self.root)
 
     def report(self, drawn: Path) -> RunReport:
-        """Put the content together.
+        """Assemble the content of the report.
 
         Args:
-            drawn: Folder in which the pictures are drawn.
+            drawn: Folder in which to draw the pictures.
         """
         section, analysis, name = self.section, self.analysis, type(self.pl_module).__name__
         bits = sorted({figures.bits for layer in analysis.layers for figures in layer.tensors.values()})
         return RunReport(
             title=f"{section.name}: {name}",
-            lead=f"{section.detail}{len(analysis.layers)} layers and attentions of {name} in {listed(bits)} bits, after"
-            f" {self.stage}. {section.execution}",
+            lead=f"{section.detail}{len(analysis.layers)} layers and attentions of {name} in {listed(bits)} bits,"
+            f" measured after the {self.stage}. {section.execution}",
             summary=self._summary(),
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in self._pictures(drawn).items()},
@@ -81,9 +81,9 @@ class Run:
     def _pictures(self, drawn: Path) -> dict[str, Path]:
         layers, pictures = self.analysis.layers, dict[str, Path]()
         if any(layer.cost is not None for layer in layers):
-            pictures["What each layer costs"] = drawn / "sensitivity.png"
+            pictures["Cost of each layer"] = drawn / "sensitivity.png"
             draw_sensitivity(layers, self.analysis.error, drawn / "sensitivity.png")
-        pictures["Signal to quantization noise of each tensor"] = drawn / "noise.png"
+        pictures["Signal-to-quantization-noise ratio of each tensor"] = drawn / "noise.png"
         draw_noise(layers, drawn / "noise.png")
         with torch.no_grad(), evaluating(self.network):
             forward = partial(self.recorder.calls[0].run, self.network)
@@ -97,18 +97,18 @@ class Run:
                 Figures(name, "" if in_float is None else f"{in_float:.4g}", f"{float(value):.4g}", "as logged")
             )
         rows += _outputs(self.analysis, self.float_ckpt_path) + _costs(self.analysis)
-        memory = f"{byte_size(peak_memory())} of memory at most"
+        memory = f"peak memory {byte_size(peak_memory())}"
         return [*rows, Figures(f"the {self.stage}", "", f"{self.seconds:.0f} s", memory)]
 
 
 def _outputs(analysis: Analysis, float_ckpt_path: str | None) -> list[Figures]:
     rows = []
     if analysis.error is not None:
-        named = "" if float_ckpt_path is None else f"; float is {float_ckpt_path}"
-        note = f"norm of the difference over that of the float outputs, recorded calls{named}"
+        checkpoint = "" if float_ckpt_path is None else f"; float is {float_ckpt_path}"
+        note = f"norm of the difference, relative to the float outputs, over the recorded calls{checkpoint}"
         rows.append(Figures("error of the outputs", "0", f"{analysis.error:.2%}", note))
     if analysis.agreement is not None:
-        rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "of the recorded calls"))
+        rows.append(Figures("same class as float", "all", f"{analysis.agreement:.1%}", "over the recorded calls"))
     return rows
 
 
@@ -119,20 +119,20 @@ def _costs(analysis: Analysis) -> list[Figures]:
     if analysis.float_bops and analysis.quantized_bops:
         share = analysis.quantized_bops / analysis.float_bops
         bops = f"{large_number(analysis.quantized_bops)} ({share:.2%})"
-        note = "groups included" if any(layer.groups for layer in analysis.layers) else ""
-        rows.append(Figures("bit operations an image", large_number(analysis.float_bops), bops, note))
+        note = "including groups" if any(layer.groups for layer in analysis.layers) else ""
+        rows.append(Figures("bit operations per image", large_number(analysis.float_bops), bops, note))
     slower = analysis.quantized_seconds / analysis.float_seconds if analysis.float_seconds else 0.0
-    note = f"of the recorded calls, {slower:.1f} times: simulated, which says nothing of low-bit units"
-    took = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]
-    return [*rows, Figures("time here", took[0], took[1], note)]
+    note = f"on this machine, {slower:.1f} times the float time: simulated, so it says nothing about low-bit hardware"
+    times = [f"{1e3 * value:.1f} ms" for value in (analysis.float_seconds, analysis.quantized_seconds)]
+    return [*rows, Figures("time of the recorded calls", times[0], times[1], note)]
 
 
 def with_full_names(root: str, analysis: Analysis) -> Analysis:
-    """Give the layers the names that they have in the module.
+    """Rename the layers of an analysis as they are named in the module.
 
     Args:
         root: Name of the analyzed network in the module.
-        analysis: Figures of its layers.
+        analysis: Analysis of the network.
     """
     if not root:
         return analysis
@@ -145,23 +145,23 @@ def with_full_names(root: str, analysis: Analysis) -> Analysis:
 
 
 def logged_metrics(analysis: Analysis) -> dict[str, float]:
-    """Return the figures that go to the Trainer's loggers, by name."""
-    found = {"quantization/bytes": float(analysis.quantized_bytes)}
+    """Return the figures for the Trainer's loggers, keyed by name."""
+    metrics = {"quantization/bytes": float(analysis.quantized_bytes)}
     for name in ("error", "agreement", "quantized_bops"):
         value = getattr(analysis, name)
         if value is not None:
-            found[f"quantization/{name}"] = float(value)
+            metrics[f"quantization/{name}"] = float(value)
     for layer in analysis.layers:
         if layer.only_quantized is not None:
-            found[f"quantization/{layer.name}/only_quantized"] = layer.only_quantized
+            metrics[f"quantization/{layer.name}/only_quantized"] = layer.only_quantized
         if layer.moves is not None:
-            found[f"quantization/{layer.name}/moves"] = layer.moves
-        found |= {f"quantization/{layer.name}/{slot}_sqnr": each.sqnr for slot, each in layer.tensors.items()}
-    return found
+            metrics[f"quantization/{layer.name}/moves"] = layer.moves
+        metrics |= {f"quantization/{layer.name}/{slot}_sqnr": figures.sqnr for slot, figures in layer.tensors.items()}
+    return metrics
 
 
 def _advice(analysis: Analysis, section: Section) -> Iterator[Finding]:
-    """What the layers together suggest."""
+    """Advise on the network as a whole, from the figures of its layers."""
     measured = [layer for layer in analysis.layers if layer.only_quantized]
     total = sum((layer.only_quantized or 0.0) ** 2 for layer in measured)
     if not measured or not total:
@@ -170,7 +170,7 @@ def _advice(analysis: Analysis, section: Section) -> Iterator[Finding]:
     share = (worst.only_quantized or 0.0) ** 2 / total
     if len(measured) > 2 and share > 0.5:
         yield Finding(
-            f"{worst.name} makes {share:.0%} of the squared error that layers make alone.",
-            f"The others cost little: leave it in float{effect(worst, analysis)}.",
+            f"{worst.name} causes {share:.0%} of the sum of the layers' individual squared errors.",
+            f"The other layers cost little: leave this one in float{effect(worst, analysis)}.",
             in_float(worst.name, section.settings).line,
         )

@@ -1,4 +1,4 @@
-"""What a run was made with: machine, versions, command, configuration and hashes."""
+"""Environment of a run: machine, versions, command, configuration and hashes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _LIBRARIES = ("lightning-quant", "torch", "lightning", "torchvision", "timm", "d
 
 
 def environment_of(trainer: pl.Trainer, network: nn.Module, stage: str) -> dict[str, str]:
-    """Return device, versions, command, seed and hashes of a run, as texts by their names on the page."""
+    """Return device, versions, command, seed and hashes of a run as text, keyed by their names on the page."""
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     hardware = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
@@ -33,10 +33,10 @@ def environment_of(trainer: pl.Trainer, network: nn.Module, stage: str) -> dict[
             libraries.append(f"{name} {version(name)}")
     return {
         "written": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": " ".join(PurePath(word).name if at == 0 else word for at, word in enumerate(sys.argv)),
+        "command": " ".join(PurePath(word).name if index == 0 else word for index, word in enumerate(sys.argv)),
         "device": f"{device.type}, {hardware}, {torch.get_num_threads()} threads, {trainer.world_size} processes",
         "precision": str(trainer.precision),
-        "seed": os.environ.get("PL_GLOBAL_SEED", "none was set"),
+        "seed": os.environ.get("PL_GLOBAL_SEED", "not set"),
         "versions": f"Python {platform.python_version()}, {', '.join(libraries)}",
         "SHA-256 of the float weights": weights_hash(network),
         **_artefacts(trainer, written=stage == "fit"),
@@ -44,19 +44,19 @@ def environment_of(trainer: pl.Trainer, network: nn.Module, stage: str) -> dict[
 
 
 def _artefacts(trainer: pl.Trainer, written: bool) -> dict[str, str]:
-    """Hash the checkpoint that the run has read, and the best and the last that a fit has written."""
-    found = {trainer.ckpt_path: "read"}
+    """Hash the checkpoint that the run has read, and the best and the last one that a fit has written."""
+    origins = {trainer.ckpt_path: "read"}
     for callback in trainer.checkpoint_callbacks if written else []:
         for name in ("best_model_path", "last_model_path"):
-            found.setdefault(getattr(callback, name, None), "written")
-    # Others are on another machine's disk, or somewhere in a cloud.
-    local = {trainer_path(path): what for path, what in found.items() if path and "://" not in str(path)}
-    files = {path: what for path, what in local.items() if path.is_file()}
-    return {f"SHA-256 of {path}": f"{file_hash(path)}, {what}" for path, what in files.items()}
+            origins.setdefault(getattr(callback, name, None), "written")
+    # Other paths are on another machine or in the cloud.
+    local = {trainer_path(path): origin for path, origin in origins.items() if path and "://" not in str(path)}
+    files = {path: origin for path, origin in local.items() if path.is_file()}
+    return {f"SHA-256 of {path}": f"{file_hash(path)}, {origin}" for path, origin in files.items()}
 
 
 def config_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """Return the configuration of the command line, or else the module's name and hyperparameters."""
+    """Return the configuration of the command line, or the module's name and hyperparameters."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         parser, config = getattr(callback, "parser", None), getattr(callback, "config", None)
         if parser is not None and config is not None:
@@ -67,11 +67,11 @@ def config_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
 
 
 def peak_memory() -> int:
-    """Return the most memory in bytes that this process has held, on the GPU where one was used."""
+    """Return the peak memory of this process in bytes, on the GPU if one was used."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    import resource  # which Windows does not have
+    import resource  # not available on Windows
 
-    # Kilobytes, but on a Mac bytes.
+    # Kilobytes, but bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

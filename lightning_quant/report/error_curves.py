@@ -1,4 +1,4 @@
-"""Errors over the denoising steps, as a picture."""
+"""Picture of the errors over the denoising steps."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ def draw_error_curves(
     path: Path | None = None,
     title: str = "Quantization error over the denoising steps",
 ) -> Figure:
-    r"""Draw the RMSE to the float trajectory over the denoising steps, a line a method, with the last value at its end.
+    r"""Draw the RMSE to the float trajectory over the denoising steps, with one line per method and its last value.
 
-    Several runs are their mean and a band from the lowest to the highest.
+    Several runs are drawn as their mean and a band from the lowest to the highest.
 
     Args:
-        accumulated: (N + 1,) or (runs, N + 1) by method, the error of x_0 (noise, always 0) to x_N (the sample) where
-            each model goes on from its own states.
-        single_step: the same where each step starts from the float state, in a panel of its own; (N,) leaves out the
+        accumulated: Errors (N + 1,) or (runs, N + 1) of each method, from x_0 (noise, always 0) to x_N (the sample), if
+            each model continues from its own states.
+        single_step: Errors if each step starts from the float state, drawn in a second panel; (N,) leaves out the
             noise.
-        timesteps: (N,), the scheduler's, written above.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf); None saves nothing.
-        title: above the picture.
+        timesteps: Timesteps of the scheduler (N,), written above the panels.
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf); None saves nothing.
+        title: Title above the picture.
 
     Raises:
-        ConfigurationError: no method, or lengths that do not fit each other.
+        ConfigurationError: No method, or lengths that do not match.
 
     Example:
         >>> import torch
@@ -58,35 +58,35 @@ def draw_error_curves(
         ['per_step\n0.170', 'identity\n0.110']
     """
     if not accumulated:
-        raise ConfigurationError("No error to draw: give those of at least one method, by its name.")
+        raise ConfigurationError("No error to draw: pass the errors of at least one method, keyed by its name.")
     steps = numbers(next(iter(accumulated.values()))).shape[-1] - 1
-    given = [("accumulated: from the model's own states", accumulated)]
+    kinds = [("accumulated: from the model's own states", accumulated)]
     if single_step:
-        given.append(("single step: each from the float state", single_step))
-    found = [(label, {name: _curve(name, each, steps) for name, each in curves.items()}) for label, curves in given]
+        kinds.append(("single step: each from the float state", single_step))
+    labeled = [(label, {name: _curve(name, errors, steps) for name, errors in kind.items()}) for label, kind in kinds]
     calls = _timesteps(timesteps, steps)
-    names = list(dict.fromkeys(name for _, curves in found for name in curves))
-    figure, grid = panels(len(found))
-    scale_values(grid[0], np.concatenate([curve.ravel() for _, curves in found for curve in curves.values()]))
-    for axes, (label, curves) in zip(grid, found, strict=True):
+    names = list(dict.fromkeys(name for _, curves in labeled for name in curves))
+    figure, grid = panels(len(labeled))
+    scale_values(grid[0], np.concatenate([curve.ravel() for _, curves in labeled for curve in curves.values()]))
+    for axes, (label, curves) in zip(grid, labeled, strict=True):
         for name, curve in curves.items():
             _draw_curve(axes, curve, names.index(name))
         _title_steps(axes, label, steps, calls)
-    for axes, (_, curves) in zip(grid, found, strict=True):
+    for axes, (_, curves) in zip(grid, labeled, strict=True):
         label_ends(axes, [(steps, *_end(name, curve), color(names.index(name))) for name, curve in curves.items()])
-    several = max(len(curve) for _, curves in found for curve in curves.values())
-    band = f"\n(mean and range of {several} runs)" if several > 1 else ""
+    runs = max(len(curve) for _, curves in labeled for curve in curves.values())
+    band = f"\n(mean and range of {runs} runs)" if runs > 1 else ""
     grid[0].set_ylabel(f"RMSE to the float state{band}")
     return finish(figure, path, title)
 
 
 def _curve(name: str, values: Tensor, steps: int) -> NDArray[np.float64]:
-    """(runs, N + 1), NaN for the noise where it is left out."""
+    """Check the errors of a method and return them as (runs, N + 1), with NaN for the noise if it is left out."""
     curve = np.atleast_2d(numbers(values))
     if curve.ndim != 2 or steps < 1 or curve.shape[1] not in (steps, steps + 1) or not len(curve):
         raise ConfigurationError(
             f"The errors of '{name}' have shape {tuple(np.shape(numbers(values)))}: expected ({steps + 1},) or (runs,"
-            f" {steps + 1}), one for each state from the noise to the sample."
+            f" {steps + 1}), one error per state from the noise to the sample."
         )
     missing = steps + 1 - curve.shape[1]
     return np.pad(curve, ((0, 0), (missing, 0)), constant_values=np.nan)
@@ -95,15 +95,15 @@ def _curve(name: str, values: Tensor, steps: int) -> NDArray[np.float64]:
 def _timesteps(timesteps: Sequence[int] | Tensor | None, steps: int) -> list[int] | None:
     if timesteps is None:
         return None
-    calls = [int(each) for each in timesteps]
+    calls = [int(timestep) for timestep in timesteps]
     if len(calls) != steps:
-        raise ConfigurationError(f"{len(calls)} timesteps for errors of {steps} steps: expected one for each step.")
+        raise ConfigurationError(f"{len(calls)} timesteps for errors of {steps} steps: expected one per step.")
     return calls
 
 
 def _draw_curve(axes: Axes, curve: NDArray[np.float64], order: int) -> None:
     steps = np.arange(curve.shape[1])
-    # The noise has no error, which a logarithmic axis cannot show.
+    # The noise has error 0, which a logarithmic axis cannot show.
     drawn = np.where(curve > 0, curve, np.nan) if axes.get_yscale() == "log" else curve
     above = 3 - order / 100
     if len(curve) > 1:
@@ -114,7 +114,7 @@ def _draw_curve(axes: Axes, curve: NDArray[np.float64], order: int) -> None:
 
 
 def _end(name: str, curve: NDArray[np.float64]) -> tuple[float, str]:
-    """The last value, and what is written beside it."""
+    """Return the last value of a curve and its label."""
     last = curve[:, -1]
     spread = f" ({short(last.min())} to {short(last.max())})" if len(last) > 1 else ""
     return float(last.mean()), f"{wrapped(name)}\n{short(last.mean())}{spread}"

@@ -1,4 +1,4 @@
-"""The budget curve of an allocation, and the ranges of channels before and after grouping, as pictures."""
+"""Pictures of the budget curve of an allocation, and of channel ranges before and after grouping."""
 
 from __future__ import annotations
 
@@ -35,17 +35,18 @@ def draw_budget_curve(
     chosen: int | None = None,
     unit: str = "GBOPs",
 ) -> None:
-    """Draw the perturbation over the cost, with the groups allocated and with the same number in every layer.
+    """Draw the perturbation over the cost, for allocated groups and for the same number of groups in every layer.
 
     Args:
-        points: of :func:`~lightning_quant.igq_vit.allocation.budget_curve`.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
-        title: above the picture.
-        chosen: the target average that is used, whose point is marked.
-        unit: "GBOPs" divides the costs by 1e9; any other is written as it is, as "groups in all layers".
+        points: Points of :func:`~lightning_quant.igq_vit.allocation.budget_curve`.
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf).
+        title: Title above the picture.
+        chosen: Target average in use, whose point is marked; None marks none.
+        unit: Unit of the costs. "GBOPs" divides them by 1e9; any other, such as "groups in all layers", only labels the
+            axis.
 
     Raises:
-        ConfigurationError: no point, or none for the number of groups that is chosen.
+        ConfigurationError: No point, or none for the chosen number of groups.
     """
     marked = _marked(points, chosen)
     scale = _GIGA if unit == "GBOPs" else 1.0
@@ -81,21 +82,21 @@ def draw_channel_ranges(
     title: str = "",
     bounds: Sequence[Range] | None = None,
 ) -> None:
-    """Draw the range of each channel of one image at one layer, before grouping and after.
+    """Draw the range of each channel of one image at one layer, before and after grouping.
 
-    On the left channels are in their order, over the one range that a layer-wise quantizer needs; on the right they
-    are sorted by group, over the range of each group's quantizer.
+    The left panel shows the channels in their order, over the single range of a layer-wise quantizer. The right panel
+    shows them sorted by group, over the range of each group's quantizer.
 
     Args:
-        low: (channels,), the least value of each channel.
-        high: (channels,), the largest.
-        group: (channels,), index of the group of each channel.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
-        title: above the picture.
-        bounds: lower and upper bound of each group's quantizer; None shades what the channels of a group span.
+        low: Smallest value of each channel, (channels,).
+        high: Largest value of each channel, (channels,).
+        group: Index of the group of each channel, (channels,).
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf).
+        title: Title above the picture.
+        bounds: Lower and upper bound of each group's quantizer; None takes the span of the group's channels.
 
     Raises:
-        ConfigurationError: no channel, arrays of different lengths, or a group without bounds.
+        ConfigurationError: No channel, arrays of different lengths, or a group without bounds.
     """
     lows, highs, groups = _channels(low, high, group)
     figure, (before, after) = panels(2)
@@ -121,11 +122,11 @@ def draw_channel_ranges(
 
 def _marked(points: Sequence[BudgetPoint], chosen: int | None) -> BudgetPoint | None:
     if not points:
-        raise ConfigurationError("No point to draw: give what budget_curve(omega, cost) returns.")
-    known = {point.groups: point for point in points}
-    if chosen is not None and chosen not in known:
-        raise ConfigurationError(f"No point for chosen={chosen} groups: there are {', '.join(map(str, known))}.")
-    return None if chosen is None else known[chosen]
+        raise ConfigurationError("No point to draw: pass the points that budget_curve(omega, cost) returns.")
+    by_groups = {point.groups: point for point in points}
+    if chosen is not None and chosen not in by_groups:
+        raise ConfigurationError(f"No point for chosen={chosen} groups: expected {', '.join(map(str, by_groups))}.")
+    return None if chosen is None else by_groups[chosen]
 
 
 def _mark(axes: Axes, point: BudgetPoint, scale: float) -> None:
@@ -151,8 +152,8 @@ def _channels(low: ArrayLike, high: ArrayLike, group: ArrayLike) -> tuple[NDArra
     lows, highs, groups = np.asarray(low, np.float64), np.asarray(high, np.float64), np.asarray(group)
     if not lows.ndim == highs.ndim == groups.ndim == 1 or not 0 < len(lows) == len(highs) == len(groups):
         raise ConfigurationError(
-            f"low, high and group have shapes {lows.shape}, {highs.shape} and {groups.shape}: expected (channels,) of"
-            " the same length, at least one."
+            f"low, high and group have shapes {lows.shape}, {highs.shape} and {groups.shape}: expected (channels,)"
+            " with the same length, at least one."
         )
     return lows, highs, groups
 
@@ -160,12 +161,12 @@ def _channels(low: ArrayLike, high: ArrayLike, group: ArrayLike) -> tuple[NDArra
 def _group_ranges(
     low: NDArray[np.float64], high: NDArray[np.float64], group: NDArray[np.float64], bounds: Sequence[Range] | None
 ) -> dict[int, Range]:
-    """Of each group that has a channel."""
+    """Return the range of each group that has a channel."""
     names = [int(name) for name in np.unique(group)]
     if bounds is None:
         return {name: (float(low[group == name].min()), float(high[group == name].max())) for name in names}
     if names[-1] >= len(bounds) or names[0] < 0:
-        raise ConfigurationError(f"A channel is in group {names[-1]}, but there are bounds of {len(bounds)} groups.")
+        raise ConfigurationError(f"A channel is in group {names[-1]}, but there are bounds for {len(bounds)} groups.")
     return {name: (float(bounds[name][0]), float(bounds[name][1])) for name in names}
 
 
@@ -174,13 +175,13 @@ def _width(item: tuple[int, Range]) -> float:
 
 
 def _order(group: NDArray[np.float64], ranges: dict[int, Range], width: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Channels by the width of their group's range, then by their own."""
+    """Sort channels by the width of their group's range, then by their own width."""
     rank = {name: place for place, (name, _) in enumerate(sorted(ranges.items(), key=_width))}
     return np.lexsort((width, np.array([rank[int(name)] for name in group])))
 
 
 def _bars(axes: Axes, low: NDArray[np.float64], high: NDArray[np.float64]) -> None:
-    """One line a channel, as wide as the panel permits."""
+    """Draw one line per channel, as wide as the panel permits."""
     segments = [[(i + 0.5, low[i]), (i + 0.5, high[i])] for i in range(len(low))]
     axes.add_collection(LineCollection(segments, colors=GRAY, linewidths=min(4.0, max(0.35, 230 / len(low)))))
     axes.set_xlim(0, len(low))
@@ -188,7 +189,7 @@ def _bars(axes: Axes, low: NDArray[np.float64], high: NDArray[np.float64]) -> No
 
 def _shade(axes: Axes, start: int, end: int, span: Range, shade: str) -> None:
     axes.add_patch(Rectangle((start, span[0]), end - start, span[1] - span[0], color=shade, alpha=0.25, linewidth=0))
-    # The ends again, above the bars, which hide the shade where channels are many.
+    # The bounds again, above the bars, which hide the shade if there are many channels.
     axes.hlines(span, start, end, colors=shade, linewidth=1.8, zorder=3)
 
 

@@ -1,4 +1,4 @@
-"""What groups gain: the budget curve of an allocation, and the ranges of channels before and after grouping."""
+"""Report section of IGQ-ViT: the budget curve of an allocation, and channel ranges before and after grouping."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from lightning_quant.report.section import Section
 from lightning_quant.utilities.paths import check_on_first_rank, check_writable, user_path
 
 TITLES = {
-    "budget.png": "Perturbation over bit operations, same groups everywhere and allocated",
+    "budget.png": "Perturbation over bit operations, for uniform and for allocated groups",
     "channel_ranges.png": "Channel ranges of one layer, before grouping and after",
 }
 
 
 class CalibrationPictures(pl.Callback):
-    """Draw ``budget.png`` and ``channel_ranges.png`` when a run with IGQViT or IGQViTModule ends.
+    """Callback that draws ``budget.png`` and ``channel_ranges.png`` after a run with IGQViT or IGQViTModule.
 
     Args:
-        folder: where to.
-        layer: whose channels are drawn; None takes the one whose groups differ most in width.
+        folder: Folder of the pictures.
+        layer: Name of the layer whose channels are drawn; None takes the one whose groups differ most in width.
 
     Example:
         >>> from lightning_quant import IGQViT
@@ -51,34 +51,34 @@ class CalibrationPictures(pl.Callback):
         self.folder, self.layer = user_path(folder), layer
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written to."""
+        """Raise an error if the folder cannot be written to."""
         if stage in ("fit", "test"):
             check_on_first_rank(trainer, partial(check_writable, self.folder))
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw after a module's calibration."""
+        """Draw the calibration of an IGQViTModule."""
         self._draw(trainer, pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw after a callback's calibration."""
+        """Draw the calibration of an IGQViT callback."""
         self._draw(trainer, pl_module)
 
     def _draw(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         holders: list[object] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]
-        calibrating = [each for each in holders if isinstance(each, CalibratingModule | CalibratingCallback)]
-        found = [each.calibration for each in calibrating if isinstance(each.calibration, Calibration)]
-        if found and found[0].finished and trainer.is_global_zero:
-            written = draw_calibration(found[0], self.folder, self.layer)
+        calibrating = [holder for holder in holders if isinstance(holder, CalibratingModule | CalibratingCallback)]
+        calibrations = [holder.calibration for holder in calibrating if isinstance(holder.calibration, Calibration)]
+        if calibrations and calibrations[0].finished and trainer.is_global_zero:
+            written = draw_calibration(calibrations[0], self.folder, self.layer)
             rank_zero_info(f"Pictures of the calibration: {', '.join(map(str, written))}")
-        elif not found and is_calibrated(pl_module):
+        elif not calibrations and is_calibrated(pl_module):
             rank_zero_warn(
-                "CalibrationPictures drew nothing: the network was calibrated in an earlier run. QuantizationReport"
-                " draws it from a checkpoint too."
+                "CalibrationPictures drew nothing, because the network was calibrated in an earlier run. Use"
+                " QuantizationReport, which also draws calibrations from checkpoints."
             )
 
 
 def draw_calibration(calibration: Calibration, folder: str | Path, layer: str | None = None) -> list[Path]:
-    """:func:`draw_groups` of a calibration that is finished, and of its images."""
+    """Draw a finished calibration on its own images, see :func:`draw_groups`."""
     source = calibration.source
     return draw_groups(calibration.record(), source.network, source.forward, folder, layer)
 
@@ -86,20 +86,20 @@ def draw_calibration(calibration: Calibration, folder: str | Path, layer: str | 
 def draw_groups(
     record: Record, network: nn.Module, forward: Callable[[], Any], folder: str | Path, layer: str | None = None
 ) -> list[Path]:
-    """Draw the budget curve, where groups were allocated, and the ranges of one layer's channels in one image.
+    """Draw the budget curve, if groups were allocated, and the channel ranges of one layer in one image.
 
     Args:
-        record: of a calibration.
-        network: that was calibrated.
-        forward: calls it with images.
-        folder: for ``budget.png`` and ``channel_ranges.png``.
-        layer: name of a grouped layer; None takes the one whose groups differ most in width.
+        record: Record of a calibration.
+        network: Calibrated network.
+        forward: Function that runs the network on images.
+        folder: Folder of ``budget.png`` and ``channel_ranges.png``.
+        layer: Name of a grouped layer; None takes the one whose groups differ most in width.
 
     Returns:
-        what was written; nothing where the scheme has no groups.
+        Written files; empty if the scheme has no groups.
 
     Raises:
-        ConfigurationError: a layer that has no groups.
+        ConfigurationError: Layer without groups.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ def draw_groups(
         return written
     if layer is not None and layer not in grouped:
         raise ConfigurationError(f"layer={layer!r} has no groups: expected one of {', '.join(grouped)}.")
-    name = layer or max(grouped, key=lambda each: _spread(grouped[each]))
+    name = layer or max(grouped, key=lambda candidate: _spread(grouped[candidate]))
     if _draw_layer(network.get_submodule(name), name, grouped[name], forward, folder / "channel_ranges.png"):
         written.append(folder / "channel_ranges.png")
     return written
@@ -132,33 +132,33 @@ def _spread(quantizer: GroupQuantizer) -> float:
 def _draw_layer(
     module: nn.Module, name: str, quantizer: GroupQuantizer, forward: Callable[[], Any], path: Path
 ) -> bool:
-    """Whether the forward came to the layer."""
-    seen: list[Tensor] = []
+    """Draw the channels of a layer, and return whether the forward called it."""
+    inputs: list[Tensor] = []
 
-    def look(layer: nn.Module, args: tuple[Any, ...]) -> None:
-        # Here and not later: windowed attention has told the quantizer how many images this call has.
-        seen.append(quantizer.per_image(args[0].detach())[:1].float())
+    def record_input(layer: nn.Module, args: tuple[Any, ...]) -> None:
+        # At this point windowed attention has set the number of images of this call.
+        inputs.append(quantizer.per_image(args[0].detach())[:1].float())
 
-    handle = module.register_forward_pre_hook(look)
+    handle = module.register_forward_pre_hook(record_input)
     try:
         with torch.no_grad():
             forward()
     finally:
         handle.remove()
-    if not seen:
+    if not inputs:
         return False
-    ranges, group = channel_ranges(seen[0])[0], channel_groups(seen[0], quantizer.centres)[0, 0]
+    ranges, group = channel_ranges(inputs[0])[0], channel_groups(inputs[0], quantizer.centres)[0, 0]
     low = -quantizer.zero_point * quantizer.scale
     bounds = torch.stack([low, low + quantizer.scale * quantizer.grid.high], dim=1)
     title = f"Input of {name}, one image, {len(quantizer.centres)} groups"
-    least, most = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
-    draw_channel_ranges(least, most, group.cpu().numpy(), path, title, bounds.tolist())
+    minima, maxima = (bound.cpu().numpy() for bound in ranges.unbind(dim=1))
+    draw_channel_ranges(minima, maxima, group.cpu().numpy(), path, title, bounds.tolist())
     return True
 
 
 @dataclass
 class GroupSection(Section):
-    """IGQ-ViT: the groups of channels and what they gain.
+    """Section of IGQ-ViT: the groups of channels and their effect.
 
     Attributes:
         record: Record of the calibration.

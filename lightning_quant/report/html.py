@@ -1,4 +1,4 @@
-"""One run as one page: a self-contained HTML file, and the same figures as JSON."""
+"""Page of a run: a self-contained HTML file, and the same figures as JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lightning_quant.utilities.paths import trainer_path, user_path
 PAGE = Path(__file__).parent / "page"
 NAME = "quantization_report"
 FORMAT = 1
-# Layers that are described in words.
+# Number of layers that are described in words.
 _WORST = 5
 _SLOTS = ("weight", "input", "query", "key", "value", "softmax")
 _MEASURED = {"only this": "only_quantized", "all but this": "only_float", "moves": "moves"}
@@ -28,23 +28,23 @@ _HELP = {
     "layer": "",
     "kind": "",
     "shape": "",
-    "groups": "quantizers among which the channels of each image choose",
-    "only this": "error of the network's outputs, of their norm, where only this one is quantized",
-    "all but this": "the same where all but this one are quantized: how much less than the whole error it is says what"
-    " is gained by leaving it in float",
-    "moves": "how far the network's outputs move, of their norm, when the quantizers of this one are taken off: its"
-    " weights were trained with them, and are no float network without",
-    "bits": "of this tensor",
-    "SQNR": "signal to quantization noise in dB; a bit is worth about 6",
-    "clipped": "share of the values that lie outside the codes",
-    "codes": "share of the codes that occur, where there are values enough to tell",
-    "range": "smallest and largest value that was seen",
+    "groups": "number of groups that the channels of each image are assigned to, each with its own quantizer",
+    "only this": "error of the network's outputs, relative to their norm, if only this layer is quantized",
+    "all but this": "the same if all layers but this one are quantized; the difference to the whole error is what"
+    " leaving this layer in float gains",
+    "moves": "change of the network's outputs, relative to their norm, if the quantizers of this layer are removed; the"
+    " weights were trained with quantizers and are not those of a float network",
+    "bits": "bit-width of the tensor",
+    "SQNR": "signal-to-quantization-noise ratio in dB; one bit is worth about 6 dB",
+    "clipped": "share of the values outside the range of the codes",
+    "codes": "share of the codes that occur, if there are enough values to tell",
+    "range": "smallest and largest recorded value",
 }
 
 
 @dataclass(frozen=True)
 class Figures:
-    """A row of the summary: what is compared, in float and quantized, as numbers or as text."""
+    """Row of the summary: a quantity with its float and quantized value, as text, and a note."""
 
     name: str
     float: str
@@ -54,21 +54,21 @@ class Figures:
 
 @dataclass(frozen=True)
 class RunReport:
-    """What there is to say of one run.
+    """Content of the report of one run.
 
     Attributes:
-        title: of the page.
-        lead: one sentence.
-        summary: rows of float against quantized.
-        analysis: of the network.
-        pictures: bytes of PNG files by their titles; in the page, not in the JSON.
-        environment: machine, versions, seeds and hashes, by name.
-        advice: what the run as a whole suggests.
-        findings: Causes and remedies by the name of the layer.
-        settings: Arguments of the method, by name.
-        plan: as text; empty where the table of layers says all.
-        config: settings as YAML or text.
-        figures: further figures of the method, for the JSON.
+        title: Title of the page.
+        lead: Introduction below the title.
+        summary: Rows of float and quantized values.
+        analysis: Analysis of the network.
+        pictures: Bytes of PNG files, keyed by title; on the page, not in the JSON.
+        environment: Machine, versions, seed and hashes, keyed by name.
+        advice: Findings about the run as a whole.
+        findings: Causes and remedies, keyed by the name of the layer.
+        settings: Arguments of the method, keyed by name.
+        plan: Plan as text; empty if it adds nothing to the table of layers.
+        config: Settings as YAML or text.
+        figures: Further figures of the method, for the JSON.
     """
 
     title: str
@@ -86,25 +86,25 @@ class RunReport:
 
 
 def with_float(report: RunReport, metrics: Mapping[str, float]) -> RunReport:
-    """The same report with what the float network reached, by the names of the summary's rows."""
+    """Return a copy of a report with the float network's metrics, keyed by the names of the summary's rows."""
     rows = [replace(row, float=f"{metrics[row.name]:.4g}") if row.name in metrics else row for row in report.summary]
     return replace(report, summary=rows)
 
 
 def report_folder(trainer: pl.Trainer, folder: Path | None) -> Path:
-    """The folder that was given, or the logger's, or without logger the Trainer's; all ranks have to ask."""
+    """Return the given folder, the logger's, or without a logger the Trainer's; every rank has to call this."""
     return folder or trainer_path(trainer.log_dir or trainer.default_root_dir)
 
 
 def write_report(folder: str | Path, *reports: RunReport) -> list[Path]:
-    """Write ``quantization_report.html`` and ``quantization_report.json`` of one run or several into a folder.
+    """Write ``quantization_report.html`` and ``quantization_report.json`` of one or several runs to a folder.
 
     Returns:
-        both paths.
+        Paths of both files.
     """
     folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"format": "lightning_quant report", "version": FORMAT, "runs": [as_json(each) for each in reports]}
+    content = {"format": "lightning_quant report", "version": FORMAT, "runs": [as_json(report) for report in reports]}
     texts = {f"{NAME}.html": render(*reports), f"{NAME}.json": json.dumps(content, indent=1) + "\n"}
     for name, text in texts.items():
         with whole_file(folder / name) as temporary:
@@ -113,11 +113,11 @@ def write_report(folder: str | Path, *reports: RunReport) -> list[Path]:
 
 
 def as_json(report: RunReport) -> dict[str, Any]:
-    """All but the pictures, as values of JSON: what is not finite is null."""
+    """Convert a report without its pictures to JSON values; numbers that are not finite become null."""
     analysis = asdict(report.analysis)
     for layer, row in zip(report.analysis.layers, analysis["layers"], strict=True):
         row["findings"] = [asdict(finding) for finding in report.findings.get(layer.name, ())]
-    found = {
+    content = {
         "title": report.title,
         "lead": report.lead,
         "summary": [asdict(row) for row in report.summary],
@@ -128,36 +128,36 @@ def as_json(report: RunReport) -> dict[str, Any]:
         "plan": report.plan,
         "config": report.config,
     }
-    cleaned: dict[str, Any] = _finite(found)
+    cleaned: dict[str, Any] = _finite(content)
     return cleaned
 
 
 def render(*reports: RunReport) -> str:
-    """The page."""
+    """Render the page of one or several runs."""
     from jinja2 import Environment, FileSystemLoader
 
     environment = Environment(loader=FileSystemLoader(PAGE), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     text: str = environment.get_template("report.html.j2").render(
-        runs=[_shown(report) for report in reports],
+        runs=[_template_values(report) for report in reports],
         style=(PAGE / "style.css").read_text(encoding="utf-8"),
         script=(PAGE / "script.js").read_text(encoding="utf-8"),
     )
     return text
 
 
-def _shown(report: RunReport) -> dict[str, Any]:
-    """What the template takes of a run."""
+def _template_values(report: RunReport) -> dict[str, Any]:
+    """Collect the values of a run for the template."""
     analysis = report.analysis
     slots = [slot for slot in _SLOTS if any(slot in layer.tensors for layer in analysis.layers)]
     worst = [_in_words(layer, report) for layer in worst_layers(analysis)]
     measured = [
-        title for title, name in _MEASURED.items() if any(getattr(each, name) is not None for each in analysis.layers)
+        title for title, name in _MEASURED.items() if any(getattr(layer, name) is not None for layer in analysis.layers)
     ]
     return {
         **{name: getattr(report, name) for name in ("title", "lead", "summary", "advice", "plan", "environment")},
         "config": report.config,
         "worst": worst,
-        "plain": _plain(worst, report.settings),
+        "unexplained": _unexplained(worst, report.settings),
         "pictures": [
             {"title": title, "data": base64.b64encode(picture).decode()} for title, picture in report.pictures.items()
         ],
@@ -168,7 +168,7 @@ def _shown(report: RunReport) -> dict[str, Any]:
 
 
 def worst_layers(analysis: Analysis, count: int = _WORST) -> list[LayerAnalysis]:
-    """Those by which the network loses most; without sensitivities those with the least signal to noise."""
+    """Return the layers that the network loses most by, or without sensitivities those with the lowest SQNR."""
     if any(layer.cost is not None for layer in analysis.layers):
         return sorted(analysis.layers, key=lambda layer: layer.cost or 0.0, reverse=True)[:count]
     noisy = [layer for layer in analysis.layers if layer.tensors]
@@ -177,35 +177,35 @@ def worst_layers(analysis: Analysis, count: int = _WORST) -> list[LayerAnalysis]
 
 def _in_words(layer: LayerAnalysis, report: RunReport) -> dict[str, Any]:
     analysis = report.analysis
-    says = ", ".join(
+    tensors = ", ".join(
         f"{slot} in {figures.bits} bits at {_sqnr(figures.sqnr)}" for slot, figures in layer.tensors.items()
     )
     if layer.only_quantized is not None and layer.only_float is not None and analysis.error is not None:
-        says = (
-            f"Alone it makes an error of {layer.only_quantized:.1%} of the outputs; with it in float the whole error is"
-            f" {layer.only_float:.1%} in place of {analysis.error:.1%}. It has {says}."
+        text = (
+            f"Quantized alone, it causes an error of {layer.only_quantized:.1%} of the outputs. With it in float the"
+            f" whole error is {layer.only_float:.1%} instead of {analysis.error:.1%}. It has {tensors}."
         )
     elif layer.moves is not None:
-        says = f"With its quantizers off the outputs move by {layer.moves:.1%} of their norm. It has {says}."
+        text = f"Without its quantizers the outputs move by {layer.moves:.1%} of their norm. It has {tensors}."
     else:
-        says = f"It has {says}."
-    return {"name": layer.name, "says": says, "findings": report.findings.get(layer.name, ())}
+        text = f"It has {tensors}."
+    return {"name": layer.name, "text": text, "findings": report.findings.get(layer.name, ())}
 
 
-def _plain(worst: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """Of layers whose figures say nothing."""
+def _unexplained(worst: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """Suggest a remedy for layers without findings."""
     names = [layer["name"] for layer in worst if not layer["findings"]]
     if not names:
         return ""
-    which = "these layers" if len(names) == len(worst) else ", ".join(names)
-    return f"Nothing stands out in the figures of {which}: float is what helps, {joint_line(names, settings)}."
+    layers = "these layers" if len(names) == len(worst) else ", ".join(names)
+    return f"The figures of {layers} show no cause: leave them in float, {joint_line(names, settings)}."
 
 
 def _layers_note(analysis: Analysis) -> str:
-    count, left = len(analysis.layers), len(analysis.left_out)
-    note = f"{count} quantized, {left} linear layers and convolutions left in float"
-    names = f" ({', '.join(analysis.left_out)})" if 0 < left <= 8 else ""
-    return f"{note}{names}. Measured on {analysis.images} rows of recorded calls. Click on a heading to sort."
+    count, in_float = len(analysis.layers), len(analysis.left_out)
+    note = f"{count} quantized, {in_float} linear layers and convolutions left in float"
+    names = f" ({', '.join(analysis.left_out)})" if 0 < in_float <= 8 else ""
+    return f"{note}{names}. Measured on {analysis.images} rows of recorded calls. Click a heading to sort."
 
 
 def _columns(measured: Sequence[str], slots: Sequence[str]) -> list[dict[str, Any]]:
@@ -213,9 +213,9 @@ def _columns(measured: Sequence[str], slots: Sequence[str]) -> list[dict[str, An
     columns = [{"title": title, "number": number, "help": _HELP[title]} for title, number in numbers.items()]
     for slot in slots:
         for title in ("bits", "SQNR", "clipped", "codes", "range"):
-            # Explained once.
-            explained = _HELP[title] if slot == slots[0] else ""
-            columns.append({"title": f"{slot} {title}", "number": title != "range", "help": explained})
+            # Explained only once.
+            explanation = _HELP[title] if slot == slots[0] else ""
+            columns.append({"title": f"{slot} {title}", "number": title != "range", "help": explanation})
     return columns
 
 
@@ -243,8 +243,8 @@ def _cell(text: str) -> dict[str, Any]:
 
 
 def _number(value: float | None, spec: str) -> dict[str, Any]:
-    shown = "" if value is None else format(value, spec) if math.isfinite(value) else "exact"
-    return {"text": shown, "value": "" if value is None else value, "number": True}
+    text = "" if value is None else format(value, spec) if math.isfinite(value) else "exact"
+    return {"text": text, "value": "" if value is None else value, "number": True}
 
 
 def _sqnr(value: float) -> str:
@@ -254,9 +254,9 @@ def _sqnr(value: float) -> str:
 def _finite(value: Any) -> Any:
     match value:
         case Mapping():
-            return {str(key): _finite(each) for key, each in value.items()}
+            return {str(key): _finite(item) for key, item in value.items()}
         case list() | tuple():
-            return [_finite(each) for each in value]
+            return [_finite(item) for item in value]
         case float() if not math.isfinite(value):
             return None
         case _:

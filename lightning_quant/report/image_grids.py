@@ -1,4 +1,4 @@
-"""Float and quantized images from the same seeds, side by side."""
+"""Picture of float and quantized images from the same seeds, side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lightning_quant.metrics.similarity import HIGHEST_PSNR, psnr
 from lightning_quant.report.plotting import GRAY, save_figure
 
 _DPI = 100
-# Sides of a drawn image in pixels: small ones are enlarged by a whole factor, large ones are shrunk.
+# Longer side of a drawn image in pixels: small images are enlarged by an integer factor, large ones are shrunk.
 _SMALLEST, _LARGEST = 112, 256
 _GAP, _NOTE, _MARGIN = 6, 18, 12
 _TITLE_SIZE, _LABEL_SIZE, _NOTE_SIZE = 11.0, 9.0, 7.5
@@ -33,23 +33,24 @@ def draw_image_pairs(
     title: str = "Images from the same seeds",
     amplify: float | None = None,
 ) -> Figure:
-    """Draw a row of float images and a row for each method, with one seed in each column.
+    """Draw a row of float images and a row per method, with one seed in each column.
 
-    Below each image stands its PSNR to the float image. More images than columns go on in a block below.
+    The PSNR to the float image is written below each image. If there are more images than columns, they continue in
+    another block below.
 
     Args:
-        float_images: (n, channels, height, width) from 0 to 1, or uint8; 1 or 3 channels.
-        images: of the same shape, by the name of the method.
-        ids: (n,), number of each image, written above its column; None counts from 0.
-        columns: images in a row.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf); None saves nothing.
-        title: above the picture.
-        amplify: factor of a further row below each method, the absolute difference to the float images; None leaves
-            it out.
+        float_images: Images (n, channels, height, width) with values from 0 to 1, or uint8; 1 or 3 channels.
+        images: Images of the same shape, keyed by the name of the method.
+        ids: Number of each image (n,), written above its column; None counts from 0.
+        columns: Number of images in a row.
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf); None saves nothing.
+        title: Title above the picture.
+        amplify: Factor of the absolute difference to the float images, drawn in another row below each method; None
+            draws no difference.
 
     Raises:
-        ConfigurationError: no image, no method, shapes that differ, channels that are not a picture, values outside
-            0..1, or not as many ids as images.
+        ConfigurationError: No image, no method, shapes that differ, a number of channels other than 1 or 3, values
+            outside 0 to 1, or a different number of ids and images.
 
     Example:
         >>> figure = draw_image_pairs(torch.full((2, 1, 8, 8), 0.5), {"4/8": torch.full((2, 1, 8, 8), 0.6)}, ids=[3, 7])
@@ -57,17 +58,17 @@ def draw_image_pairs(
         ['image 3', 'image 7', 'float', '4/8', '20.0 dB', '20.0 dB']
     """
     reference = _checked("float", float_images, None)
-    others = {name: _checked(name, each, reference) for name, each in images.items()}
-    if not others or columns < 1:
-        raise ConfigurationError(f"{len(others)} methods in {columns} columns: expected at least one of each.")
+    methods = {name: _checked(name, generated, reference) for name, generated in images.items()}
+    if not methods or columns < 1:
+        raise ConfigurationError(f"{len(methods)} methods in {columns} columns: expected at least one of each.")
     numbers = _ids(ids, len(reference))
-    rows = list(_rows(reference, others, amplify))
+    rows = list(_rows(reference, methods, amplify))
     height, width = _cell(*reference.shape[2:])
     label = _GAP + max(_width(_wrapped(name), _LABEL_SIZE) for name, _, _ in rows)
     blocks = [range(start, min(start + columns, len(reference))) for start in range(0, len(reference), columns)]
     used = len(blocks[0])
     top = _MARGIN + (24 if title else 0)
-    # A line for the number of the images, then of each row its images and perhaps a note below.
+    # A line for the numbers of the images, then the images of each row, some with a note below.
     block_height = _NOTE + sum(height + (_GAP if notes is None else _NOTE) for _, _, notes in rows) + _GAP
     wide = max(label + used * (width + _GAP), _width(title, _TITLE_SIZE))
     figure, axes = _canvas(2 * _MARGIN + wide, top + len(blocks) * block_height + _GAP)
@@ -85,24 +86,24 @@ Row = tuple[str, Tensor, list[str] | None]
 
 
 def _checked(name: str, images: Tensor, reference: Tensor | None) -> Tensor:
-    """On the CPU, (n, channels, height, width) from 0 to 1."""
+    """Check images and return them on the CPU, (n, channels, height, width), with values from 0 to 1."""
     values = images.detach().cpu()
     values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
     if values.ndim != 4 or not values.numel() or values.shape[1] not in (1, 3):
         raise ConfigurationError(
             f"Images '{name}' have shape {tuple(images.shape)}: expected (n, 1 or 3, height, width). Decode latents"
-            " first."
+            " into images first."
         )
     if reference is not None and values.shape != reference.shape:
         raise ConfigurationError(
-            f"Images '{name}' have shape {tuple(images.shape)}, the float ones {tuple(reference.shape)}: generate both"
-            " from the same seeds."
+            f"Images '{name}' have shape {tuple(images.shape)}, but the float images have {tuple(reference.shape)}:"
+            " generate both from the same seeds."
         )
     low, high = float(values.min()), float(values.max())
     if not (low > -1e-3 and high < 1 + 1e-3):  # negated, so that NaN is refused too
         raise ConfigurationError(
-            f"Images '{name}' have values from {low:.3g} to {high:.3g}: expected 0..1. Write"
-            " ((images + 1) / 2).clamp(0, 1) for what a diffusion model returns."
+            f"Images '{name}' have values from {low:.3g} to {high:.3g}: expected 0 to 1. Write"
+            " ((images + 1) / 2).clamp(0, 1) to convert the outputs of a diffusion model."
         )
     return values.clamp(0, 1)
 
@@ -110,14 +111,14 @@ def _checked(name: str, images: Tensor, reference: Tensor | None) -> Tensor:
 def _ids(ids: Sequence[int] | Tensor | None, count: int) -> list[int]:
     numbers = list(range(count)) if ids is None else [int(number) for number in ids]
     if len(numbers) != count:
-        raise ConfigurationError(f"{len(numbers)} ids for {count} images: expected one for each.")
+        raise ConfigurationError(f"{len(numbers)} ids for {count} images: expected one per image.")
     return numbers
 
 
-def _rows(reference: Tensor, others: Mapping[str, Tensor], amplify: float | None) -> Iterator[Row]:
-    """Name, images and notes of each row."""
+def _rows(reference: Tensor, methods: Mapping[str, Tensor], amplify: float | None) -> Iterator[Row]:
+    """Yield name, images and notes of each row."""
     yield "float", reference, None
-    for name, images in others.items():
+    for name, images in methods.items():
         yield name, images, _psnr(images, reference)
         if amplify is not None:
             yield f"|difference| x{amplify:g}", ((images - reference).abs() * amplify).clamp(0, 1), None
@@ -128,7 +129,7 @@ def _psnr(images: Tensor, reference: Tensor) -> list[str]:
 
 
 def _cell(height: int, width: int) -> tuple[int, int]:
-    """Pixels that an image is drawn over.
+    """Compute the height and width in pixels at which an image is drawn.
 
     Example:
         >>> _cell(8, 8), _cell(28, 28), _cell(32, 16), _cell(512, 256)
@@ -144,14 +145,14 @@ def _wrapped(name: str) -> str:
 
 
 def _width(text: str, size: float) -> int:
-    """Pixels of the widest line."""
+    """Measure the widest line of a text in pixels."""
     lines = [line for line in text.split("\n") if line.strip()]
     widest = max((TextPath((0, 0), line, size=size).get_extents().width for line in lines), default=0.0)
     return math.ceil(widest * _DPI / 72)
 
 
 def _canvas(width: int, height: int) -> tuple[Figure, Axes]:
-    """A figure whose one panel counts in pixels from the upper left corner."""
+    """Create a figure with one panel whose coordinates are pixels from the upper left corner."""
     figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     axes.set_axis_off()
@@ -167,7 +168,7 @@ def _draw_block(
     rows: Sequence[Row],
     numbers: Sequence[int],
 ) -> None:
-    """One row for each method of the images whose places are in ``block``."""
+    """Draw the images at the indices in ``block``, one row per method."""
     (x, y), (height, width) = corner, cell
     left = {place: x + i * (width + _GAP) for i, place in enumerate(block)}
     for place in block:
@@ -185,7 +186,7 @@ def _draw_block(
 def _picture(axes: Axes, image: Tensor, corner: tuple[int, int], cell: tuple[int, int]) -> None:
     (x, y), (height, width) = corner, cell
     axes.imshow(
-        # As three channels gray keeps its 8 bits, which a color map would round once more.
+        # With three channels gray keeps its 8 bits, which a color map would round again.
         image.expand(3, -1, -1).permute(1, 2, 0).numpy(),
         extent=(x, x + width, y + height, y),
         aspect="auto",

@@ -1,4 +1,4 @@
-"""The intervals of the gradient quantizers over time, from what the callback logged."""
+"""Report section of INT4 training: intervals of the gradient quantizers over time, from logged metrics."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ class _Row:
 
 
 _ROWS = (
-    _Row("gamma", "gamma: end of the interval\n(of the largest gradient)", noisy=False),
-    _Row("error_large", "mean error of the large ones\n(of the largest gradient)", noisy=True),
+    _Row("gamma", "gamma: end of the interval\n(relative to the largest gradient)", noisy=False),
+    _Row("error_large", "mean error of large gradients\n(relative to the largest gradient)", noisy=True),
     _Row("clipped", "share of the gradients\nbeyond the interval", noisy=True, logarithmic=False),
 )
 
 
 @dataclass(frozen=True)
 class Curve:
-    """One measure of one layer over time.
+    """Curve of one measure of one layer over time.
 
     Attributes:
-        steps: optimizer steps, ascending.
-        values: the measure at each.
+        steps: Optimizer steps, ascending.
+        values: Value at each step.
     """
 
     steps: tuple[int, ...]
     values: tuple[float, ...]
 
     def end(self, count: int = _WINDOW) -> float:
-        """Mean of the last ``count`` values.
+        """Average the last ``count`` values.
 
         Example:
             >>> Curve((1, 2, 3), (9.0, 1.0, 3.0)).end(2)
@@ -66,7 +66,7 @@ class Curve:
         return sum(last) / len(last)
 
     def smooth(self, count: int = _WINDOW) -> Curve:
-        """The mean of each value and up to ``count - 1`` before it.
+        """Return the running mean of each value and up to ``count - 1`` values before it.
 
         Example:
             >>> Curve((1, 2, 3), (1.0, 3.0, 5.0)).smooth(2).values
@@ -78,17 +78,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """What one run logged of its layers.
+    """Layer metrics that one run logged.
 
     Attributes:
-        layers: curves by measure (``gamma``, ``clipped``, ``target``, ``error``, ``error_large``, ``zero``) by the
-            name of the layer, in the natural order of the names (``layer2`` before ``layer10``).
+        layers: Curves of each layer, keyed by measure (``gamma``, ``clipped``, ``target``, ``error``, ``error_large``,
+            ``zero``). Layers are in the natural order of their names (``layer2`` before ``layer10``).
     """
 
     layers: Mapping[str, Mapping[str, Curve]]
 
     def mean_end(self, measure: str) -> float:
-        """Mean over the layers of a measure at the end of the run.
+        """Average a measure at the end of the run over the layers.
 
         Example:
             >>> one, other = Curve((1,), (0.5,)), Curve((1,), (1.0,))
@@ -100,12 +100,12 @@ class LayerMetrics:
 
 
 def parse_layer_metrics(rows: Iterable[Mapping[str, str]]) -> LayerMetrics:
-    """Curves from rows with a ``step`` and columns ``gradient_quantization/<layer>/<measure>``.
+    """Parse curves from rows with a ``step`` and columns ``gradient_quantization/<layer>/<measure>``.
 
     Empty cells are skipped.
 
     Raises:
-        ConfigurationError: where no row holds a measure of a layer.
+        ConfigurationError: No row holds a measure of a layer.
 
     Example:
         >>> metrics = parse_layer_metrics([{"step": "5", "gradient_quantization/conv/gamma": "0.5", "loss": ""}])
@@ -121,23 +121,24 @@ def parse_layer_metrics(rows: Iterable[Mapping[str, str]]) -> LayerMetrics:
     if not points:
         raise ConfigurationError(
             f"No column {PREFIX}/<layer>/<measure> holds a number: train with GradientQuantization and a logger, and"
-            " write a log_every_n_steps that is no longer than the run."
+            " write a log_every_n_steps of at most the number of steps of the run."
         )
     ordered = {
-        layer: {measure: _curve(at) for measure, at in points[layer].items()} for layer in sorted(points, key=_natural)
+        layer: {measure: _curve(values) for measure, values in points[layer].items()}
+        for layer in sorted(points, key=_natural)
     }
     return LayerMetrics(ordered)
 
 
 def read_layer_metrics(path: str | Path) -> LayerMetrics:
-    """:func:`parse_layer_metrics` of the ``metrics.csv`` of Lightning's CSVLogger.
+    """Read the ``metrics.csv`` of Lightning's CSVLogger, see :func:`parse_layer_metrics`.
 
     Raises:
-        ConfigurationError: where there is no such file, or no measure in it.
+        ConfigurationError: The file does not exist, or holds no measure of a layer.
     """
     path = user_path(path)
     if not path.is_file():
-        raise ConfigurationError(f"No file '{path}': give the metrics.csv that Lightning's CSVLogger wrote.")
+        raise ConfigurationError(f"No file '{path}': pass the metrics.csv that Lightning's CSVLogger wrote.")
     with path.open(newline="", encoding="utf-8") as file:
         return parse_layer_metrics(csv.DictReader(file))
 
@@ -145,19 +146,19 @@ def read_layer_metrics(path: str | Path) -> LayerMetrics:
 def draw_intervals(
     runs: Mapping[str, LayerMetrics], path: Path, layers: Sequence[str] | None = None, title: str = ""
 ) -> None:
-    """Draw gamma, the error of the large gradients and the clipped share over optimizer steps, a column for each layer.
+    """Draw gamma, the error of large gradients and the clipped share over optimizer steps, with a column per layer.
 
-    Each run is a line. Errors and shares are drawn thin as they were logged, and thick as a running mean over five
-    logs; errors on a logarithmic axis.
+    Each run is a line. Errors and shares are drawn as logged with thin lines, and as running means over five logs with
+    thick ones. The axis of the errors is logarithmic.
 
     Args:
-        runs: by the name that the legend gives them; the first lies on top.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf).
-        layers: names; None takes the first, the middle and the last.
-        title: above the picture.
+        runs: Layer metrics of each run, keyed by its name in the legend; the first run is drawn on top.
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf).
+        layers: Names of the layers; None takes the first, the middle and the last.
+        title: Title above the picture.
 
     Raises:
-        ConfigurationError: no run, or a layer that not every run has.
+        ConfigurationError: No run, or a layer that some run lacks.
     """
     chosen = _choose(runs, layers)
     figure = Figure(figsize=(max(5.0, 0.9 + 3.05 * len(chosen)), 8.2), dpi=150, layout="constrained")
@@ -181,9 +182,9 @@ def draw_intervals(
     save_figure(figure, path)
 
 
-def _curve(at: Mapping[int, float]) -> Curve:
-    steps = sorted(at)
-    return Curve(tuple(steps), tuple(at[step] for step in steps))
+def _curve(values: Mapping[int, float]) -> Curve:
+    steps = sorted(values)
+    return Curve(tuple(steps), tuple(values[step] for step in steps))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
@@ -192,14 +193,16 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 def _choose(runs: Mapping[str, LayerMetrics], layers: Sequence[str] | None) -> list[str]:
     if not runs:
-        raise ConfigurationError("No run to draw: give at least one, by its name.")
-    known = list(next(iter(runs.values())).layers)
-    # A dict, since a network of one or two layers has the same first, middle and last one.
-    chosen = list(dict.fromkeys((known[0], known[len(known) // 2], known[-1]) if layers is None else layers))
+        raise ConfigurationError("No run to draw: pass at least one, keyed by its name.")
+    names = list(next(iter(runs.values())).layers)
+    # A dict, since first, middle and last coincide in a network of one or two layers.
+    chosen = list(dict.fromkeys((names[0], names[len(names) // 2], names[-1]) if layers is None else layers))
     for name, run in runs.items():
         missing = [layer for layer in chosen if layer not in run.layers]
         if missing:
-            raise ConfigurationError(f"The run '{name}' has no layer '{missing[0]}'. It has {', '.join(run.layers)}.")
+            raise ConfigurationError(
+                f"The run '{name}' has no layer '{missing[0]}': expected one of {', '.join(run.layers)}."
+            )
     return chosen
 
 
@@ -214,12 +217,12 @@ def _draw_curve(axes: Axes, curve: Curve | None, noisy: bool, order: int) -> Non
 
 
 def _scale(axes: Axes, row: _Row) -> None:
-    """Of the whole row: errors differ by factors, gamma is a share."""
+    """Set the vertical scale of a row: errors are logarithmic, gamma and the clipped share are linear."""
     if not row.noisy:
         axes.set_ylim(0, 1.05)
         return
     if not row.logarithmic:
-        # Shares may be 0, and are of the order of 1e-4.
+        # Shares are of the order of 1e-4 and may be 0.
         axes.set_ylim(bottom=0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         return
@@ -233,7 +236,7 @@ def _style(axes: Axes) -> None:
 
 
 def _short(names: Sequence[str]) -> list[str]:
-    """Names without the dotted beginning that all share."""
+    """Strip the leading parts that all dotted names share."""
     parts = [name.split(".") for name in names]
     shared = 0
     while len(names) > 1 and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
@@ -243,7 +246,7 @@ def _short(names: Sequence[str]) -> list[str]:
 
 @dataclass
 class TrainingSection(Section):
-    """INT4 training: the intervals of the gradients over time."""
+    """Section of INT4 training: the intervals of the gradients over time."""
 
     callback: GradientQuantization
 
@@ -253,13 +256,13 @@ class TrainingSection(Section):
 
     @property
     def detail(self) -> str:
-        return f"Gradients by {type(self.callback.interval).__name__}. "
+        return f"Gradients quantized with {type(self.callback.interval).__name__}. "
 
     @property
     def execution(self) -> str:
         if self.callback.execution == "simulated":
             return super().execution
-        return "Products of linear layers and plain convolutions run on int8 codes, others are simulated."
+        return "Products of linear layers and plain convolutions run on int8 codes; others are simulated."
 
     @property
     def _metrics(self) -> LayerMetrics | None:
@@ -277,7 +280,7 @@ class TrainingSection(Section):
     def figures(self) -> Mapping[str, Any]:
         metrics = self._metrics
         layers = {} if metrics is None else metrics.layers
-        ends = {name: {what: curve.end() for what, curve in curves.items()} for name, curves in layers.items()}
+        ends = {name: {measure: curve.end() for measure, curve in curves.items()} for name, curves in layers.items()}
         return {"gradients_at_the_end": ends}
 
     def advice(self) -> Iterable[Finding]:
@@ -285,8 +288,8 @@ class TrainingSection(Section):
         for name, curves in ({} if metrics is None else metrics.layers).items():
             if curves["zero"].end() > 0.95:
                 yield Finding(
-                    f"{name}: {curves['zero'].end():.0%} of its gradients have the code 0.",
-                    "Its gradients have long tails: leave it in float, or give all layers more gradient_bits.",
+                    f"{name}: {curves['zero'].end():.0%} of its gradients are quantized to 0.",
+                    "Its gradients have long tails: leave it in float, or increase gradient_bits for all layers.",
                     remedies.in_float(name, self.settings).line,
                 )
 

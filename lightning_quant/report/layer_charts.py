@@ -1,4 +1,4 @@
-"""What each layer costs, and how its tensors fare, as pictures."""
+"""Pictures of the cost of each layer and of the signal-to-noise ratio of its tensors."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from lightning_quant.analysis.layers import LayerAnalysis
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.report.plotting import color, finish, wrapped
 
-# More bars than this nobody reads.
+# Maximum number of bars that is still readable.
 MOST = 25
 
 
 def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float | None, path: Path | None = None) -> Figure:
-    """Draw what the network loses by each layer alone, and what it would gain without it, the worst on top.
+    """Draw the error of each layer alone, and the gain of leaving it in float, with the worst layer on top.
 
-    Of a network that was trained quantized: how far its outputs move without the quantizers of each layer.
+    For a network that was trained quantized, draw how far its outputs move without the quantizers of each layer.
 
     Args:
-        layers: measured one by one; those that were not are left out.
-        error: of the outputs with all layers quantized; None where there is no float network.
-        path: of the picture; None saves nothing.
+        layers: Layers measured one by one; layers without a measurement are not drawn.
+        error: Error of the outputs with all layers quantized; None if there is no float network.
+        path: File of the picture; None saves nothing.
 
     Raises:
-        ConfigurationError: no layer that was measured.
+        ConfigurationError: No layer was measured.
 
     Example:
         >>> figure = draw_sensitivity([LayerAnalysis("fc", "Linear", (8, 8), 0, {}, 0.1, 0.02)], error=0.11)
@@ -37,30 +37,31 @@ def draw_sensitivity(layers: Sequence[LayerAnalysis], error: float | None, path:
     """
     measured = [layer for layer in layers if layer.cost is not None]
     if not measured:
-        raise ConfigurationError("No layer was measured one by one: analyze with sensitivity=True.")
+        raise ConfigurationError("No layer was measured one by one: write sensitivity=True.")
     worst = sorted(measured, key=_loss)[-MOST:]
     figure = Figure(figsize=(8, 1.2 + 0.26 * len(worst)), dpi=110, layout="constrained")
     axes = figure.subplots()
     at = np.arange(len(worst))
     compared = error is not None and all(layer.only_float is not None for layer in worst)
-    label, what = ("only this one quantized", "error") if compared else ("its quantizers taken off", "movement")
+    label, quantity = ("only this layer quantized", "error") if compared else ("its quantizers removed", "change")
     axes.barh(at + 0.2 * compared, list(map(_loss, worst)), 0.4, color=color(0), label=label)
     if compared:
         gains = [max((error or 0.0) - (layer.only_float or 0.0), 0.0) for layer in worst]
-        axes.barh(at - 0.2, gains, 0.4, color=color(1), label="less with only this one in float")
+        axes.barh(at - 0.2, gains, 0.4, color=color(1), label="gain with only this layer in float")
     axes.set_yticks(at, [layer.name for layer in worst], fontsize=8)
-    axes.set_xlabel(f"{what} of the network's outputs, of their norm")
+    axes.set_xlabel(f"{quantity} of the network's outputs, relative to their norm")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
-    left = len(measured) - len(worst)
-    return finish(figure, path, "What each layer costs" + (f" ({left} that cost less are not drawn)" if left else ""))
+    omitted = len(measured) - len(worst)
+    note = f" ({omitted} that cost less are not drawn)" if omitted else ""
+    return finish(figure, path, f"Cost of each layer{note}")
 
 
 def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Figure:
-    """Draw the signal to quantization noise of every tensor, from the first layer to the last.
+    """Draw the signal-to-quantization-noise ratio of every tensor, from the first layer to the last.
 
     Raises:
-        ConfigurationError: no tensor.
+        ConfigurationError: No quantized tensor.
 
     Example:
         >>> draw_noise([])
@@ -79,8 +80,8 @@ def draw_noise(layers: Sequence[LayerAnalysis], path: Path | None = None) -> Fig
         marker = "os^Dv<"[order % 6]
         axes.plot(places, values, marker, markersize=4, color=color(order), label=wrapped(slot))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("quantized layers and attentions, in the order of the network")
-    axes.set_ylabel("signal to noise, dB")
+    axes.set_xlabel("quantized layers and attentions, in network order")
+    axes.set_ylabel("SQNR (dB)")
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, ncols=min(len(slots), 6), loc="lower left", bbox_to_anchor=(0, 1))

@@ -1,4 +1,4 @@
-"""The section of the method that a run uses."""
+"""Choice of the report section for the method of a run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from lightning_quant.report.trajectories import Generating, GenerationReport, Wi
 
 
 def section_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> Section:
-    """Return the section of a run by its module and callbacks; a plain one where neither has a method."""
-    holders: list[object] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]  # Trainer makes it elsewhere
-    generated = next((each.generation_report for each in holders if isinstance(each, Generating)), GenerationReport())
+    """Return the section for the method of a run's module or callbacks, or a plain one if neither has a method."""
+    holders: list[object] = [pl_module, *trainer.callbacks]  # type: ignore[attr-defined]  # the Trainer sets it elsewhere
+    reports = (holder.generation_report for holder in holders if isinstance(holder, Generating))
+    generated = next(reports, GenerationReport())
     sections: dict[str, Callable[[Record], Section]] = {
         "IGQViT": GroupSection,
         "AccuQuant": lambda record: WindowSection(record, generated),

@@ -1,4 +1,4 @@
-"""The one style of all pictures: colors, panels, axes, labels and files."""
+"""Common style of all pictures: colors, panels, axes, labels and files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from lightning_quant.utilities.paths import user_path
 
 Values = float | Tensor | Sequence[float]
-"""One number, or one for each seed or position."""
+"""One number, or one per seed or position."""
 
 
 # Okabe and Ito's colors, which color-blind readers tell apart. Markers and dashes differ too, for lines that overlap.
@@ -36,7 +36,7 @@ GRAY = "#555555"
 
 
 def numbers(values: Values) -> NDArray[np.float64]:
-    """Convert numbers, or a tensor on any device, to an array.
+    """Convert numbers, or a tensor on any device, to a NumPy array.
 
     Example:
         >>> numbers(torch.ones(2))
@@ -47,7 +47,7 @@ def numbers(values: Values) -> NDArray[np.float64]:
 
 
 def short(value: float) -> str:
-    """Write a number with three digits.
+    """Format a number with three significant digits.
 
     Example:
         >>> short(0.11), short(12.0), short(480.0), short(12345.6)
@@ -57,7 +57,7 @@ def short(value: float) -> str:
 
 
 def wrapped(name: str) -> str:
-    r"""Break a name into lines short enough to stand beside a panel.
+    r"""Break a name into lines that fit beside a panel.
 
     Example:
         >>> wrapped("AccuQuant, identity, windows of 4")
@@ -67,17 +67,17 @@ def wrapped(name: str) -> str:
 
 
 def color(order: int) -> str:
-    """Return the color of the line with this place in the order of drawing."""
+    """Return the color of a line by its index in the drawing order."""
     return _COLORS[order % len(_COLORS)]
 
 
 def dashes(order: int) -> str | tuple[float, tuple[float, ...]]:
-    """Return the dashes of the line with this place in the order of drawing, solid first."""
+    """Return the dashes of a line by its index in the drawing order, solid first."""
     return _DASHES[order % len(_DASHES)]
 
 
 def panels(count: int, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """Make a figure of panels side by side that share their vertical axis."""
+    """Create a figure of panels side by side that share their vertical axis."""
     figure = Figure(figsize=(6.8 if count == 1 else 5.6 * count, height), dpi=150, layout="constrained")
     grid = figure.subplots(1, count, sharey=True, squeeze=False)[0]
     for axes in grid:
@@ -86,7 +86,7 @@ def panels(count: int, height: float = 4.2) -> tuple[Figure, list[Axes]]:
 
 
 def style_axes(axes: Axes) -> None:
-    """Draw only what helps to read values: two spines and thin horizontal lines behind the data."""
+    """Reduce axes to two spines and thin horizontal grid lines behind the data."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#DDDDDD", linewidth=0.6)
     axes.set_axisbelow(True)
@@ -94,7 +94,7 @@ def style_axes(axes: Axes) -> None:
 
 
 def log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5)) -> None:
-    """Make the vertical axis logarithmic, with plain numbers at these multiples of each power of 10."""
+    """Make the vertical axis logarithmic, with plain tick labels at these multiples of each power of 10."""
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -102,20 +102,20 @@ def log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5)) -> None:
 
 
 def scale_values(axes: Axes, values: NDArray[np.float64]) -> None:
-    """Make the vertical axis logarithmic where positive values span over a decade, else linear from zero."""
-    seen = values[np.isfinite(values) & (values > 0)]
-    span = float(seen.max() / seen.min()) if seen.size else 1.0
+    """Make the vertical axis logarithmic if positive values span over a decade, otherwise linear from zero."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    span = float(positive.max() / positive.min()) if positive.size else 1.0
     if span > 10:
         log_scale(axes, (1, 2, 5) if span < 1e3 else (1,))
     else:
-        axes.set_ylim(0, 1.08 * float(seen.max()) if seen.size else 1.0)
+        axes.set_ylim(0, 1.08 * float(positive.max()) if positive.size else 1.0)
 
 
 def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
-    """Label the lines at the right, texts apart from each other, each with a thin line to where its line ends.
+    """Label lines on the right without overlaps, and connect each text to the end of its line.
 
     Args:
-        axes: Panel whose limits are final.
+        axes: Panel with its final limits.
         ends: Last point (x, y), text and color of each line.
     """
     from sklearn.isotonic import isotonic_regression
@@ -125,7 +125,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
     heights = [float((axes.transScale + axes.transLimits).transform((ends[0][0], y))[1]) for y in at]
     order = sorted(range(len(ends)), key=lambda i: (heights[i], -i))
     lines = max(text.count("\n") + 1 for _, _, text, _ in ends)
-    # About 0.72 of a figure is its axes. The nearest places that keep the gap are an isotonic regression.
+    # About 0.72 of a figure are its axes. Isotonic regression finds the nearest positions that keep the gap.
     gap = lines * 11.5 / (0.72 * 72 * axes.figure.bbox.height / axes.figure.dpi)
     steps = gap * np.arange(len(ends))
     places = isotonic_regression(
@@ -154,7 +154,7 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> Non
 
 
 def finish(figure: Figure, path: Path | None, title: str) -> Figure:
-    """Write the title, and save the picture where there is a path."""
+    """Set the title, and save the figure if there is a path."""
     if title:
         figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     if path is not None:
@@ -163,13 +163,13 @@ def finish(figure: Figure, path: Path | None, title: str) -> Figure:
 
 
 def line_style(order: int) -> dict[str, Any]:
-    """Return color, marker and dashes of the line with this place in the order of drawing; the first lies on top."""
+    """Return color, marker and dashes of a line by its index in the drawing order; the first is on top."""
     marker = _MARKERS[order % len(_MARKERS)]
     return {"color": color(order), "linestyle": dashes(order), "marker": marker, "zorder": 3 - order / 100}
 
 
 def save_figure(figure: Figure, path: str | Path) -> None:
-    """Save a figure to a file, whose ending decides the format. Makes the folder where it is missing.
+    """Save a figure to a file, whose suffix sets the format, and create the folder if it is missing.
 
     Example:
         >>> import tempfile

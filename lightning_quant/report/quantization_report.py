@@ -1,4 +1,4 @@
-"""The report of a run, written by a callback when it ends."""
+"""Callback that writes the report of a run when it ends."""
 
 from __future__ import annotations
 
@@ -30,23 +30,25 @@ from lightning_quant.utilities.progress import ProgressBar
 
 
 class QuantizationReport(pl.Callback):
-    """Write ``quantization_report.html`` and its JSON twin when a fit, validation, test or prediction ends.
+    """Callback that writes ``quantization_report.html`` and its JSON twin after a fit, validation, test or prediction.
 
-    The same figures go to the Trainer's loggers, as ``quantization/...``. While the run goes on, some of the calls of
-    the network are recorded; at its end they are made again, quantized, in float, and with each layer alone, which
-    takes two passes over them for each layer. The page opens from disk and loads nothing.
+    The same figures go to the Trainer's loggers, as ``quantization/...``. During the run, some calls of the network are
+    recorded. At its end they are repeated quantized, in float, and with each layer alone, which takes two passes over
+    them per layer. The page opens from disk and loads nothing else.
 
     Args:
-        folder: where to; None takes the logger's folder, without logger the trainer's ``default_root_dir``.
-        sensitivity: whether layers are measured one by one.
-        images: rows of batches that are recorded at least.
-        float_metrics: what the float network reached, by the names that your module logs, to stand beside.
-        float_ckpt_path: Checkpoint of the float network to compare the outputs with. None takes the weights without
-            their quantizers; of a network that was trained quantized those are no float network, and outputs are not
+        folder: Folder of the report. None takes the logger's folder, or the Trainer's ``default_root_dir`` without a
+            logger.
+        sensitivity: Whether to measure the layers one by one.
+        images: Minimum number of batch rows to record.
+        float_metrics: Metrics of the float network, keyed by the names that the module logs, to show beside the
+            quantized ones.
+        float_ckpt_path: Checkpoint of the float network to compare the outputs with. None takes the quantized network's
+            weights without quantizers, except for a network that was trained quantized, whose outputs are then not
             compared.
 
     Raises:
-        ConfigurationError: fewer images than one.
+        ConfigurationError: Fewer than one image.
 
     Example:
         >>> from lightning_quant import GradientQuantization
@@ -67,7 +69,7 @@ class QuantizationReport(pl.Callback):
         self.sensitivity, self.images = sensitivity, images
         self.float_metrics = dict(float_metrics or {})
         self.float_ckpt_path = float_ckpt_path
-        # Weights that were given ranges only to be measured are those of a float network.
+        # Whether quantizers were added only to measure the network, so that its weights are those of a float network.
         self.starts_in_float = False
         self.report: RunReport | None = None
         self.written: list[Path] = []
@@ -77,13 +79,13 @@ class QuantizationReport(pl.Callback):
 
     @property
     def analysis(self) -> Analysis | None:
-        """That of the last report."""
+        """Analysis of the last report."""
         return None if self.report is None else self.report.analysis
 
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Refuse a folder that cannot be written to and a float checkpoint that cannot be read; count the time."""
+        """Raise an error for a folder that cannot be written to or a float checkpoint that cannot be read."""
         if self.float_ckpt_path is not None:
             read_float_state(self.float_ckpt_path)
         self._forget()
@@ -91,23 +93,23 @@ class QuantizationReport(pl.Callback):
         self._start = time.perf_counter()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listen to a training of what is quantized; what is calibrated later trains in float."""
+        """Record the training of a quantized module. Calibrating modules are recorded at the end of ``fit``."""
         if not isinstance(pl_module, CalibratingModule):
-            self._listen(pl_module)
+            self._start_recording(pl_module)
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
-        """Listen to a validation of its own; in a fit its batches count as those of the training."""
-        self._listen(pl_module)
+        """Record the validation. Within ``fit`` its batches count as training batches."""
+        self._start_recording(pl_module)
 
     def on_test_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
-        """Listen, after all callbacks have calibrated."""
-        self._listen(pl_module)
+        """Start recording, after all callbacks have calibrated."""
+        self._start_recording(pl_module)
 
     def on_predict_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any) -> None:
-        """Listen, after all callbacks have calibrated."""
-        self._listen(pl_module)
+        """Start recording, after all callbacks have calibrated."""
+        self._start_recording(pl_module)
 
-    def _listen(self, pl_module: pl.LightningModule) -> None:
+    def _start_recording(self, pl_module: pl.LightningModule) -> None:
         if self._recorder is None and next(quantizers_of(pl_module), None) is not None:
             self._root = quantized_root(pl_module)
             self._recorder = Recorder(pl_module.get_submodule(self._root), self.images)
@@ -115,28 +117,28 @@ class QuantizationReport(pl.Callback):
     # -- at its end ---------------------------------------------------------------------------------------------------
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what a training or a calibration came to."""
+        """Write the report of a training or a calibration."""
         if isinstance(pl_module, CalibratingModule) and pl_module.calibration is not None:
-            self._listen(pl_module)
+            self._start_recording(pl_module)
             with torch.no_grad():
                 pl_module.calibration.replay()
         self._write(trainer, pl_module, "fit")
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what a validation of its own came to."""
+        """Write the report of ``trainer.validate``; validation within ``fit`` has none."""
         if trainer.state.fn == "validate":
             self._write(trainer, pl_module, "validation")
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what a test came to."""
+        """Write the report of a test."""
         self._write(trainer, pl_module, "test")
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write what a prediction came to."""
+        """Write the report of a prediction."""
         self._write(trainer, pl_module, "prediction")
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Listen no more."""
+        """Stop recording."""
         self._forget()
 
     def _forget(self) -> None:
@@ -146,39 +148,39 @@ class QuantizationReport(pl.Callback):
 
     def _write(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         seconds = time.perf_counter() - self._start
-        # Asked on all ranks: the logger's folder is broadcast.
+        # On all ranks, since the logger's folder is broadcast.
         folder = report_folder(trainer, self.folder)
         recorder = self._recorder
         self._forget()
         if not trainer.is_global_zero:
             return
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Trainer makes it elsewhere
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the Trainer sets it elsewhere
         if recorder is None and stage == "fit" and any(isinstance(each, CalibratingCallback) for each in callbacks):
-            # Its network is in float until it is evaluated.
+            # The network is in float until it is evaluated.
             return
         if recorder is None:
             rank_zero_warn(
-                f"No report: nothing in {type(pl_module).__name__} is quantized and has a range. Add"
-                " GradientQuantization, IGQViT or AccuQuant to the callbacks, or load a quantized checkpoint."
+                f"No report: no quantizer in {type(pl_module).__name__} has a range. Add GradientQuantization, IGQViT"
+                " or AccuQuant to the callbacks, or load a quantized checkpoint."
             )
             return
         network = pl_module.get_submodule(self._root)
-        # One rank alone would wait for the pieces of the others.
+        # A single rank would wait for the shards of the others.
         if divided_parameter(network):
             rank_zero_warn(
-                "No report: the weights are divided among ranks. Save a whole checkpoint, and analyze it on one device,"
+                "No report: the weights are sharded over ranks. Save a full checkpoint, and analyze it on one device:"
                 " lightning_quant.analyze(module, datamodule, ckpt_path=...)."
             )
             return
         section = section_of(trainer, pl_module)
-        # With one layer or another in float a compiled network would be compiled anew each time.
+        # A compiled network would be recompiled for each layer that is put in float.
         with eager_execution(), tempfile.TemporaryDirectory() as drawn:
             try:
                 analysis = self._analyzed(trainer, pl_module, network, recorder)
             except QuantizationError as error:
                 rank_zero_warn(f"No report: {error}")
                 return
-            # As ``exclude`` takes them.
+            # Names as ``exclude`` takes them.
             if not section.names_are_of_the_denoiser:
                 analysis = with_full_names(self._root, analysis)
             run = Run(
@@ -211,5 +213,5 @@ class QuantizationReport(pl.Callback):
         if not self.sensitivity:
             return analyze_network(network, recorder.calls, sensitivity=False, **options)
         owners = {name.rpartition(".")[0] for name, _ in quantizers_of(network)}
-        with ProgressBar(trainer, len(owners), "Layers one by one") as bar:
+        with ProgressBar(trainer, len(owners), "Measuring layers") as bar:
             return analyze_network(network, recorder.calls, advance=lambda name: bar.update(what=name), **options)

@@ -1,4 +1,4 @@
-"""What to write against a cause: arguments of the method that a network was quantized with, as a line to paste."""
+"""Remedies for causes of error: arguments of the method that quantized the network, as a line to paste."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Settings = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """A cause with the figure that shows it, what helps, and the argument to write; empty where there is none."""
+    """Cause of an error with the figure that shows it, its remedy, and the argument to write, or an empty string."""
 
     cause: str
     remedy: str
@@ -21,14 +21,14 @@ class Finding:
 
 
 class Remedy(NamedTuple):
-    """What helps in words, and the argument of the method that does it."""
+    """Remedy in words, and the argument of the method that applies it."""
 
     words: str
     line: str
 
 
 def in_float(name: str, settings: Settings) -> Remedy:
-    """Leave a layer in float, beside what is already.
+    """Return the remedy that leaves a layer in float, in addition to those that are already.
 
     Example:
         >>> in_float("head", {"exclude": ["stem"]}).line
@@ -38,14 +38,18 @@ def in_float(name: str, settings: Settings) -> Remedy:
 
 
 def of_training(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
-    """Arguments of ``GradientQuantization``."""
+    """Return the remedy for a cause with arguments of ``GradientQuantization``."""
     rate = f"quantizer_lr={10 * settings.get('quantizer_lr', 1e-5):g}"
     match cause.kind:
         case "noise only":
-            words = "statistics of batch norms may not have settled after a short training: train longer, or leave it"
+            words = (
+                "the statistics of batch norms may not have settled after a short training: train longer, or leave it"
+            )
             return Remedy(f"{words} in float", in_float(layer.name, settings).line)
         case "codes below 0":
-            return Remedy("half of a symmetric grid is lost: begin it at 0", f"signed={{{layer.name!r}: False}}")
+            return Remedy(
+                "half of a symmetric grid is unused: start the grid at 0", f"signed={{{layer.name!r}: False}}"
+            )
         case "clipped":
             return Remedy("let the range grow faster", rate)
         case "unused codes":
@@ -55,46 +59,49 @@ def of_training(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remed
 
 
 def of_groups(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
-    """Arguments of ``IGQViT``."""
-    more = Remedy("calibrate on more images, of the kind that is tested", _doubled("calibration_images", settings, 32))
+    """Return the remedy for a cause with arguments of ``IGQViT``."""
+    more_images = Remedy(
+        "calibrate on more images, similar to the test images", _doubled("calibration_images", settings, 32)
+    )
     grouped = bool(layer.groups) and cause.slot in ("input", "softmax")
     match cause.kind:
         case "outlier channels" | "noisy" if grouped:
-            return Remedy("divide the channels among more groups", _doubled("groups", settings, 8))
+            return Remedy("divide the channels into more groups", _doubled("groups", settings, 8))
         case "outlier channels" | "noisy":
             return in_float(layer.name, settings)
         case "clipped" if grouped and settings.get("group_ranges") != "envelope":
-            return Remedy("let a group span all of its channels", "group_ranges='envelope'")
+            return Remedy("let the range of a group span all its channels", "group_ranges='envelope'")
         case "clipped" if not grouped and settings.get("layer_range") != "min_max":
             return Remedy("let the range span all values", "layer_range='min_max'")
         case "unused codes" if not grouped and settings.get("layer_range") == "min_max":
-            return Remedy("cut the range where the error is least", "layer_range='percentile'")
+            return Remedy("clip the range where the error is smallest", "layer_range='percentile'")
         case _:
-            return more
+            return more_images
 
 
 def of_windows(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
-    """Arguments of ``AccuQuant``."""
+    """Return the remedy for a cause with arguments of ``AccuQuant``."""
     if cause.kind == "noisy" and cause.slot == "weight" and not settings.get("reconstruction"):
-        return Remedy("learn its rounding block by block first", "reconstruction=100")
+        return Remedy("learn the rounding block by block first", "reconstruction=100")
     if cause.kind in ("outlier channels", "noisy"):
         return in_float(layer.name, settings)
     if cause.slot != "weight" and settings.get("activation_parameters") != "per_group":
-        return Remedy("give each part of the trajectory a range of its own", "activation_parameters='per_group'")
+        return Remedy("use separate ranges for each part of the trajectory", "activation_parameters='per_group'")
     if cause.kind == "clipped":
-        return Remedy("find the range on more trajectories", _doubled("trajectories", settings, 256))
+        return Remedy("fit the range on more trajectories", _doubled("trajectories", settings, 256))
     return in_float(layer.name, settings)
 
 
 def of_any(cause: Cause, layer: LayerAnalysis, settings: Settings) -> Remedy:
-    """Argument of every method."""
+    """Return the remedy that every method has."""
     return in_float(layer.name, settings)
 
 
 def effect(layer: LayerAnalysis, analysis: Analysis) -> str:
-    """What leaving a layer in float was measured to bring; empty where that is not known.
+    """Describe the measured effect of leaving a layer in float; empty if it was not measured.
 
-    A line that excludes an attention leaves its projections in float too, which was not measured.
+    For an attention it is empty, since a line that excludes one also leaves its projections in float, which was not
+    measured.
     """
     if layer.only_float is None or analysis.error is None or not layer.shape:
         return ""
@@ -102,9 +109,9 @@ def effect(layer: LayerAnalysis, analysis: Analysis) -> str:
 
 
 def joint_line(layers: Sequence[str], settings: Settings) -> str:
-    """The line that leaves several layers in float."""
-    known = settings.get("exclude") or []
-    return f"exclude={[*([known] if isinstance(known, str) else known), *layers]}"
+    """Return the line that leaves several layers in float."""
+    excluded = settings.get("exclude") or []
+    return f"exclude={[*([excluded] if isinstance(excluded, str) else excluded), *layers]}"
 
 
 def _doubled(name: str, settings: Settings, usual: int) -> str:

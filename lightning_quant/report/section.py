@@ -1,4 +1,4 @@
-"""The base class of what each method adds to the report of a run."""
+"""Base class of the section that each method adds to the report of a run."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lightning_quant.report.remedies import Finding, Remedy, Settings
 
 
 class Section:
-    """What one method adds to the report of a run; by itself that of a network of which nothing more is known."""
+    """Section of one method in the report of a run. The base class serves networks of unknown method."""
 
     @property
     def name(self) -> str:
         """Name of the method on the page."""
-        return "A quantized network"
+        return "Quantized network"
 
     @property
     def detail(self) -> str:
-        """First sentence of the page and a space; may be empty."""
+        """First sentence of the page with a trailing space, or an empty string."""
         return ""
 
     @property
     def execution(self) -> str:
-        """One sentence on how products run."""
+        """Sentence on how products are executed."""
         return "Products are simulated in floating point."
 
     @property
     def names_are_of_the_denoiser(self) -> bool:
-        """Whether layers have their names in the denoiser, not those in the module."""
+        """Whether layers are named as in the denoiser instead of the module."""
         return False
 
     @property
     def plan(self) -> str:
-        """Plan as text; empty where there is none beyond the layers."""
+        """Plan as text; empty if there is none."""
         return ""
 
     def draw(self, folder: Path, network: nn.Module, forward: Callable[[], object]) -> dict[str, Path]:
@@ -47,32 +47,32 @@ class Section:
         Args:
             folder: Folder for the pictures.
             network: Module with the quantized network.
-            forward: Function that calls what is quantized with recorded images.
+            forward: Function that runs the quantized network on recorded images.
 
         Returns:
-            Files by the titles that the page gives them.
+            Files, keyed by their titles on the page.
         """
         return {}
 
     def figures(self) -> Mapping[str, Any]:
-        """Return the figures that only the JSON twin of the page holds."""
+        """Return the figures that only the JSON twin of the page contains."""
         return {}
 
     def advice(self) -> Iterable[Finding]:
-        """Yield what the run as a whole suggests."""
+        """Return findings about the run as a whole."""
         return ()
 
     @property
     def settings(self) -> Settings:
-        """Arguments of the method by name, as far as they are known."""
+        """Arguments of the method, keyed by name; empty if they are unknown."""
         return {}
 
     def remedy(self, cause: Cause, layer: LayerAnalysis) -> Remedy:
-        """Return what to write against a cause of error in a layer."""
+        """Return the remedy for a cause of error in a layer."""
         return remedies.of_any(cause, layer, self.settings)
 
     def findings(self, analysis: Analysis) -> dict[str, list[Finding]]:
-        """Find causes and remedies of each layer, by its name."""
+        """Find causes and remedies of each layer, keyed by its name."""
         return {
             layer.name: [self._finding(cause, layer, analysis) for cause in find_causes(layer)]
             for layer in analysis.layers

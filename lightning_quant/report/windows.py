@@ -1,4 +1,4 @@
-"""Error at the end of the trajectory over the length of a window, as a picture."""
+"""Picture of the final error of a trajectory over the window length."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ from lightning_quant.report.plotting import (
     short,
 )
 
-# Of the axis, that two ticks are apart at least.
+# Minimum distance of two ticks, as a share of the axis.
 _TICK_GAP = 0.05
 
 
 def draw_window_sweep(
     errors: Mapping[int, Values],
     path: Path | None = None,
-    title: str = "End-of-trajectory error over the window length",
+    title: str = "Final error over the window length",
     chosen: int | None = None,
     calls: int | None = None,
     before: float | None = None,
 ) -> Figure:
-    """Draw the error at the end of the trajectory over the window length: a point a seed, a line for their mean.
+    """Draw the final error of a trajectory over the window length, with a point per seed and a line for their mean.
 
     Args:
-        errors: RMSE to the float sample by window length M, one for each seed.
-        path: of the picture, whose ending decides the format (.png, .svg, .pdf); None saves nothing.
-        title: above the picture.
-        chosen: the length that is marked; None marks the one with the lowest mean.
-        calls: network calls of each calibration, all equal; None writes only that they are.
-        before: error before the calibration, as a level to compare with.
+        errors: RMSE to the float sample, one value or one per seed, keyed by window length M.
+        path: File of the picture, whose suffix sets the format (.png, .svg, .pdf); None saves nothing.
+        title: Title above the picture.
+        chosen: Window length to mark; None marks the one with the lowest mean.
+        calls: Number of network calls of each calibration, equal for all; None writes only that it is equal.
+        before: Error before the calibration, drawn as a reference line.
 
     Raises:
-        ConfigurationError: no window, a window without an error, or a chosen one that was not tried.
+        ConfigurationError: No window, a window without an error, or a chosen window that was not tried.
 
     Example:
         >>> figure = draw_window_sweep({1: 0.170, 4: [0.108, 0.112], 10: 0.140}, calls=4800)
@@ -64,8 +64,8 @@ def draw_window_sweep(
             axes.plot([window] * len(values), values, "o", color=color(0), markersize=4, alpha=0.45, linewidth=0)
     axes.plot(list(means), list(means.values()), "-o", color=color(0), linewidth=1.8, markersize=5)
     _ring(axes, marked, means[marked])
-    every = np.concatenate([*seeds.values(), [] if before is None else [before]])
-    scale_values(axes, every)
+    values_drawn = np.concatenate([*seeds.values(), [] if before is None else [before]])
+    scale_values(axes, values_drawn)
     tick_windows(axes, list(means))
     if before is not None:
         axes.axhline(before, color=GRAY, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
@@ -80,24 +80,22 @@ def draw_window_sweep(
 
 
 def by_window(given: Mapping[int, Values], name: str) -> dict[int, NDArray[np.float64]]:
-    """The numbers of each window, the shortest first."""
-    found = {window: numbers(given[window]).reshape(-1) for window in sorted(given)}
-    empty = [window for window, values in found.items() if not len(values)]
-    if not found or empty:
+    """Convert the numbers of each window to arrays, shortest window first."""
+    arrays = {window: numbers(given[window]).reshape(-1) for window in sorted(given)}
+    empty = [window for window, values in arrays.items() if not len(values)]
+    if not arrays or empty:
         raise ConfigurationError(
-            f"{name}: no number {f'for the window {empty[0]}' if empty else 'at all'}: expected a number, or"
-            " several, by window length."
+            f"{name}: no number {f'for the window {empty[0]}' if empty else 'at all'}: expected one or several"
+            " numbers per window length."
         )
-    return found
+    return arrays
 
 
 def _marked(means: Mapping[int, float], chosen: int | None) -> int:
     if chosen is None:
         return min(means, key=lambda window: means[window])
     if chosen not in means:
-        raise ConfigurationError(
-            f"chosen={chosen} is not in the sweep: it has the windows {', '.join(map(str, means))}."
-        )
+        raise ConfigurationError(f"chosen={chosen} is not in the sweep: expected one of {', '.join(map(str, means))}.")
     return chosen
 
 
@@ -106,17 +104,17 @@ def _ring(axes: Axes, window: int, error: float) -> None:
 
 
 def tick_windows(axes: Axes, windows: Sequence[int]) -> None:
-    """Ticks at the windows themselves, less those that would touch the next one."""
+    """Set ticks at the window lengths, without those that would overlap the next one."""
     wide = windows[-1] > 10 * windows[0]
     if wide:
         axes.set_xscale("log")
     axes.margins(x=0.04)
     place = {window: math.log(window) if wide else window for window in windows}
     span = place[windows[-1]] - place[windows[0]]
-    kept = [windows[-1]]
+    ticks = [windows[-1]]
     for window in reversed(windows[:-1]):
-        if place[kept[-1]] - place[window] >= _TICK_GAP * span:
-            kept.append(window)
-    axes.xaxis.set_major_locator(FixedLocator(sorted(kept)))
+        if place[ticks[-1]] - place[window] >= _TICK_GAP * span:
+            ticks.append(window)
+    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_locator(NullLocator())

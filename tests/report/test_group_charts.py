@@ -144,11 +144,11 @@ def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
 
 def test_what_does_not_fit_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    with pytest.raises(ConfigurationError, match="No point for chosen=3 groups: there are 1, 2, 4, 8"):
+    with pytest.raises(ConfigurationError, match="No point for chosen=3 groups: expected 1, 2, 4, 8"):
         draw_budget_curve(points(), path, chosen=3)
     with pytest.raises(ConfigurationError, match=r"shapes \(2,\), \(3,\) and \(2,\)"):
         draw_channel_ranges([0, 0], [1, 1, 1], [0, 0], path)
     with pytest.raises(ConfigurationError, match=r"shapes \(1, 2\)"):
         draw_channel_ranges([[0, 0]], [[1, 1]], [[0, 0]], path)
-    with pytest.raises(ConfigurationError, match="in group 2, but there are bounds of 2 groups"):
+    with pytest.raises(ConfigurationError, match="in group 2, but there are bounds for 2 groups"):
         draw_channel_ranges(LOW, HIGH, GROUP, path, bounds=[(0, 1), (0, 2)])

@@ -110,11 +110,15 @@ def test_every_text_is_inside_the_picture(tmp_path: Path) -> None:
     [
         (noise(2, 4, 8, 8), noise(2, 4, 8, 8), r"'float' have shape \(2, 4, 8, 8\).*Decode latents first"),
         (noise(0, 1, 8, 8), noise(0, 1, 8, 8), r"shape \(0, 1, 8, 8\)"),
-        (noise(2, 1, 8, 8), noise(3, 1, 8, 8), r"'x' have shape \(3, 1, 8, 8\), the float ones \(2, 1, 8, 8\)"),
+        (
+            noise(2, 1, 8, 8),
+            noise(3, 1, 8, 8),
+            r"'x' have shape \(3, 1, 8, 8\), but the float images have \(2, 1, 8, 8\)",
+        ),
         (
             noise(2, 1, 8, 8),
             -torch.ones(2, 1, 8, 8),
-            r"values from -1 to -1: expected 0..1. Write \(\(images \+ 1\) / 2\)",
+            r"values from -1 to -1: expected 0 to 1. Write \(\(images \+ 1\) / 2\)",
         ),
         (noise(2, 1, 8, 8), torch.full((2, 1, 8, 8), torch.nan), "values from nan to nan"),
     ],

@@ -87,7 +87,7 @@ def test_curves_that_are_missing_nan_or_a_single_point_do_not_matter(tmp_path: P
 
 
 def test_an_unknown_layer_is_answered_with_those_there_are(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"The run 'one' has no layer 'c'. It has a, b"):
+    with pytest.raises(ConfigurationError, match=r"The run 'one' has no layer 'c': expected one of a, b"):
         draw_intervals({"one": run("a", "b")}, tmp_path / "x.png", layers=["c"])
 
 

@@ -58,7 +58,7 @@ def test_page_and_json_say_what_was_quantized(run: tuple[str, Path, Any]) -> Non
     name, folder, module = run
     found = content(folder)
     shown, analysis = {row["name"] for row in found["summary"]}, found["analysis"]
-    assert shown >= {"size of the parameters", "time here"}
+    assert shown >= {"size of the parameters", "time of the recorded calls"}
     assert len(analysis["layers"]) >= 4
     if name == "int4_training":
         # Its weights without the quantizers that they were trained with are no float network.
@@ -166,7 +166,7 @@ def test_float_metrics_stand_beside(tmp_path: Path) -> None:
 
 
 def test_a_float_module_gets_none_and_is_told_why(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="No report: nothing in SmallNet is quantized"):
+    with pytest.warns(UserWarning, match="No report: no quantizer in SmallNet has a range"):
         trainer(QuantizationReport(str(tmp_path)), default_root_dir=tmp_path).test(SmallNet(), verbose=False)
     assert not list(tmp_path.glob("*.html"))
 
@@ -271,7 +271,7 @@ def test_an_error_that_piles_up_has_a_remedy_that_was_not_tried(
     stage = list(figures["single_step"])[-1]
     single = figures["single_step"][stage]
     times = figures["accumulated"][stage][-1] / (sum(single) / len(single))
-    assert advice["cause"] == f"The error at the end is {times:.0f} times that of a single step: it piles up."
+    assert advice["cause"] == f"The final error is {times:.0f} times that of a single step: errors accumulate."
     assert times > 3
     assert advice["remedy"].startswith(said)
 

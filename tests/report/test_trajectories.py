@@ -139,7 +139,9 @@ def test_what_is_missing_is_left_out(tmp_path: Path, keys: set[str], names: list
 
 
 def test_images_need_the_float_ones(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="Images of identity, but none to compare with: add 'float'"):
+    with pytest.raises(
+        ConfigurationError, match="Images of identity, but none of the float model to compare with: add 'float'"
+    ):
         draw_generation({"images": {"identity": IMAGES["identity"]}}, tmp_path)
     assert draw_generation({"images": {"float": IMAGES["float"]}}, tmp_path) == []
 

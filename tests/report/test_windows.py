@@ -68,10 +68,10 @@ def test_pictures_are_png_files_of_a_readable_size(tmp_path: Path) -> None:
 
 def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "x.png"
-    with pytest.raises(ConfigurationError, match="window sweep: no number at all: expected a number, or several"):
+    with pytest.raises(ConfigurationError, match="window sweep: no number at all: expected one or several numbers"):
         draw_window_sweep({}, path)
     with pytest.raises(ConfigurationError, match="window sweep: no number for the window 4"):
         draw_window_sweep({1: 0.1, 4: []}, path)
-    with pytest.raises(ConfigurationError, match="chosen=3 is not in the sweep: it has the windows 1, 4, 10"):
+    with pytest.raises(ConfigurationError, match="chosen=3 is not in the sweep: expected one of 1, 4, 10"):
         draw_window_sweep(SWEEP, path, chosen=3)
     assert not path.exists()

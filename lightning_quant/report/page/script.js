@@ -22,16 +22,16 @@ for (const run of document.querySelectorAll(".run")) {
   table.tHead.querySelectorAll("th").forEach((head, column) => {
     head.addEventListener("click", () => {
       const number = head.classList.contains("number");
-      // Numbers begin with the largest, names with the first.
+      // Numbers are sorted largest first, names alphabetically.
       const [first, other] = number ? ["descending", "ascending"] : ["ascending", "descending"];
       const order = head.getAttribute("aria-sort") === first ? other : first;
-      table.querySelectorAll("thead th").forEach((each) => each.setAttribute("aria-sort", "none"));
+      table.querySelectorAll("thead th").forEach((cell) => cell.setAttribute("aria-sort", "none"));
       head.setAttribute("aria-sort", order);
       const sign = order === "ascending" ? 1 : -1;
       rows.sort((a, b) => {
         const [x, y] = [value(a, column), value(b, column)];
         if (!number) return sign * x.localeCompare(y, undefined, { numeric: true });
-        // What was not measured comes last either way.
+        // Missing measurements come last in both orders.
         return Number.isNaN(x) - Number.isNaN(y) || sign * (x - y);
       });
       body.append(...rows);
