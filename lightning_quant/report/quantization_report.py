@@ -85,7 +85,7 @@ class QuantizationReport(pl.Callback):
     # -- while it runs ------------------------------------------------------------------------------------------------
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Raise an error for a folder that cannot be written to or a float checkpoint that cannot be read."""
+        """Check that the folder is writable and the float checkpoint readable, and start timing."""
         if self.float_ckpt_path is not None:
             read_float_state(self.float_ckpt_path)
         self._forget()
@@ -155,7 +155,7 @@ class QuantizationReport(pl.Callback):
         if not trainer.is_global_zero:
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]  # the Trainer sets it elsewhere
-        if recorder is None and stage == "fit" and any(isinstance(each, CalibratingCallback) for each in callbacks):
+        if recorder is None and stage == "fit" and any(isinstance(cb, CalibratingCallback) for cb in callbacks):
             # The network is in float until it is evaluated.
             return
         if recorder is None:

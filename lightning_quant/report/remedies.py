@@ -28,7 +28,7 @@ class Remedy(NamedTuple):
 
 
 def in_float(name: str, settings: Settings) -> Remedy:
-    """Return the remedy that leaves a layer in float, in addition to those that are already.
+    """Return the remedy that leaves a layer in float, in addition to those that are already excluded.
 
     Example:
         >>> in_float("head", {"exclude": ["stem"]}).line

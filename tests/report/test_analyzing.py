@@ -33,7 +33,7 @@ def test_a_loader_is_taken_in_the_place_of_a_datamodule(tmp_path: Path) -> None:
     ("data", "message"),
     [
         (iter([1]), "is a list_iterator, which cannot be read twice, .* pass a DataLoader"),
-        (Images(), r"is a Images, which has no batches: give DataLoader\(dataset"),
+        (Images(), r"is a Images, which has no batches: write DataLoader\(dataset"),
         (3, "is a int, which cannot be read twice"),
     ],
 )

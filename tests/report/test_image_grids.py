@@ -108,7 +108,7 @@ def test_every_text_is_inside_the_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("float_images", "other", "message"),
     [
-        (noise(2, 4, 8, 8), noise(2, 4, 8, 8), r"'float' have shape \(2, 4, 8, 8\).*Decode latents first"),
+        (noise(2, 4, 8, 8), noise(2, 4, 8, 8), r"'float' have shape \(2, 4, 8, 8\).*Decode latents into images first"),
         (noise(0, 1, 8, 8), noise(0, 1, 8, 8), r"shape \(0, 1, 8, 8\)"),
         (
             noise(2, 1, 8, 8),

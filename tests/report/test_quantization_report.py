@@ -154,7 +154,8 @@ def test_every_evaluation_has_one(verb: str, tmp_path: Path) -> None:
     run = quiet(tmp_path, PROJECTS["igq_vit"].callback(), QuantizationReport(str(tmp_path), sensitivity=False))
     getattr(run, verb)(module, data)
     found = content(tmp_path)
-    assert {"validate": "after validation", "test": "after test", "predict": "after prediction"}[verb] in found["lead"]
+    stage = {"validate": "validation", "test": "test", "predict": "prediction"}[verb]
+    assert f"measured after the {stage}." in found["lead"]
     assert all(layer["only_quantized"] is None for layer in found["analysis"]["layers"])
 
 
@@ -329,7 +330,7 @@ def test_a_checkpoint_of_an_older_version_is_analyzed(name: str, tmp_path: Path)
     end, path = project.trainer(tmp_path, method()), str(tmp_path / "old.ckpt")
     analyze(project.module(), data_of(name), str(tmp_path), path, sensitivity=False, trainer=end)
     titles, _, plan = recorded(tmp_path)
-    drawn = {"igq_vit": "Channel ranges", "accuquant": "End error over the length"}[name]
+    drawn = {"igq_vit": "Channel ranges", "accuquant": "Final error over the window"}[name]
     assert any(title.startswith(drawn) for title in titles)
     assert plan == ""
 
