@@ -63,7 +63,7 @@ def test_a_folder_is_the_same_by_whatever_name(name: str, tmp_path: Path, monkey
     (home / "keep" / "thesis.tex").write_text("years of work")
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(home / "keep" if name == "." else home)
-    with pytest.raises(ConfigurationError, match=r"home/keep holds thesis\.tex, which saving would overwrite"):
+    with pytest.raises(ConfigurationError, match=r"home/keep contains thesis\.tex, which saving would overwrite"):
         save_quantized(quantized(mlp()), name)
     assert [path.name for path in (home / "keep").iterdir()] == ["thesis.tex"]
     assert sorted(path.name for path in home.iterdir()) == ["keep", "link"]
@@ -73,7 +73,7 @@ def test_the_home_folder_is_not_replaced(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".profile").touch()
     for _ in range(2):
-        with pytest.raises(ConfigurationError, match=r"holds \.profile|which cannot be replaced"):
+        with pytest.raises(ConfigurationError, match=r"contains \.profile|which cannot be replaced"):
             save_quantized(quantized(mlp()), "~")
         (tmp_path / ".profile").unlink(missing_ok=True)
 
@@ -90,13 +90,13 @@ def test_what_is_saved_below_the_home_folder_is_loaded_from_there(
 def test_files_of_these_names_that_others_wrote_are_left_alone(tmp_path: Path) -> None:
     for name in ("model.safetensors", "quantization.json"):
         (tmp_path / name).write_text('{"format": "another"}')
-    with pytest.raises(ConfigurationError, match=r"holds model\.safetensors, quantization\.json"):
+    with pytest.raises(ConfigurationError, match=r"contains model\.safetensors, quantization\.json"):
         save_quantized(quantized(mlp()), tmp_path)
 
 
 def test_somebody_elses_safetensors_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_text("")
-    with pytest.raises(ConfigurationError, match=r"holds model\.safetensors"):
+    with pytest.raises(ConfigurationError, match=r"contains model\.safetensors"):
         save_quantized(quantized(mlp()), tmp_path)
 
 

@@ -270,7 +270,7 @@ def test_a_folder_with_other_files_is_not_overwritten(tmp_path: Path) -> None:
     folder = save_quantized_pipeline(model, tmp_path / "quantized")
     for notes in ("notes.txt", "unet/notes.txt"):
         (folder / notes).write_text("mine")
-        with pytest.raises(ConfigurationError, match=rf"holds {notes}, which saving would overwrite"):
+        with pytest.raises(ConfigurationError, match=rf"contains {notes}, which saving would overwrite"):
             save_quantized_pipeline(model, folder)
         (folder / notes).unlink()
     save_quantized_pipeline(model, folder)

@@ -253,7 +253,7 @@ def test_another_pipeline_in_its_place_is_refused_before_the_training(tmp_path: 
     module = diffusion(pipeline=str(tmp_path))
     theirs = tmp_path / "model_index.json"
     theirs.write_text("{}")
-    with pytest.raises(ConfigurationError, match=r"holds model_index\.json, which saving would overwrite"):
+    with pytest.raises(ConfigurationError, match=r"contains model_index\.json, which saving would overwrite"):
         trainer(tmp_path / "logs").fit(module, loader())
     assert theirs.read_text() == "{}"
 
