@@ -527,7 +527,7 @@ def test_what_was_trained_quantized_is_compared_with_the_float_checkpoint_that_i
 ) -> None:
     command = ["test", *QUICKSTART, *QUIET, *ONE_BATCH, f"--ckpt_path={trained}"]
     said = mistake(capsys, *command, "--compare_float", code=1)
-    assert said.endswith("name the checkpoint of a float training, --float_ckpt_path FLOAT.ckpt.")
+    assert said.endswith("write the checkpoint of a float training, --float_ckpt_path FLOAT.ckpt.")
     short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--quantization=null"]
     main(["fit", *QUICKSTART, *QUIET, *ONE_BATCH, *short])
     capsys.readouterr()
