@@ -6,12 +6,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
-from unittest import mock
 
 import lightning.pytorch as pl
 from torch import Tensor, nn
 
 from lightning_quant.nn.structure import rebuild
+from lightning_quant.utilities.attributes import replaced_attribute
 from lightning_quant.utilities.paths import local_path
 
 LightningModuleT = TypeVar("LightningModuleT", bound=pl.LightningModule)
@@ -60,5 +60,5 @@ def _rebuilding(cls: type[pl.LightningModule]) -> Iterator[None]:
         rebuild(self, state_dict)
         return load(self, state_dict, *args, **kwargs)
 
-    with mock.patch.object(cls, "load_state_dict", load_state_dict):
+    with replaced_attribute(cls, "load_state_dict", load_state_dict):
         yield

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.igq_vit.calibration_pass import Slot, fill
 from lightning_quant.igq_vit.schemes import Candidates
+from lightning_quant.utilities.attributes import replaced_attribute
 from lightning_quant.utilities.distributed import all_reduce_sum
 
 
@@ -129,7 +129,7 @@ class Replay:
         with ExitStack() as stack, torch.no_grad():
             for block in self._before(name):
                 forward = _returning(self.block_outputs[block])
-                stack.enter_context(mock.patch.object(self.network.get_submodule(block), "forward", forward))
+                stack.enter_context(replaced_attribute(self.network.get_submodule(block), "forward", forward))
             return self.forward()
 
 
