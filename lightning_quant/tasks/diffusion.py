@@ -25,7 +25,7 @@ from lightning_quant.utilities.paths import check_on_first_rank, user_path
 Batch = Tensor | Sequence[Tensor]
 
 INDEX = "model_index.json"
-WRITER = Writer("ImageDiffusion.save_quantized_pipeline", partial(listed_files, index=INDEX), INDEX)
+WRITER = Writer("ImageDiffusion.save_pipeline", partial(listed_files, index=INDEX), INDEX)
 # Any number of multiples of the golden ratio is spread evenly over [0, 1).
 _GOLDEN = (5**0.5 - 1) / 2
 # Network and scheduler are saved as diffusers describes them; the rest belongs to the run.
@@ -56,7 +56,7 @@ class ImageDiffusion(LightningModule):
             images.
         sampling_steps: Number of DDIM steps in ``predict``.
         seed: Seed of the noise in validation and of the images in ``predict``, not of the training.
-        pipeline: Folder that :meth:`save_quantized_pipeline` writes when the fit ends; None writes nothing.
+        pipeline: Folder that :meth:`save_pipeline` writes when the fit ends; None writes nothing.
         optimizer: Callable from parameters to an optimizer.
         lr_scheduler: Schedule of the learning rate, see :class:`ImageClassifier`.
         scheduler_interval: Interval at which a scheduler given as a callable steps.
@@ -202,9 +202,9 @@ class ImageDiffusion(LightningModule):
     def on_fit_end(self) -> None:
         # EMAWeightAveraging moves the averaged weights into the module in on_train_end, which runs before this hook.
         if self.pipeline is not None and self.trainer.is_global_zero and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.save_quantized_pipeline(self.pipeline)
+            self.save_pipeline(self.pipeline)
 
-    def save_quantized_pipeline(self, folder: str | Path) -> None:
+    def save_pipeline(self, folder: str | Path) -> None:
         """Write network and scheduler as a DDIMPipeline or DDPMPipeline, depending on the scheduler's class.
 
         The weights are the module's current ones: averaged after a fit with ``EMAWeightAveraging``, and when loaded

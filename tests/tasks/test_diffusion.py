@@ -134,7 +134,7 @@ def test_the_saved_pipeline_generates_the_same_images(
     from diffusers.pipelines.ddim import pipeline_ddim
 
     module = diffusion(scheduler={"_class_name": f"{kind}Scheduler", "beta_schedule": "squaredcos_cap_v2"}).eval()
-    module.save_quantized_pipeline(tmp_path)
+    module.save_pipeline(tmp_path)
     assert type(diffusers.DiffusionPipeline.from_pretrained(tmp_path)).__name__ == f"{kind}Pipeline"
     pipeline: Any = diffusers.DDIMPipeline.from_pretrained(tmp_path)
     pipeline.set_progress_bar_config(disable=True)
@@ -174,7 +174,7 @@ def test_a_fit_leaves_a_pipeline_and_checkpoints_with_averaged_weights(tmp_path:
 
 def test_a_checkpoint_rebuilds_the_module_alone(tmp_path: Path) -> None:
     first = diffusion(scheduler={"beta_end": 0.01, "prediction_type": "v_prediction"}, padding=1)
-    first.save_quantized_pipeline(tmp_path / "first")
+    first.save_pipeline(tmp_path / "first")
     module = ImageDiffusion(str(tmp_path / "first"), str(tmp_path / "first"), padding=1)
     for mine, given in zip(module.parameters(), first.parameters(), strict=True):
         assert torch.equal(mine, given)
