@@ -135,9 +135,11 @@ def reader(newcomer: dict[str, Any]) -> dict[str, Any]:
     trained = ImageClassifier("cifar_resnet20", 10, model_kwargs={"in_chans": 1})
     generating = ImageDiffusion(tiny_unet(**UNET).train(), pipeline="digits_ddim")
     BriefTrainer().fit(generating, DigitsDataModule(64, mean=(0.5,), std=(0.5,)))
-    runs = (("last.ckpt", trained, [GradientQuantization()]), ("digits_vit/last.ckpt", digits_vit(3), []))
-    for path, network, callbacks in runs:
-        trainer = BriefTrainer(callbacks=callbacks)
+    for path, network, callback in (
+        ("last.ckpt", trained, GradientQuantization()),
+        ("digits_vit/last.ckpt", digits_vit(3), None),
+    ):
+        trainer = BriefTrainer(callbacks=callback)
         trainer.fit(network, data)
         trainer.save_checkpoint(path)
 
