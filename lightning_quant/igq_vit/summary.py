@@ -37,7 +37,7 @@ def summarize(calibration: Calibration, seconds: float | None = None) -> str:
 # Cost of fitting all quantizers once in forward passes, measured on ViT-S and Swin-T (benchmarks/igq_time.py).
 PASSES_TO_FIT = 15
 # The same with all candidate numbers of groups.
-PASSES_TO_FIT_CANDIDATES = 70
+PASSES_TO_FIT_CANDIDATES = 60
 # Forward and backward passes of the estimates, and the float pass that is replayed.
 PASSES_TO_ESTIMATE = 12
 # A replay from a block in the middle of the network.
