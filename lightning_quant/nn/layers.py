@@ -109,6 +109,7 @@ class QuantizedLayer(QuantizedModule):
             leaf = not torch.is_grad_enabled() or weight.is_leaf
             source = weight if leaf else next((p for p in self.parameters() if p.requires_grad), weight)
             return quantized_product(x, weight, self.bias, Recipe(product, first, second, gradient, source))
+        # Quantizers of a calibration, which have no gradient of their own.
         of_input, of_weight = active
         if of_weight is not None:
             of_weight.check(weight)

@@ -69,6 +69,7 @@ class LearnedQuantizer(Quantizer, kind=1):
         self._start.waiting.add(self)
         self.decides_sign = signed is None
         self.sample: Tensor | None = None
+        self._signed_grid, self._unsigned_grid = symmetric_grid(bits), unsigned_grid(bits)
         self.register_buffer("range", torch.tensor(float("nan")).requires_grad_())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ class LearnedQuantizer(Quantizer, kind=1):
     @property
     def grid(self) -> Grid:
         """Symmetric grid for signed tensors, codes 0 .. 2^b-1 for others."""
-        return unsigned_grid(self.bits) if self.signed is False else symmetric_grid(self.bits)
+        return self._unsigned_grid if self.signed is False else self._signed_grid
 
     @property
     def scale(self) -> Tensor:
