@@ -99,12 +99,12 @@ _HOME = {
     "QuantizationReport": "report",
     "SaveQuantized": "export",
     "analyze": "report",
-    "load_from_checkpoint": "export",
     "load_float_pipeline": "accuquant",
+    "load_from_checkpoint": "export",
     "load_quantized": "export",
     "load_quantized_pipeline": "export",
-    "save_quantized_pipeline": "export",
     "save_quantized": "export",
+    "save_quantized_pipeline": "export",
     "strip": "nn",
 }
 
