@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from helpers.diffusion import tiny_condition_unet
 from helpers.ranged import call, network_of, plan_of
-from lightning_quant.accuquant.plan import FIRST_AND_LAST, DenoiserPlan, plan_denoiser
+from lightning_quant.accuquant.plan import FIRST_AND_LAST, DenoiserPlan, compared, plan_denoiser
 from lightning_quant.accuquant.settings import Settings
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
-from lightning_quant.nn.layers import LAYERS
+from lightning_quant.nn.layers import LAYERS, swap
+from lightning_quant.quantizers import FixedQuantizer
 
 KINDS = ("ddpm", "sd", "dit")
 every = pytest.mark.parametrize("kind", KINDS)
@@ -252,3 +253,22 @@ def test_the_summary_counts_and_the_table_has_a_line_for_each() -> None:
     assert "halves of 32 + 32 channels" in text
     line = next(line for line in text.splitlines() if line.strip().startswith("conv_in"))
     assert line.split() == ["conv_in", "8", "8", "first", "or", "last"]
+
+
+@pytest.mark.parametrize(
+    ("bits", "expected"),
+    [
+        # The first and the last layer alone, which say nothing of the others.
+        ([8, 8], 4),
+        ([8, 4, 8], 4),
+        ([8, 6, 8], 6),
+        ([8, 6, 5, 8], [5, 6]),
+        ([8, 8, 8], 8),
+    ],
+)
+def test_bits_are_compared_without_those_of_the_ends(bits: list[int], expected: Any) -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in bits))
+    for layer, width in zip(network, bits, strict=True):
+        swap(layer, weight_quantizer=FixedQuantizer(width, axis=0))
+    compared_bits = {name: (found, wanted) for name, found, wanted in compared(network, Settings())}
+    assert compared_bits == {"weight_bits": (expected, 4), "activation_bits": (8, 8), "softmax_bits": (8, 8)}

@@ -127,6 +127,17 @@ def test_random_transforms_depend_on_the_image_and_the_seed_alone(root: Path, ra
     assert rows(calibration_images(over(dataset), 12, seed=1)) != expected
 
 
+def test_random_transforms_differ_from_image_to_image() -> None:
+    class Noise(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 20
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(1, 2, 2)
+
+    assert len(set(rows(calibration_images(over(Noise()), 20)))) == 20
+
+
 def test_the_random_numbers_of_the_caller_go_on_undisturbed(root: Path) -> None:
     def draws() -> tuple[Any, ...]:
         return torch.rand(2).tolist(), np.random.rand(2).tolist(), random.random()  # noqa: NPY002

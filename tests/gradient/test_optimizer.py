@@ -69,6 +69,24 @@ def test_ranges_take_the_step_of_adam_and_drop_their_gradients() -> None:
         assert parameter.grad is None
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_momentum_moves_no_range_whose_gradient_says_nothing(value: float) -> None:
+    network, _, ours = setting()
+    backward(network)
+    ours.step()
+    network.zero_grad()
+    backward(network)
+    silent, *others = ours.ranges.values()
+    assert silent.grad is not None
+    silent.grad.fill_(value)
+    before = [float(r.detach()) for r in ours.ranges.values()]
+    ours.step()
+    after = [float(r.detach()) for r in ours.ranges.values()]
+    assert after[0] == before[0]
+    assert len(others) == 3
+    assert all(a != b for a, b in zip(after[1:], before[1:], strict=True))
+
+
 def test_a_gradient_scaler_makes_no_difference() -> None:
     states = []
     for scale in (1.0, 1024.0):

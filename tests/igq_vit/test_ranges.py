@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.functional.groups import affine_parameters, assign, channel_ranges, quantize_affine
 from lightning_quant.igq_vit.ranges import (
+    EXTENSIONS,
     fit_channel_groups,
     fit_row_groups,
     gram_matrix,
@@ -104,6 +105,22 @@ def test_group_ranges_are_the_mean_the_envelope_or_better() -> None:
     errors = {how: squared_error(x, quantizer, importance) for how, quantizer in fitted.items()}
     assert errors["searched"] < min(errors["mean"], errors["envelope"])
     assert all(torch.equal(quantizer.centres, centres) for quantizer in fitted.values())
+
+
+def test_each_end_of_a_range_is_searched_for_itself() -> None:
+    # An outlier at the lower end, which is best clipped, and many large values at the upper one.
+    x, importance = torch.rand(8, 20, 24, generator=torch.Generator().manual_seed(0)), torch.ones(24).double()
+    x[:, :, 12:] *= 2
+    x[0, 0, 0] = -6.0
+    searched = fit_channel_groups(x, 4, [1], "searched", importance=importance)[1]
+    points = channel_ranges(x).flatten(0, 1)
+    mean, envelope = points.mean(dim=0), torch.stack([points[:, 0].min(), points[:, 1].max()])
+    together = []
+    for share in EXTENSIONS:
+        low, high = torch.lerp(mean, envelope, share)
+        scale, zero_point = affine_parameters(low, high, 4)
+        together.append(float((quantize_affine(x, scale, zero_point, 4) - x).square().sum()))
+    assert squared_error(x, searched, importance) < 0.95 * min(together)
 
 
 def test_more_groups_have_less_error() -> None:

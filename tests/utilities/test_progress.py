@@ -60,6 +60,9 @@ class Between(pl.Callback):
         with ProgressBar(trainer, 3, what) as bar:
             for _ in range(3):
                 bar.update()
+        drawn = getattr(trainer.progress_bar_callback, "progress", None)
+        # Not left behind in Lightning's display.
+        assert drawn is None or not any(task.visible for task in drawn.tasks if what in task.description)
 
 
 def test_it_is_a_line_of_their_display_while_that_is_drawn(terminal: io.StringIO) -> None:
