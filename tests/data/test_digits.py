@@ -89,3 +89,17 @@ def test_a_split_without_every_class_is_refused(held_out: int) -> None:
 def test_arguments_out_of_range_are_refused(arguments: dict[str, int], found: str) -> None:
     with pytest.raises(ConfigurationError, match=found):
         DigitsDataModule(**arguments)  # type: ignore[arg-type]
+
+
+def test_the_training_is_shuffled_anew_each_epoch_and_evaluation_is_not() -> None:
+    data = DigitsDataModule(batch_size=64)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    training = data.train_dataloader()
+    first, second = ([label for _, labels in training for label in labels.tolist()] for _ in range(2))
+    assert first != second
+    for loader in (data.val_dataloader(), data.test_dataloader()):
+        assert isinstance(loader, DataLoader)
+        first, second = ([label for _, labels in loader for label in labels.tolist()] for _ in range(2))
+        assert first == second
