@@ -70,7 +70,7 @@ class Run:
             analysis=analysis,
             pictures={title: path.read_bytes() for title, path in self._pictures(drawn).items()},
             environment=environment_of(self.trainer, self.network, self.stage),
-            advice=[*section.advice(), *_advice(analysis, section)],
+            advice=[*section.advice(), *network_advice(analysis, section)],
             findings=section.findings(analysis),
             settings=section.settings,
             plan=section.plan,
@@ -160,7 +160,7 @@ def logged_metrics(analysis: Analysis) -> dict[str, float]:
     return metrics
 
 
-def _advice(analysis: Analysis, section: Section) -> Iterator[Finding]:
+def network_advice(analysis: Analysis, section: Section) -> Iterator[Finding]:
     """Advise on the network as a whole, from the figures of its layers."""
     measured = [layer for layer in analysis.layers if layer.only_quantized]
     total = sum((layer.only_quantized or 0.0) ** 2 for layer in measured)

@@ -60,6 +60,13 @@ def test_the_curve_carries_the_points(tmp_path: Path, saved: Drawing) -> None:
     assert axes.get_yscale() == "log"
 
 
+def test_the_chosen_point_is_where_its_allocation_is(tmp_path: Path, saved: Drawing) -> None:
+    point = BudgetPoint(groups=4, budget=8 * 10**9, used=6 * 10**9, omega=0.5, uniform_omega=0.7, choice=(4, 2))
+    draw_budget_curve([point], tmp_path / "curve.png", chosen=4)
+    *_, marked = saved().axes[0].lines
+    assert places(marked) == [[6.0, 0.5]]
+
+
 def test_the_cost_of_softmax_is_in_groups(tmp_path: Path, saved: Drawing) -> None:
     curve = points()
     draw_budget_curve(curve, tmp_path / "curve.png", unit="groups in all layers")
