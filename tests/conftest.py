@@ -1,6 +1,11 @@
-"""The order of the tests."""
+"""The order of the tests, and their threads."""
 
 from __future__ import annotations
+
+import os
+
+# Before PyTorch is imported, and for the processes that tests start: their networks are too small for a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
