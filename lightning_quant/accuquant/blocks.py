@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.plan import DenoiserPlan
@@ -20,7 +19,7 @@ from lightning_quant.errors import QuantizationError, UnsupportedModelError
 from lightning_quant.nn.attention import QuantizedAttention, attention_form
 from lightning_quant.nn.structure import in_float
 from lightning_quant.quantizers.timestep import TimestepQuantizer
-from lightning_quant.utilities.distributed import all_reduce_max, all_reduce_sum, several_ranks
+from lightning_quant.utilities.distributed import all_reduce_max, all_reduce_sum, rank_and_ranks
 
 # Classes of diffusers that form one block, subclasses included; so does each attention outside them.
 BLOCKS = ("ResnetBlock2D", "BasicTransformerBlock", "Attention")
@@ -229,7 +228,7 @@ def _places(rows: list[int], branches: int, device: torch.device) -> Tensor:
 
     If ranks take images in turn, this is the order that a single rank has.
     """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
+    rank, ranks = rank_and_ranks()
     calls = int(all_reduce_max(torch.tensor(len(rows), device=device)))
     counts = torch.zeros(ranks, calls, dtype=torch.int64, device=device)
     counts[rank, : len(rows)] = torch.tensor(rows, device=device)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.accuquant.settings import Settings
+from lightning_quant.calibration.settings import common_value
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.nn.attention import attention_form
 from lightning_quant.nn.attention_mixin import SLOTS
@@ -130,14 +131,13 @@ def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, objec
         "softmax_bits": (SOFTMAX,),
     }
     for name, kinds in groups.items():
-        bits = [each for slot, each in slots if slot in kinds]
+        bits = [width for slot, width in slots if slot in kinds]
         expected = getattr(settings, name)
         if name != "softmax_bits":
             # Of the first and the last layer, which may be the only ones.
-            others = [each for each in bits if each != settings.first_and_last_bits]
+            others = [width for width in bits if width != settings.first_and_last_bits]
             bits = others if others or len(bits) <= 2 else bits
-        found = sorted(set(bits))
-        yield name, found[0] if len(found) == 1 else found or expected, expected
+        yield name, common_value(set(bits), expected), expected
 
 
 def _row(

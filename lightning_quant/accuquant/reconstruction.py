@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_quant.accuquant.blocks import BlockData, Call, blocks_of, gather
@@ -24,7 +23,7 @@ from lightning_quant.nn.modes import evaluating
 from lightning_quant.nn.structure import quantized_layers
 from lightning_quant.quantizers.rounded import RoundedQuantizer
 from lightning_quant.quantizers.timestep import TimestepQuantizer
-from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
+from lightning_quant.utilities.distributed import all_reduce_sum, rank_and_ranks, several_ranks
 
 # BRECQ's weight of the penalty, its first and last exponent, and the share of iterations without it.
 PENALTY, FIRST_BETA, LAST_BETA, WARM_UP = 0.01, 20.0, 2.0, 0.2
@@ -173,7 +172,7 @@ def _learn(module: nn.Module, data: BlockData, schedule: Schedule) -> None:
     alphas, groups = _begin(module, schedule)
     leaves: list[Tensor] = [leaf for group in groups for leaf in group["params"]]  # type: ignore[attr-defined]
     optimizer = torch.optim.Adam(groups)
-    ranks = dist.get_world_size() if several_ranks() else 1
+    _, ranks = rank_and_ranks()
     with torch.enable_grad():
         for iteration, images in enumerate(_batches(len(data.places), schedule)):
             loss = _data_loss(module, data, images)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from lightning_quant.accuquant.windows import Adjoint
+from lightning_quant.calibration.settings import CalibrationSettings
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.grid import check_bits
 
@@ -15,7 +16,7 @@ Learn = Literal["all", "rounding", "activations"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CalibrationSettings):
     """Arguments of :class:`lightning_quant.AccuQuant` that determine what the quantized denoiser computes.
 
     Raises:
@@ -54,16 +55,7 @@ class Settings:
         for name in ("rounding_lr", "activation_lr"):
             if not getattr(self, name) > 0:
                 raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected a positive number.")
-        choices = (
-            ("adjoint", Adjoint),
-            ("start", Start),
-            ("activation_parameters", ActivationParameters),
-            ("learn", Learn),
-        )
-        for name, allowed in choices:
-            if getattr(self, name) not in get_args(allowed):
-                expected = ", ".join(map(repr, get_args(allowed)))
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {expected}.")
+        self.check_choices(adjoint=Adjoint, start=Start, activation_parameters=ActivationParameters, learn=Learn)
 
     def _check_counts(self) -> None:
         smallest = {"reconstruction": 0, "updates": 0}
@@ -90,10 +82,6 @@ class Settings:
                 f"window={window} is longer than the trajectory of {self.steps} steps: write window="
                 f"{usual_window(self.steps)}, or leave it out."
             )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for fingerprints and JSON."""
-        return asdict(self) | {"exclude": list(self.exclude)}
 
 
 def usual_window(steps: int) -> int:

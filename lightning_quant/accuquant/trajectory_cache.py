@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lightning_quant.accuquant.trajectories import (
@@ -35,7 +34,7 @@ from lightning_quant.accuquant.trajectory_files import (
 )
 from lightning_quant.data.noise import initial_noise, numbers
 from lightning_quant.errors import ConfigurationError
-from lightning_quant.utilities.distributed import on_all_ranks, several_ranks
+from lightning_quant.utilities.distributed import on_all_ranks, rank_and_ranks
 from lightning_quant.utilities.hashing import fingerprint
 from lightning_quant.utilities.paths import check_writable, user_path
 
@@ -145,7 +144,7 @@ class TrajectoryCache:
             QuantizationError: Output of the denoiser with NaN or infinities, or another rank that failed.
         """
         recipe = _Recipe(denoiser, sampler, tuple(shape), seed)
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
+        rank, ranks = rank_and_ranks()
         generated = 0
 
         def share() -> list[_Chunk]:

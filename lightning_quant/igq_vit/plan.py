@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from torch import nn
 
+from lightning_quant.calibration.settings import common_value
 from lightning_quant.errors import ConfigurationError, UnsupportedModelError
 from lightning_quant.igq_vit.schemes import PATCH_BITS
 from lightning_quant.igq_vit.settings import Scheme, Settings
@@ -243,18 +244,13 @@ def compared(module: nn.Module, settings: Settings) -> Iterator[tuple[str, objec
     scheme = next((name for kind, name in _SCHEME_OF.items() if kind in kinds), "layer_wise")
     yield "scheme", scheme, settings.scheme
     weights = {quantizer.bits for slot, quantizer in slots if slot == "weight_quantizer"}
-    yield "weight_bits", _one(weights, settings.weight_bits), settings.weight_bits
+    yield "weight_bits", common_value(weights, settings.weight_bits), settings.weight_bits
     # The patch embedding has PATCH_BITS whatever the settings.
     inputs = {quantizer.bits for slot, quantizer in slots if slot != "weight_quantizer"}
     inputs = inputs - {PATCH_BITS} or inputs
-    yield "activation_bits", _one(inputs, settings.activation_bits), settings.activation_bits
+    yield "activation_bits", common_value(inputs, settings.activation_bits), settings.activation_bits
     if not settings.allocates:
         channels = {quantizer.groups for _, quantizer in slots if isinstance(quantizer, GroupQuantizer)}
-        yield "groups", _one(channels, settings.groups), settings.groups
+        yield "groups", common_value(channels, settings.groups), settings.groups
         rows = {quantizer.groups for _, quantizer in slots if isinstance(quantizer, RowGroupQuantizer)}
-        yield "softmax_groups", _one(rows, settings.row_groups), settings.row_groups
-
-
-def _one(values: set[int], expected: int) -> int | list[int]:
-    """Return the only value, the sorted values if there are several, or the expected one if there are none."""
-    return values.pop() if len(values) == 1 else sorted(values) or expected
+        yield "softmax_groups", common_value(rows, settings.row_groups), settings.row_groups

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
+from lightning_quant.calibration.settings import CalibrationSettings
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.functional.grid import check_bits
 
@@ -14,7 +15,7 @@ LayerRange = Literal["percentile", "min_max"]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(CalibrationSettings):
     """Arguments of :class:`lightning_quant.IGQViT` that determine what the quantized network computes.
 
     Raises:
@@ -47,10 +48,7 @@ class Settings:
             raise ConfigurationError(
                 f"budget={self.budget} is distributed over layers: write allocate=True and scheme='igq' too."
             )
-        for name, allowed in (("scheme", Scheme), ("group_ranges", GroupRanges), ("layer_range", LayerRange)):
-            if getattr(self, name) not in get_args(allowed):
-                choices = ", ".join(map(repr, get_args(allowed)))
-                raise ConfigurationError(f"{name}={getattr(self, name)!r}: expected one of {choices}.")
+        self.check_choices(scheme=Scheme, group_ranges=GroupRanges, layer_range=LayerRange)
 
     @property
     def row_groups(self) -> int:
@@ -61,7 +59,3 @@ class Settings:
     def allocates(self) -> bool:
         """Whether the number of groups is chosen for each layer; only scheme "igq" has groups."""
         return self.allocate and self.scheme == "igq"
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return plain values, for fingerprints and JSON."""
-        return asdict(self) | {"exclude": list(self.exclude)}

@@ -6,10 +6,9 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_quant.utilities.distributed import all_reduce_sum, several_ranks
+from lightning_quant.utilities.distributed import all_reduce_sum, rank_and_ranks
 
 
 class Moments(NamedTuple):
@@ -30,7 +29,7 @@ def moments(x: Tensor) -> Moments:
     """
     values = x.double()
     # To get a maximum from a sum, each rank writes its own to a separate slot.
-    ranks, rank = (dist.get_world_size(), dist.get_rank()) if several_ranks() else (1, 0)
+    rank, ranks = rank_and_ranks()
     maxima = values.new_zeros(ranks)
     maxima[rank] = values.abs().max() if x.numel() else 0.0
     sums = torch.stack([values.new_tensor(x.numel()), values.sum(), values.square().sum(), (values < 0).sum()])

@@ -16,7 +16,7 @@ from lightning_quant.errors import CheckpointError, ConfigurationError
 from lightning_quant.nn.structure import rebuild
 from lightning_quant.nn.what_ran import WhatRan
 from lightning_quant.tasks.networks import create_network
-from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
+from lightning_quant.tasks.schedules import RunSchedule, with_schedule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -158,12 +158,7 @@ class ImageClassifier(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._optimizer(self.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        schedule = configure_schedule(
-            self._lr_scheduler, optimizer, self.trainer.estimated_stepping_batches, self._scheduler_interval
-        )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return with_schedule(optimizer, self._lr_scheduler, self, self._scheduler_interval)
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"]) -> None:
         images, labels = batch

@@ -18,7 +18,7 @@ from lightning_quant.data.noise import initial_noise
 from lightning_quant.errors import ConfigurationError
 from lightning_quant.nn.structure import rebuild
 from lightning_quant.tasks.denoisers import described, learned_target, noise_scheduler, unet
-from lightning_quant.tasks.schedules import RunSchedule, configure_schedule
+from lightning_quant.tasks.schedules import RunSchedule, with_schedule
 from lightning_quant.utilities.files import Writer, check_replaceable, list_files, listed_files, whole_folder
 from lightning_quant.utilities.paths import check_on_first_rank, user_path
 
@@ -226,12 +226,7 @@ class ImageDiffusion(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self._optimizer(self.parameters())
-        if self._lr_scheduler is None:
-            return optimizer
-        schedule = configure_schedule(
-            self._lr_scheduler, optimizer, self.trainer.estimated_stepping_batches, self._scheduler_interval
-        )
-        return {"optimizer": optimizer, "lr_scheduler": schedule}
+        return with_schedule(optimizer, self._lr_scheduler, self, self._scheduler_interval)
 
     def _evaluate(self, batch: Batch, split: Literal["val", "test"]) -> None:
         images, labels = self._images_and_labels(batch)

@@ -4,7 +4,8 @@ import math
 from collections.abc import Callable
 from typing import Any, Literal
 
-from lightning.pytorch.utilities.types import LRSchedulerConfigType
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.types import LRSchedulerConfigType, OptimizerLRScheduler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler, OneCycleLR, ReduceLROnPlateau
 
@@ -78,3 +79,23 @@ def configure_schedule(
         monitor = getattr(scheduler, "monitor", "val/loss")
         return {"scheduler": scheduler, "interval": interval, "monitor": monitor}
     return {"scheduler": scheduler, "interval": interval}
+
+
+def with_schedule(
+    optimizer: Optimizer,
+    schedule: Callable[[Optimizer], Any] | RunSchedule | None,
+    module: pl.LightningModule,
+    interval: Literal["epoch", "step"],
+) -> OptimizerLRScheduler:
+    """Return what ``configure_optimizers`` returns for an optimizer and its schedule, which spans the run.
+
+    Args:
+        optimizer: Optimizer of the module.
+        schedule: Schedule of :func:`configure_schedule`; None keeps the learning rates.
+        module: Module, whose Trainer is asked for the length of the run where there is a schedule.
+        interval: Interval at which a scheduler class steps.
+    """
+    if schedule is None:
+        return optimizer
+    steps = module.trainer.estimated_stepping_batches
+    return {"optimizer": optimizer, "lr_scheduler": configure_schedule(schedule, optimizer, steps, interval)}

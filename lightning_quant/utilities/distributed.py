@@ -19,6 +19,16 @@ def several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def rank_and_ranks() -> tuple[int, int]:
+    """Return the rank of this process and the number of ranks.
+
+    Example:
+        >>> rank_and_ranks()
+        (0, 1)
+    """
+    return (dist.get_rank(), dist.get_world_size()) if several_ranks() else (0, 1)
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks in place, and return the tensor."""
     if several_ranks():
